@@ -1,0 +1,1 @@
+"""Defenses, one file each; the file stem is the name."""

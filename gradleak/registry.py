@@ -1,0 +1,203 @@
+"""Names to plugin classes: the files of the four folders, entry points of other packages, and single files.
+
+A plugin is a frozen dataclass whose fields are its hyper-parameters. Its name is the stem of its file, with
+hyphens for underscores; a file holds exactly one public class. Nothing is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from .errors import GradleakError, unknown
+
+GROUPS = {"attacks": "attack", "datasets": "dataset", "defenses": "defense", "models": "model"}
+"""Registry groups and the noun of one member."""
+
+_files: dict[tuple[str, str], Path] = {}
+
+
+def names(group: str) -> list[str]:
+    """Return every known name of a group, sorted. Imports no plugin."""
+    return sorted(_sources(group))
+
+
+def load(group: str, name: str) -> type[Any]:
+    """Return the class behind a name.
+
+    Raises:
+        GradleakError: the name is unknown, its file cannot be imported, or holds no single public class.
+    """
+    sources = _sources(group)
+    if name not in sources:
+        raise unknown(GROUPS[group], name, sources)
+    return sources[name]()
+
+
+def build(group: str, name: str, options: Mapping[str, Any] | None = None, where: str = "") -> Any:
+    """Return an instance with validated hyper-parameters.
+
+    Raises:
+        GradleakError: as `load`, or an option has a wrong name, type or range; `where` opens the line.
+    """
+    cls = load(group, name)
+    options = dict(options or {})
+    place = f"{where}: " if where else ""
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for option in options:
+        if option not in fields:
+            raise unknown(f"option of {GROUPS[group]} {name!r}", option, fields, where)
+    try:
+        return _adapter(cls).validate_python(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        message = f"{place}{GROUPS[group]} {name!r}: {path} = {first['input']!r}: {first['msg']}"
+        raise GradleakError(message) from error
+
+
+def options_of(plugin: Any) -> dict[str, Any]:
+    """Return every hyper-parameter of an instance as plain data, defaults included."""
+    return {field.name: getattr(plugin, field.name) for field in dataclasses.fields(plugin)}
+
+
+def describe(group: str, name: str) -> dict[str, Any]:
+    """Return what `gradleak list` shows of a plugin, as plain data; of a broken one its `error`."""
+    facts: dict[str, Any] = {"name": name, "error": ""}
+    try:
+        cls = load(group, name)
+        facts["summary"] = (inspect.getdoc(cls) or "").partition("\n")[0]
+        for fact in ("family", "threat_model", "adaptive", "counter_attacks", "reference", "version"):
+            if hasattr(cls, fact):
+                facts[fact] = getattr(cls, fact)
+        if hasattr(cls, "needs"):
+            needs = cls.needs
+            unneeded = type(needs)()
+            chosen = {field.name: getattr(needs, field.name) for field in dataclasses.fields(needs)}
+            facts["needs"] = {key: value for key, value in chosen.items() if value != getattr(unneeded, key)}
+        facts["defaults"] = options_of(build(group, name))
+    except GradleakError as error:
+        facts["error"] = str(error)
+    return facts
+
+
+def add_file(path: Path) -> list[tuple[str, str]]:
+    """Add the plugin of one file on disk; return its (group, name).
+
+    Raises:
+        GradleakError: the file is missing, raises on import, holds no plugin, or its name is taken.
+    """
+    if not path.is_file():
+        raise GradleakError(f"--plugin {path}: no such file")
+    module = _import_path(path)
+    cls = _public_class(module, str(path))
+    group = _group_of(cls, str(path))
+    name = _name(path.stem)
+    known = _files.get((group, name))
+    if known is not None and known.resolve() == path.resolve():
+        return [(group, name)]
+    if name in _sources(group):
+        raise GradleakError(f"--plugin {path}: {GROUPS[group]} {name!r} exists already; rename the file")
+    _files[group, name] = path
+    return [(group, name)]
+
+
+def _sources(group: str) -> dict[str, Callable[[], type[Any]]]:
+    if group not in GROUPS:
+        raise unknown("registry", group, GROUPS)
+    package = importlib.import_module(f"gradleak.{group}")
+    found: dict[str, Callable[[], type[Any]]] = {}
+
+    def add(name: str, source: Callable[[], type[Any]], origin: str) -> None:
+        if name in found:
+            raise GradleakError(f"{origin}: {GROUPS[group]} {name!r} exists already; rename one of them")
+        found[name] = source
+
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.name.startswith("_"):
+            full = f"gradleak.{group}.{module.name}"
+            add(_name(module.name), lambda full=full: _import_module(full), full)  # type: ignore[misc]
+    for entry in entry_points(group=f"gradleak.{group}"):
+        add(entry.name, lambda entry=entry: _import_entry(entry), f"entry point {entry.value}")  # type: ignore[misc]
+    for (owner, name), path in _files.items():
+        if owner == group:
+            add(name, lambda path=path: _public_class(_import_path(path), str(path)), str(path))  # type: ignore[misc]
+    return found
+
+
+def _name(stem: str) -> str:
+    return stem.replace("_", "-")
+
+
+def _import_module(full: str) -> type[Any]:
+    return _public_class(_importing(full, lambda: importlib.import_module(full)), full)
+
+
+def _import_entry(entry: Any) -> type[Any]:
+    loaded = _importing(f"entry point {entry.value}", entry.load)
+    return _public_class(loaded, entry.value) if isinstance(loaded, ModuleType) else cast(type[Any], loaded)
+
+
+def _import_path(path: Path) -> ModuleType:
+    # The resolved path keeps two files of the same stem apart in sys.modules.
+    full = f"_gradleak_plugin_{path.stem}_{abs(hash(path.resolve())):x}"
+    if full in sys.modules:
+        return sys.modules[full]
+    spec = importlib.util.spec_from_file_location(full, path)
+    if spec is None or spec.loader is None:
+        raise GradleakError(f"--plugin {path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[full] = module
+    loader = spec.loader
+    try:
+        _importing(f"--plugin {path}", lambda: loader.exec_module(module))
+    except GradleakError:
+        del sys.modules[full]
+        raise
+    return module
+
+
+def _importing(origin: str, action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except GradleakError:
+        raise
+    except Exception as error:
+        raise GradleakError(f"{origin}: importing it raised {type(error).__name__}: {error}") from error
+
+
+def _public_class(module: ModuleType, origin: str) -> type[Any]:
+    classes = [
+        cls
+        for name, cls in inspect.getmembers(module, inspect.isclass)
+        if not name.startswith("_") and cls.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        found = ", ".join(cls.__name__ for cls in classes) or "none"
+        raise GradleakError(f"{origin}: a plugin file holds exactly one public class, found {found}")
+    return classes[0]
+
+
+def _group_of(cls: type[Any], origin: str) -> str:
+    for group, noun in GROUPS.items():
+        contract = getattr(importlib.import_module(f"gradleak.{noun}"), noun.capitalize())
+        if issubclass(cls, contract):
+            return group
+    allowed = ", ".join(f"gradleak.{noun}.{noun.capitalize()}" for noun in GROUPS.values())
+    raise GradleakError(f"{origin}: {cls.__name__} inherits from none of {allowed}")
+
+
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    cls.__pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
+    return TypeAdapter(cls)

@@ -1,0 +1,63 @@
+"""Seeds derived from what a draw may depend on, and per-victim streams of random numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def derive(*components: object) -> int:
+    """Return a 63-bit seed from the components' text: equal components, equal seed, on every machine."""
+    text = "\x1f".join(str(component) for component in components)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(*components: object) -> torch.Generator:
+    """Return a CPU generator seeded by `derive(*components)`."""
+    return torch.Generator().manual_seed(derive(*components))
+
+
+class Generators:
+    """One random stream a victim, so that a victim's draws do not depend on its neighbours.
+
+    Draws are made on the CPU and moved, so that a seed means the same on every device.
+    """
+
+    def __init__(self, names: Sequence[object], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
+        """Make one stream for each name (a victim's full identity: suite seed, cell, victim id)."""
+        self.names = tuple(names)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._streams = [generator(name) for name in self.names]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def child(self, *components: object) -> Generators:
+        """Fresh independent streams, one a victim, e.g. `child("restart", 2)`."""
+        return Generators([(name, *components) for name in self.names], self.device, self.dtype)
+
+    def select(self, indices: Sequence[int]) -> Generators:
+        """Fresh streams of a subset of the victims."""
+        return Generators([self.names[index] for index in indices], self.device, self.dtype)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers, [N, *shape]."""
+        return self._draw(torch.randn, shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), [N, *shape]."""
+        return self._draw(torch.rand, shape)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Integers in [0, high), [N, *shape], int64."""
+        rows = [torch.randint(high, shape, generator=stream) for stream in self._streams]
+        return torch.stack(rows).to(self.device)
+
+    def _draw(self, sample: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
+        # Drawn in float64 so that float32 and float64 runs start from the same numbers.
+        rows = [sample(shape, generator=stream, dtype=torch.float64) for stream in self._streams]
+        return torch.stack(rows).to(self.device, self.dtype)
