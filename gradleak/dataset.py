@@ -1,0 +1,149 @@
+"""The Dataset contract: images in [0, 1], fixed victims, and the attacker's disjoint data."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from . import seeds
+from .errors import GradleakError
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images: `images` [K, C, H, W] float32 in [0, 1], `labels` [K] int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice | list[int]) -> Images:
+        return Images(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Split:
+    """A dataset's two disjoint halves.
+
+    `train` is public: models are trained on it, and it is the auxiliary data an attacker may be granted.
+    `test` is private: every victim, tuning victim and re-identification candidate comes from it.
+    """
+
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of every image and label, hexadecimal."""
+        hasher = hashlib.sha256()
+        for tensor in (self.train.images, self.train.labels, self.test.images, self.test.labels):
+            hasher.update(str(tuple(tensor.shape)).encode())
+            hasher.update(tensor.contiguous().numpy().data)
+        return hasher.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(ABC):
+    """A source of labelled images of one shape; a plugin implements `read`. Its options are hashable."""
+
+    reference: ClassVar[str]
+    """Where the images come from."""
+    version: ClassVar[str] = "1"
+    """Raised whenever images, splits or victims change; part of every cell's key."""
+
+    @abstractmethod
+    def read(self, root: Path | None, download: bool) -> Split:
+        """Return both splits, images of one shape [C, H, W] in [0, 1], always in the same order.
+
+        Args:
+            root: the user's data root (`--data-root`), or None.
+            download: whether the user allowed a download.
+
+        Raises:
+            GradleakError: the data is not there; the line says what is missing and how to get it.
+        """
+
+
+@lru_cache(maxsize=4)
+def _read(dataset: Dataset, root: Path | None, download: bool) -> Split:
+    """Read once a process: the cells of a suite share their datasets, and nobody writes to them."""
+    return dataset.read(root, download)
+
+
+class Data:
+    """A dataset that has been read: its splits, its frozen victims, and its hash."""
+
+    def __init__(self, dataset: Dataset, name: str, root: Path | None = None, download: bool = False):
+        """Read the dataset (`name` is its registry name)."""
+        self.name = name
+        self.version = dataset.version
+        self.split = _read(dataset, root, download)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Image shape (C, H, W)."""
+        channels, height, width = self.split.train.images.shape[1:]
+        return int(channels), int(height), int(width)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.split.classes)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of every image and label: a changed copy of a dataset is never mistaken for another."""
+        return self.split.digest
+
+    def victim_indices(self, count: int, batch_size: int, tuning: bool = False) -> Tensor:
+        """Frozen test-split indices of the first `count` victims of `batch_size` images, [count, batch_size].
+
+        The test split is shuffled once by a seed that depends on name and version alone; victims are drawn
+        from its front, tuning victims from its back, so the two never meet. Labels may repeat in a batch.
+
+        Raises:
+            GradleakError: more images are asked for than half of the test split holds.
+        """
+        total, half = count * batch_size, len(self.split.test) // 2
+        if total > half:
+            raise GradleakError(
+                f"dataset {self.name!r}: {count} victims of {batch_size} images need {total} images; "
+                f"it has {half} for {'tuning' if tuning else 'evaluation'}"
+            )
+        order = self._order().flip(0) if tuning else self._order()
+        return order[:total].reshape(count, batch_size)
+
+    def victims(self, count: int, batch_size: int, tuning: bool = False) -> tuple[Tensor, Tensor]:
+        """Images [count, batch_size, C, H, W] and labels [count, batch_size] of the frozen victims."""
+        indices = self.victim_indices(count, batch_size, tuning)
+        return self.split.test.images[indices], self.split.test.labels[indices]
+
+    def candidates(self, count: int) -> Tensor:
+        """Rivals of the true image for re-identification among `count`, [count - 1, C, H, W].
+
+        They come from the test split's tuning half, then from the train split: never a victim.
+
+        Raises:
+            GradleakError: the dataset is too small.
+        """
+        order = self._order()
+        half = len(self.split.test) // 2
+        pool = torch.cat([self.split.test.images[order[-half:]], self.split.train.images])
+        if count - 1 > len(pool):
+            raise GradleakError(f"dataset {self.name!r}: {count} candidates asked for; it has {len(pool) + 1}")
+        return pool[: count - 1]
+
+    def _order(self) -> Tensor:
+        """The test split's frozen shuffle, which name and version alone decide."""
+        stream = seeds.generator("victims", self.name, self.version)
+        return torch.randperm(len(self.split.test), generator=stream)

@@ -1,0 +1,1 @@
+"""Datasets, one file each; the file stem is the name."""

@@ -1,0 +1,28 @@
+"""MNIST."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ..dataset import Dataset, Split
+from ._images import from_bytes
+from ._torchvision import fetch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mnist(Dataset):
+    """Handwritten digits, [1, 28, 28], 10 classes, 60,000 public and 10,000 private."""
+
+    reference: ClassVar[str] = "LeCun, Bottou, Bengio & Haffner 1998, doi:10.1109/5.726791"
+
+    def read(self, root: Path | None, download: bool) -> Split:
+        """Read through torchvision from the data root (`data/` if none is given).
+
+        Raises:
+            GradleakError: it is not there and may not be downloaded, or the download failed.
+        """
+        parts = [fetch("MNIST", root, download, train=train) for train in (True, False)]
+        train, test = (from_bytes(part.data.numpy(), part.targets.numpy()) for part in parts)
+        return Split(train, test, tuple(parts[0].classes))
