@@ -1,0 +1,1 @@
+"""Models, one file each; the file stem is the name."""
