@@ -1,0 +1,305 @@
+"""The Attack contract, and GradientMatching, the template that optimisation attacks fill in."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+
+from . import labels as label_rules
+from . import matching, priors
+from .defense import Defense
+from .errors import unknown
+from .matching import Plan, Status
+from .model import Normalise
+from .objectives import OBJECTIVES
+from .optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
+from .problem import Facts, Guess, Problem, take
+from .seeds import Generators
+from .threat import Knowledge, Labels, Observation, Setting
+from .update import LocalTraining, Network, Update, one_hot
+
+
+@dataclass(kw_only=True)
+class Reconstruction:
+    """An attack's answer for N victims."""
+
+    images: Tensor
+    """[N, B, C, H, W] in [0, 1], in the attacker's own order."""
+    labels: Tensor | None = None
+    """Labels of these images, [N, B], int64."""
+    loss: Tensor | None = None
+    """The attacker's own loss of exactly these images, [N]; what restarts were picked by."""
+    status: list[Status] = field(default_factory=list)
+    """One a victim; empty means all `ok`."""
+    iterations: Tensor | None = None
+    """Iterations spent on each victim over all restarts, [N]."""
+    gradient_evaluations: Tensor | None = None
+    """Gradients of the client's model computed for each victim, [N]; the unit of an attack's budget."""
+    candidates: Tensor | None = None
+    """Every restart's images [N, R, B, C, H, W], for the oracle column only."""
+    trace: Tensor | None = None
+    """The picked restart's matching loss at evenly spaced iterations, [N, points]."""
+    backend: str = ""
+    """Engine backend that computed it."""
+    guessed: dict[str, Tensor] = field(default_factory=dict)
+    """Whatever else was recovered, [N, ...], such as dropout masks by buffer name."""
+    details: dict[str, Tensor] = field(default_factory=dict)
+    """Further numbers of the attack's own, [N] each, shown with its rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """A gradient inversion attack; a plugin implements `reconstruct`."""
+
+    family: ClassVar[str]
+    """optimisation, analytic, generative, learned, or control."""
+    threat_model: ClassVar[str] = "honest server"
+    reference: ClassVar[str]
+    version: ClassVar[str] = "1"
+    """Raised whenever results change, so that old cells are not taken for new ones."""
+    needs: ClassVar[Knowledge] = Knowledge()
+    """Knowledge without which the attack cannot run."""
+    adaptive: ClassVar[bool] = False
+    """Whether the attack uses what it knows of a defense."""
+    observes_other_victim: ClassVar[bool] = False
+    """A control: it is shown the observation of another victim."""
+    tuning: ClassVar[str] = "defaults of the reference"
+    """How the defaults were found: on which tuning victims, with how many trials."""
+
+    @abstractmethod
+    def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
+        """Return images for every victim of the observation; `generator` has one stream a victim."""
+
+    def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
+        """Say why this attack cannot run on such a client at all, or None; asked before anything runs."""
+        return None
+
+    def loss(
+        self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]
+    ) -> Tensor | None:
+        """Own loss [N] of given batches; the evaluator asks it for the truth's. None without a loss."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientMatching(Attack):
+    """Searches for images whose simulated update matches the observed one.
+
+    A plugin sets defaults and overrides what differs, all of it for ONE victim: `distance`, `penalty`,
+    `decode`. The engine stacks victims and restarts, and picks each victim's restart by `distance` alone,
+    evaluated on the clamped images that are returned.
+    """
+
+    family = "optimisation"
+    needs = Knowledge(labels=Labels.INFERRED)
+    adaptive = True
+
+    objective: str = "cosine"
+    """Name in `gradleak.objectives`."""
+    optimiser: Literal["adam", "lbfgs"] = "adam"
+    lr: Annotated[float, Gt(0)] = 0.1
+    schedule: Literal["constant", "step", "cosine"] = "step"
+    iterations: Annotated[int, Ge(1)] = 1000
+    restarts: Annotated[int, Ge(1)] = 1
+    signed: bool = False
+    """Replace the image gradient by its sign."""
+    boxed: bool = True
+    """Clamp images to [0, 1] after every step."""
+    space: Literal["normalised", "raw"] = "normalised"
+    """Whether pixels are searched in the model's normalised space or in [0, 1]."""
+    initialisation: Literal["normal", "uniform", "zeros"] = "normal"
+    """Start in the space searched: N(0, 1), U(0, 1), or zeros."""
+    tv: Annotated[float, Ge(0)] = 0.0
+    """Weight of the total variation."""
+    label_rule: str = "auto"
+    """Rule in `gradleak.labels` for labels that are neither granted nor optimised."""
+    tolerance: Annotated[float, Ge(0)] = 0.0
+    """A restart whose loss falls below this is finished."""
+    patience: Annotated[int, Ge(1)] | None = None
+    """A restart that has not improved for so many iterations is finished."""
+
+    # What a plugin overrides, all for one victim.
+
+    def distance(self, guess: Update, observed: Update) -> Tensor:
+        """How far a simulated update is from the observed one, a scalar."""
+        if self.objective not in OBJECTIVES:
+            raise unknown("objective", self.objective, OBJECTIVES)
+        return OBJECTIVES[self.objective](guess, observed)
+
+    def penalty(self, images: Tensor) -> Tensor:
+        """Prior on images [B, C, H, W] in [0, 1], a scalar."""
+        return self.tv * priors.total_variation(images) if self.tv else images.new_zeros(())
+
+    def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+        """Prior on everything guessed, a scalar; by default the penalty on its images."""
+        return self.penalty(guess.images)
+
+    def decode(self, variables: Variables, facts: Facts) -> Guess:
+        """Turn one trial's variables into a guess; `facts` holds `mean`, `std` and, if known, `targets`."""
+        images = variables["pixels"] * _tensor(facts["std"]) + _tensor(facts["mean"])
+        if "labels" in variables:
+            return Guess(images, variables["labels"].softmax(dim=-1))
+        return Guess(images, _tensor(facts["targets"]))
+
+    def initial(self, observation: Observation, generator: Generators) -> Variables:
+        """Initial variables of one restart, stacked over victims [N, ...]."""
+        draw = {"normal": generator.normal, "uniform": generator.uniform, "zeros": _zeros(generator)}
+        variables = {"pixels": draw[self.initialisation](observation.batch_size, *observation.shape)}
+        if self.needs.labels is Labels.OPTIMISED:
+            variables["labels"] = generator.normal(observation.batch_size, observation.classes)
+        return variables
+
+    def project(self, variables: Variables, mean: Tensor, std: Tensor) -> None:
+        """Bring stacked variables back into their set, in place."""
+        if self.boxed and "pixels" in variables:
+            torch.clamp(variables["pixels"], min=-mean / std, max=(1 - mean) / std, out=variables["pixels"])
+
+    def new_optimiser(self) -> Optimiser:
+        """Optimiser for stacked trials."""
+        if self.optimiser == "lbfgs":
+            return LBFGS()
+        return Adam(signs=frozenset({"pixels"}) if self.signed else frozenset())
+
+    def perturbation(
+        self, observation: Observation, generator: Generators
+    ) -> Callable[[Variables, Tensor, Tensor], None] | None:
+        """What changes stacked variables in place before an iteration (see `Plan.perturb`); one stream a trial."""
+        return None
+
+    # What the template does with it.
+
+    def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
+        """Minimise from every restart and return each victim's restart of lowest matching loss."""
+        victims, compute = observation.victims, observation.compute
+        problem, facts = self.problem(observation), self.facts(observation)
+        starts = [self.initial(observation, generator.child("restart", r)) for r in range(self.restarts)]
+        start = {name: torch.cat([row[name] for row in starts]) for name in starts[0]}
+        owner = torch.arange(victims, device=observation.device).repeat(self.restarts)
+        names = [name for r in range(self.restarts) for name in generator.child("restart", r, "steps").names]
+        streams = Generators(names, generator.device, generator.dtype)
+        plan, perturb = self.plan(observation), self.perturbation(observation, streams)
+        if perturb is not None:
+            plan = dataclasses.replace(plan, perturb=perturb)
+        outcome = matching.minimise(problem, start, facts, owner, plan, compute)
+        final = matching.finish(problem, outcome.variables, take(facts, owner), compute.width)
+        return self._pick(outcome, final, victims)
+
+    def problem(self, observation: Observation) -> Problem:
+        """One trial's loss."""
+        view = observation.view if observation.view is not None and observation.view.complete else None
+
+        def match(update: Update, facts: Facts) -> Tensor:
+            if view is None:
+                return self.distance(update, _tensors(facts["update"]))
+            message, simulated = _tensors(facts["message"]), view.simulate(update)
+            if view.defense.has_likelihood:
+                return view.nll(message, simulated)
+            return self.distance(simulated, message)
+
+        clips = view is not None and view.defense.per_example_gradients
+        return Problem(
+            network=observation.network,
+            training=observation.training,
+            decode=self.decode,
+            match=match,
+            penalty=self.regularise,
+            per_example=view.per_example if view is not None and clips else None,
+        )
+
+    def facts(self, observation: Observation) -> Facts:
+        """What is known of each victim, stacked."""
+        mean, std = self.coordinates(observation.network)
+        victims = observation.victims
+        facts: Facts = {
+            "message": observation.message,
+            "update": observation.update,
+            "mean": mean.expand(victims, *mean.shape),
+            "std": std.expand(victims, *std.shape),
+        }
+        if self.needs.labels is not Labels.OPTIMISED:
+            facts["targets"] = one_hot(self.labels(observation), observation.classes, observation.dtype)
+        return facts
+
+    def labels(self, observation: Observation) -> Tensor:
+        """Labels [N, B]: granted ones, or inferred from the decoded update."""
+        if observation.labels is not None:
+            return observation.labels
+        return label_rules.infer(
+            observation.gradient, observation.classes, observation.batch_size, rule=self.label_rule
+        )
+
+    def plan(self, observation: Observation) -> Plan:
+        """How to minimise."""
+        mean, std = self.coordinates(observation.network)
+        return Plan(
+            optimiser=self.new_optimiser,
+            rate=self.lr,
+            schedule=SCHEDULES[self.schedule],
+            iterations=self.iterations,
+            tolerance=self.tolerance,
+            patience=self.patience,
+            project=lambda variables: self.project(variables, mean, std),
+        )
+
+    def coordinates(self, network: Network) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [C or 1, 1, 1] of the space searched."""
+        like = next(iter(network.parameters.values()))
+        if self.space == "normalised":
+            for layer in network.module.modules():
+                if isinstance(layer, Normalise):
+                    return layer.mean, layer.std
+        return like.new_zeros(1, 1, 1), like.new_ones(1, 1, 1)
+
+    def loss(self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+        """Matching loss [N] of given batches."""
+        rows: dict[str, Any] = {"images": images, "targets": targets, "buffers": buffers}
+        return matching.evaluate(self.problem(observation), rows, self.facts(observation), observation.compute.width)
+
+    def _pick(self, outcome: matching.Outcome, final: matching.Final, victims: int) -> Reconstruction:
+        by_victim = final.matching.view(self.restarts, victims)
+        ranked = torch.where(torch.isfinite(by_victim), by_victim, torch.full_like(by_victim, torch.inf))
+        picked = ranked.argmin(0) * victims + torch.arange(victims, device=ranked.device)
+        iterations = outcome.iterations.view(self.restarts, victims).sum(0)
+        candidates = final.images.unflatten(0, (self.restarts, victims)).transpose(0, 1)
+        return Reconstruction(
+            images=final.images[picked],
+            labels=final.targets[picked].argmax(-1),
+            loss=final.matching[picked],
+            status=[outcome.status[index] for index in picked.tolist()],
+            iterations=iterations,
+            gradient_evaluations=iterations * self.gradients_per_iteration(),
+            candidates=candidates if self.restarts > 1 else None,
+            trace=outcome.trace[picked],
+            backend=outcome.backend,
+            guessed={name: tensor[picked] for name, tensor in final.buffers.items()},
+        )
+
+    def gradients_per_iteration(self) -> int:
+        """Gradients of the client's model that one iteration computes."""
+        return 1
+
+
+def single_step(training: LocalTraining) -> LocalTraining:
+    """Return the FedSGD protocol an attacker assumes who does not know the client's local training."""
+    return dataclasses.replace(training, steps=1, batch_size=None, lr=None)
+
+
+def _tensor(value: Tensor | dict[str, Tensor]) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _tensors(value: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    assert isinstance(value, dict)
+    return value
+
+
+def _zeros(generator: Generators) -> Any:
+    return lambda *shape: torch.zeros_like(generator.uniform(*shape))

@@ -1,0 +1,150 @@
+"""The Defense contract: a channel from update to message, and its public view.
+
+A defense writes its maths for ONE victim; client and engine stack it. Everything that `simulate` and `nll`
+read must be torch operations that vmap and double backward understand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .update import Update
+
+if TYPE_CHECKING:
+    from .threat import Setting
+
+Message = dict[str, Tensor]
+"""What travels: one tensor or several, as many and of whatever shape the defense likes."""
+
+Public = dict[str, Tensor]
+"""The public randomness of a round: the same for every client of it, known to the server."""
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """A differential privacy guarantee: (epsilon, delta), for what it holds, and who computed it."""
+
+    epsilon: float
+    delta: float
+    accountant: str
+    unit: str
+    """What two neighbouring inputs differ in, e.g. "one example, one message"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defense:
+    """A defense; a plugin implements `protect`, and `simulate` or `nll` so that it can be attacked adaptively."""
+
+    family: ClassVar[str]
+    """noise, compression, sketch, representation, data, model, aggregation, none."""
+    reference: ClassVar[str]
+    version: ClassVar[str] = "1"
+    """Raised whenever results change, so that old cells are not taken for new ones."""
+    counter_attacks: ClassVar[tuple[str, ...]] = ()
+    """Names of attacks made to defeat this defense."""
+
+    @property
+    def per_example_gradients(self) -> bool:
+        """Whether `per_example` must see each example's own gradient."""
+        return False
+
+    def prepare_model(self, module: nn.Module) -> nn.Module:
+        """Return the model that clients train: `module` itself, or a changed copy (dropout sites, bottleneck)."""
+        return module
+
+    def encode(self, images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the images [B, C, H, W] and class probabilities [B, classes] that the client trains on."""
+        return images, targets
+
+    def private_buffers(self, module: nn.Module, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw the model's private randomness for one update, as buffers [B, ...] to run it with (dropout masks)."""
+        return {}
+
+    @property
+    def linear(self) -> bool:
+        """Whether `protect` is `simulate` and linear, so that it may act on each example before averaging."""
+        return type(self).protect is Defense.protect
+
+    def per_example(self, gradient: Update, public: Public) -> Update:
+        """Change one example's gradient before averaging; differentiable. Used if `per_example_gradients`."""
+        return gradient
+
+    def public(self, template: Update, batch_size: int, generator: torch.Generator) -> Public:
+        """Draw the public randomness of a round for updates shaped like `template`, and what follows from B."""
+        return {}
+
+    def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
+        """Return the message that one client sends; `generator` is its private randomness.
+
+        The default sends the update as it is, for defenses that change the model or the data.
+        """
+        return update
+
+    def decode(self, message: Message, public: Public) -> Update:
+        """Return the update that the server applies, shaped like the model's parameters."""
+        return message
+
+    def simulate(self, update: Update, public: Public) -> Message:
+        """Return a guessed update in message space, differentiably: `protect` without its private randomness."""
+        return update
+
+    def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Return minus the log-likelihood of the message, a scalar up to scale and constant.
+
+        Leave it out where the attack's own distance in message space is the right objective.
+        """
+        raise NotImplementedError
+
+    def pack(self, message: Message, public: Public) -> bytes:
+        """Encode a message as it travels; its length is the price in bytes. Default: dense float32."""
+        return b"".join(tensor.detach().float().cpu().numpy().tobytes() for tensor in message.values())
+
+    def guarantee(self, setting: Setting) -> Guarantee | None:
+        """Return what holds for one message of a client in this setting; None for no guarantee."""
+        return None
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether the defense brings its own matching objective."""
+        return type(self).nll is not Defense.nll
+
+    @property
+    def is_adaptive_target(self) -> bool:
+        """Whether knowing the defense changes what a matching attack does."""
+        cls = type(self)
+        changed = cls.simulate is not Defense.simulate or cls.per_example is not Defense.per_example
+        return changed or self.has_likelihood
+
+
+@dataclass(frozen=True)
+class View:
+    """What an attacker knows of a defense: its parameters, and from level `public` on the round's randomness."""
+
+    defense: Defense
+    public: Public | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the message can be simulated."""
+        return self.public is not None
+
+    def per_example(self, gradient: Update) -> Update:
+        """Return one example's guessed gradient as the client changes it before averaging."""
+        return self.defense.per_example(gradient, self._public())
+
+    def simulate(self, update: Update) -> Message:
+        """Return a guessed update in message space."""
+        return self.defense.simulate(update, self._public())
+
+    def nll(self, message: Message, simulated: Message) -> Tensor:
+        """Minus the log-likelihood of a message."""
+        return self.defense.nll(message, simulated, self._public())
+
+    def _public(self) -> Public:
+        if self.public is None:
+            raise ValueError("the public randomness is not known at this level; check `complete` first")
+        return self.public

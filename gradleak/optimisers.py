@@ -1,0 +1,192 @@
+"""Optimisers over stacked trials: every row is its own problem with its own step count, rate and state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Variables = dict[str, Tensor]
+"""What an attack searches over, each tensor [W, ...] with a row a trial."""
+
+Schedule = Callable[[Tensor], Tensor]
+"""Factor of the learning rate for the share of steps done, both [W]."""
+
+
+def constant(done: Tensor) -> Tensor:
+    """No decay."""
+    return torch.ones_like(done)
+
+
+def step_decay(done: Tensor) -> Tensor:
+    """A tenth at 3/8, 5/8 and 7/8 of the steps (Geiping et al., arXiv:2003.14053)."""
+    passed = sum((done >= milestone).to(done.dtype) for milestone in (3 / 8, 5 / 8, 7 / 8))
+    return torch.pow(torch.full_like(done, 0.1), torch.as_tensor(passed))
+
+
+def cosine_decay(done: Tensor) -> Tensor:
+    """Half a cosine from one to zero."""
+    return 0.5 * (1 + torch.cos(torch.pi * done))
+
+
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "step": step_decay, "cosine": cosine_decay}
+
+
+class Optimiser(ABC):
+    """Moves stacked variables in place; rows never mix."""
+
+    @abstractmethod
+    def start(self, variables: Variables) -> None:
+        """Take the variables to move and clear the state of every row."""
+
+    @abstractmethod
+    def restart(self, rows: Tensor) -> None:
+        """Clear the state of some rows (int64 indices), which now hold new trials."""
+
+    @abstractmethod
+    def step(self, variables: Variables, gradients: Variables, rate: Tensor) -> Tensor:
+        """Move every row by its gradient at its rate [W]; return which rows [W] can still move."""
+
+
+@dataclass
+class Adam(Optimiser):
+    """Adam (Kingma and Ba, arXiv:1412.6980), one moment pair and one step count a row.
+
+    `signs` names the variables whose gradient is replaced by its sign first (Geiping et al., arXiv:2003.14053).
+    `rates` multiplies the rate of single variables.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    signs: frozenset[str] = frozenset()
+    rates: dict[str, float] | None = None
+
+    def start(self, variables: Variables) -> None:
+        """Take the variables to move and clear the state of every row."""
+        first = next(iter(variables.values()))
+        self._steps = torch.zeros(len(first), dtype=torch.float64, device=first.device)
+        self._mean = {name: torch.zeros_like(tensor) for name, tensor in variables.items()}
+        self._square = {name: torch.zeros_like(tensor) for name, tensor in variables.items()}
+
+    def restart(self, rows: Tensor) -> None:
+        """Clear the state of some rows."""
+        self._steps[rows] = 0
+        for moments in (self._mean, self._square):
+            for tensor in moments.values():
+                tensor[rows] = 0
+
+    def step(self, variables: Variables, gradients: Variables, rate: Tensor) -> Tensor:
+        """One Adam step a row."""
+        self._steps += 1
+        first, second = self.betas
+        # Bias corrections in float64 as torch does them, in Python numbers.
+        root = (1 - second**self._steps).sqrt()
+        pace = rate.double() / (1 - first**self._steps)
+        for name, tensor in variables.items():
+            gradient = gradients[name].sign() if name in self.signs else gradients[name]
+            mean, square = self._mean[name], self._square[name]
+            mean.lerp_(gradient, 1 - first)
+            square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            column = (-1,) + (1,) * (tensor.ndim - 1)
+            denominator = square.sqrt() / root.to(tensor.dtype).view(column) + self.epsilon
+            factor = (self.rates or {}).get(name, 1.0)
+            tensor -= factor * pace.to(tensor.dtype).view(column) * mean / denominator
+        return torch.ones_like(self._steps, dtype=torch.bool)
+
+
+@dataclass
+class LBFGS(Optimiser):
+    """L-BFGS without line search, as torch.optim.LBFGS does it by default, for every row by itself.
+
+    A row that meets torch's stopping rules (gradient, step or directional derivative vanish) does not move
+    again. One call is one inner iteration of torch's.
+    """
+
+    history: int = 100
+    tolerance_gradient: float = 1e-7
+    tolerance_change: float = 1e-9
+
+    def start(self, variables: Variables) -> None:
+        """Take the variables to move and clear the state of every row."""
+        flat = _flat(variables)
+        rows, size = flat.shape
+        self._moves = flat.new_zeros(rows, self.history, size)
+        self._changes = flat.new_zeros(rows, self.history, size)
+        self._inverse = flat.new_zeros(rows, self.history)
+        self._count = torch.zeros(rows, dtype=torch.int64, device=flat.device)
+        self._taken = torch.zeros_like(self._count)
+        self._scale = flat.new_ones(rows)
+        self._direction = torch.zeros_like(flat)
+        self._length = flat.new_zeros(rows)
+        self._gradient = torch.zeros_like(flat)
+
+    def restart(self, rows: Tensor) -> None:
+        """Clear the state of some rows."""
+        self._count[rows] = 0
+        self._taken[rows] = 0
+        self._scale[rows] = 1
+
+    def step(self, variables: Variables, gradients: Variables, rate: Tensor) -> Tensor:
+        """One L-BFGS step a row."""
+        gradient = _flat(gradients)
+        rate = rate.to(gradient.dtype)
+        fresh = self._taken == 0
+        self._remember(gradient, fresh)
+        direction = torch.where(fresh[:, None], -gradient, self._two_loops(gradient))
+        steepest = (1 / gradient.abs().sum(1)).clamp(max=1) * rate
+        length = torch.where(fresh, steepest, rate)
+        slope = (gradient * direction).sum(1)
+        moves = (slope <= -self.tolerance_change) & (gradient.abs().amax(1) > self.tolerance_gradient)
+        delta = torch.where(moves[:, None], length[:, None] * direction, torch.zeros_like(direction))
+        _add(variables, delta)
+        self._gradient, self._direction, self._length = gradient, direction, length
+        self._taken += 1
+        return moves & (delta.abs().amax(1) > self.tolerance_change)
+
+    def _remember(self, gradient: Tensor, fresh: Tensor) -> None:
+        change = gradient - self._gradient
+        move = self._direction * self._length[:, None]
+        curvature = (change * move).sum(1)
+        useful = (curvature > 1e-10) & ~fresh
+        rows = useful.nonzero().squeeze(1)
+        slot = self._count[rows] % self.history
+        self._moves[rows, slot] = move[rows]
+        self._changes[rows, slot] = change[rows]
+        self._inverse[rows, slot] = 1 / curvature[rows]
+        self._scale[rows] = curvature[rows] / (change[rows] ** 2).sum(1)
+        self._count[rows] += 1
+
+    def _two_loops(self, gradient: Tensor) -> Tensor:
+        every = torch.arange(len(gradient), device=gradient.device)
+        kept = self._count.clamp(max=self.history)
+        longest = int(kept.max())
+        result = -gradient
+        shares = []
+        for age in range(1, longest + 1):
+            slot = (self._count - age) % self.history
+            share = (self._moves[every, slot] * result).sum(1) * self._inverse[every, slot]
+            share = torch.where(age <= kept, share, torch.zeros_like(share))
+            result = result - share[:, None] * self._changes[every, slot]
+            shares.append(share)
+        result = result * self._scale[:, None]
+        for age in range(longest, 0, -1):
+            slot = (self._count - age) % self.history
+            back = (self._changes[every, slot] * result).sum(1) * self._inverse[every, slot]
+            gain = torch.where(age <= kept, shares[age - 1] - back, torch.zeros_like(back))
+            result = result + gain[:, None] * self._moves[every, slot]
+        return result
+
+
+def _flat(variables: Variables) -> Tensor:
+    return torch.cat([tensor.flatten(1) for tensor in variables.values()], dim=1)
+
+
+def _add(variables: Variables, delta: Tensor) -> None:
+    start = 0
+    for tensor in variables.values():
+        size = tensor[0].numel()
+        tensor += delta[:, start : start + size].view_as(tensor)
+        start += size

@@ -1,0 +1,83 @@
+"""What an attack asks of the engine: one trial's loss, in its parts.
+
+Every callable here sees ONE victim; the engine stacks trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .optimisers import Variables
+from .update import Differentiate, LocalTraining, Network, Update, local_update
+
+Facts = dict[str, "Tensor | dict[str, Tensor]"]
+"""What a trial knows and does not search over: targets, message, …; stacked [N, ...] outside a Problem."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One victim as an attack imagines it: images [B, C, H, W] in [0, 1], class probabilities [B, classes]."""
+
+    images: Tensor
+    targets: Tensor
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    """Replaced buffers with a row an image, such as guessed dropout masks, [B, ...]."""
+    parameters: Update | None = None
+    """Where the gradient is taken, if not at the model's own parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One trial's loss in its parts; every callable sees one victim.
+
+    Raises nothing itself: a loss that is not finite ends its trial as diverged.
+    """
+
+    network: Network
+    training: LocalTraining
+    decode: Callable[[Variables, Facts], Guess]
+    """Variables to images and whatever else is guessed."""
+    match: Callable[[Update, Facts], Tensor]
+    """How far a simulated update is from what was observed, a scalar."""
+    penalty: Callable[[Guess, Variables, Facts], Tensor]
+    """Prior, a scalar."""
+    per_example: Callable[[Update], Update] | None = None
+
+    def simulate(self, guess: Guess, differentiate: Differentiate) -> Update:
+        """Return the update a client with the guessed batch would compute."""
+        return local_update(
+            self.network,
+            guess.images,
+            guess.targets,
+            self.training,
+            per_example=self.per_example,
+            buffers=guess.buffers,
+            parameters=guess.parameters,
+            differentiate=differentiate,
+        )
+
+    def loss(self, variables: Variables, facts: Facts, differentiate: Differentiate) -> tuple[Tensor, Tensor]:
+        """Matching loss plus penalty, and the matching loss alone."""
+        guess = self.decode(variables, facts)
+        matching = self.match(self.simulate(guess, differentiate), facts)
+        return matching + self.penalty(guess, variables, facts), matching
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a backend answers for W trials: total and matching loss [W], gradients of the total [W, ...]."""
+
+    total: Tensor
+    matching: Tensor
+    gradients: Variables
+
+
+def take(facts: Facts, index: Tensor | int) -> Facts:
+    """Select rows of stacked facts."""
+    return {
+        name: {key: tensor[index] for key, tensor in value.items()} if isinstance(value, dict) else value[index]
+        for name, value in facts.items()
+    }

@@ -1,0 +1,240 @@
+"""What a client computes from its batch, as a differentiable function of one victim's images.
+
+Shared by the client and by the attacker who simulates it. `differentiate` decides how the inner gradient is
+taken: `by_autograd` (plain double backward) or `by_transform` (torch.func, can be stacked with vmap).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import GradleakError
+
+Update = dict[str, Tensor]
+"""One tensor a parameter: a gradient (FedSGD) or a weight difference (FedAvg)."""
+
+Loss = Callable[[Update], Tensor]
+
+
+class Differentiate(Protocol):
+    """The gradient of a scalar loss of the parameters, itself differentiable."""
+
+    def __call__(self, loss: Loss, parameters: Update) -> Update: ...  # noqa: D102
+
+
+def by_transform(loss: Loss, parameters: Update) -> Update:
+    """Gradient through torch.func, for stacking with vmap."""
+    return cast(Update, grad(loss)(parameters))
+
+
+def by_autograd(loss: Loss, parameters: Update) -> Update:
+    """Gradient through plain reverse mode with a graph, the reference."""
+    leaves = {
+        name: tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        for name, tensor in parameters.items()
+    }
+    gradients = torch.autograd.grad(
+        loss(leaves), list(leaves.values()), create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(leaves, gradients, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """A client's protocol: one gradient (FedSGD, `lr` None) or the weight difference of local steps (FedAvg)."""
+
+    steps: int = 1
+    batch_size: int | None = None
+    lr: float | None = None
+
+    def batches(self, size: int) -> list[slice]:
+        """Slice of the client's batch that each step uses: consecutive slices, starting over at the end.
+
+        Raises:
+            GradleakError: `batch_size` does not divide the client's batch.
+        """
+        width = self.batch_size or size
+        if size % width:
+            raise GradleakError(f"local_batch_size {width} does not divide the batch of {size} images")
+        starts = range(0, size, width)
+        return [slice(starts[k % len(starts)], starts[k % len(starts)] + width) for k in range(self.steps)]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model as a function: its architecture, and the parameters and buffers to call it with."""
+
+    module: nn.Module
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module, mode: str = "eval") -> Network:
+        """Freeze a copy of `module`; in train mode its batch normalisation uses the batch and keeps no state.
+
+        Raises:
+            GradleakError: train mode with a sampling dropout layer, whose draws nobody could repeat.
+        """
+        module = copy.deepcopy(module).train(mode == "train").requires_grad_(False)
+        for name, layer in module.named_modules():
+            if isinstance(layer, _BatchNorm) and mode == "train":
+                layer.track_running_stats = False
+                layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+            if isinstance(layer, nn.modules.dropout._DropoutNd) and mode == "train" and layer.p > 0:
+                raise GradleakError(
+                    f"model layer {name!r} is {type(layer).__name__}, which draws masks nobody can repeat; "
+                    "use the defense 'dropout'"
+                )
+        parameters = {name: tensor.detach() for name, tensor in module.named_parameters()}
+        buffers = {name: tensor.detach() for name, tensor in module.named_buffers()}
+        return cls(module, parameters, buffers)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Network:
+        """Copy to a device and a floating point type."""
+        return Network.of(copy.deepcopy(self.module).to(device, dtype), "train" if self.module.training else "eval")
+
+    def logits(
+        self, images: Tensor, parameters: Update | None = None, buffers: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Class scores [B, classes] of images [B, C, H, W]; given tensors replace the network's own."""
+        state = {**self.buffers, **(buffers or {}), **self.parameters, **(parameters or {})}
+        return cast(Tensor, functional_call(self.module, state, (images,), strict=False))
+
+    def loss(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        parameters: Update | None = None,
+        buffers: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy of images [B, C, H, W] against class probabilities `targets` [B, classes]."""
+        scores = self.logits(images, parameters, buffers).log_softmax(dim=-1)
+        return -(targets * scores).sum(dim=-1).mean()
+
+
+def local_update(
+    network: Network,
+    images: Tensor,
+    targets: Tensor,
+    training: LocalTraining,
+    *,
+    per_example: Callable[[Update], Update] | None = None,
+    buffers: dict[str, Tensor] | None = None,
+    parameters: Update | None = None,
+    differentiate: Differentiate = by_autograd,
+) -> Update:
+    """Update of one client, differentiable in images, targets and buffers.
+
+    Args:
+        network: the model as the client runs it.
+        images: the client's batch, [B, C, H, W] in [0, 1].
+        targets: class probabilities, [B, classes].
+        training: FedSGD or FedAvg with its steps.
+        per_example: applied to each example's gradient before averaging (clipping); None computes one gradient.
+        buffers: replaced buffers with a row an image, such as dropout masks, [B, ...].
+        parameters: where the gradient is taken; the network's own when None.
+        differentiate: how the gradient is taken.
+
+    Raises:
+        GradleakError: local steps with a `per_example` that leaves the space of the parameters.
+    """
+    start = dict(network.parameters if parameters is None else parameters)
+
+    def gradient(at: Update, batch: slice) -> Update:
+        if per_example is None:
+            return differentiate(lambda p: network.loss(images[batch], targets[batch], p, _rows(buffers, batch)), at)
+        rows = _each_gradient(network, images[batch], targets[batch], buffers, at, differentiate)
+        limited = [per_example(row) for row in rows]
+        return {name: torch.stack([row[name] for row in limited]).mean(0) for name in limited[0]}
+
+    if training.lr is None:
+        return gradient(start, slice(None))
+    current = start
+    for batch in training.batches(len(images)):
+        step = gradient(current, batch)
+        if step.keys() != current.keys():
+            raise GradleakError(
+                "the defense takes each example's gradient out of the space of the parameters, where local steps "
+                "(local_lr) cannot follow; use FedSGD"
+            )
+        current = {name: current[name] - training.lr * step[name] for name in current}
+    return {name: current[name] - start[name] for name in start}
+
+
+def _each_gradient(
+    network: Network,
+    images: Tensor,
+    targets: Tensor,
+    buffers: dict[str, Tensor] | None,
+    at: Update,
+    differentiate: Differentiate,
+) -> list[Update]:
+    # A batch is at most a few images here, and a loop works under both ways of differentiating.
+    return [
+        differentiate(
+            lambda p, one=slice(i, i + 1): network.loss(images[one], targets[one], p, _rows(buffers, one)),  # type: ignore[misc]
+            at,
+        )
+        for i in range(len(images))
+    ]
+
+
+def _rows(buffers: dict[str, Tensor] | None, batch: slice) -> dict[str, Tensor]:
+    return {name: tensor[batch] for name, tensor in (buffers or {}).items()}
+
+
+def one_hot(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """Class probabilities [..., classes] of integer labels [...]."""
+    return nn.functional.one_hot(labels, classes).to(dtype)
+
+
+def stack(updates: list[Update]) -> Update:
+    """Stack dictionaries of tensors along a new first axis."""
+    return {name: torch.stack([update[name] for update in updates]) for name in updates[0]}
+
+
+def flatten(update: Update) -> Tensor:
+    """All tensors of one update as one vector [d]."""
+    return torch.cat([tensor.flatten() for tensor in update.values()])
+
+
+def unflatten(vector: Tensor, shapes: Mapping[str, Sequence[int]]) -> Update:
+    """Cut one vector [d] into tensors of these shapes; the inverse of `flatten`."""
+    parts = vector.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.reshape(tuple(shape)) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def dot(left: Update, right: Update) -> Tensor:
+    """Inner product over all tensors of two updates, a scalar."""
+    return torch.stack([(left[name] * right[name]).sum() for name in left]).sum()
+
+
+def squared_norm(update: Update) -> Tensor:
+    """Squared Euclidean norm over all tensors of an update, a scalar."""
+    return dot(update, update)
+
+
+__all__ = [
+    "Differentiate",
+    "LocalTraining",
+    "Network",
+    "Update",
+    "by_autograd",
+    "by_transform",
+    "dot",
+    "flatten",
+    "local_update",
+    "one_hot",
+    "squared_norm",
+    "stack",
+    "unflatten",
+]
