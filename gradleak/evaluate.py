@@ -1,0 +1,414 @@
+"""One cell: clients send messages, the attack answers, the truth is compared with the answer.
+
+Only this module and `client` may hold a victim's images; the attack gets an `Observation`, which holds none.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import platform
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from . import __version__, client, metrics, priors_training, registry, seeds, training
+from .attack import Attack, Reconstruction
+from .dataset import Data
+from .defense import Defense, View
+from .errors import GradleakError
+from .generators import Generator, load_generator
+from .model import initialise
+from .seeds import Generators
+from .store import CellResult, ImageRow
+from .suite import Cell, attack_and_defense, build_setting
+from .threat import Compute, Knowledge, Level, Observation, Setting, rank
+from .update import LocalTraining, Network
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where things are on this machine; none of it changes a result."""
+
+    data_root: Path | None = None
+    download: bool = False
+    cache: Path | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Refuse a device that is not there."""
+        kind = self.device.partition(":")[0]
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise GradleakError(f"device {self.device!r} is not there (torch sees no CUDA device; use cpu)")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise GradleakError(f"device {self.device!r} is not there ({reason}); use cpu or cuda") from error
+
+
+Progress = Callable[[float, float], None]
+"""Share of a cell done in [0, 1], and the attack's current mean loss."""
+
+
+def digest(resources: Resources) -> Callable[[str, Mapping[str, Any]], tuple[str, str]]:
+    """Return a function from a dataset's name and options to its version and digest."""
+
+    def of(name: str, options: Mapping[str, Any]) -> tuple[str, str]:
+        data = _data({"name": name, "options": options}, resources)
+        return data.version, data.digest
+
+    return of
+
+
+def check(cells: Iterable[Cell], resources: Resources) -> None:
+    """Refuse cells that cannot run, before any of them does.
+
+    Raises:
+        GradleakError: an attack needs knowledge that its setting does not grant, cannot run on a model or
+            under a defense at all, or more victims are asked for than the dataset holds.
+    """
+    seen: set[str] = set()
+    for cell in cells:
+        config = cell.config
+        relevant = {key: config[key] for key in ("attack", "defense", "model", "dataset", "setting", "knowledge")}
+        mark = json.dumps([relevant, config["victims"]], sort_keys=True)
+        if mark in seen:
+            continue
+        seen.add(mark)
+        attack, defense = attack_and_defense(config)
+        setting = build_setting(config["setting"])
+        data = _data(config["dataset"], resources)
+        data.victim_indices(config["victims"], setting.batch_size, config["tuning"])
+        missing = attack.needs.missing(_granted(attack, setting, config["knowledge"]))
+        if missing:
+            raise GradleakError(
+                f"attack {config['attack']['label']!r} needs {', '.join(missing)}, which setting "
+                f"{setting.name!r} does not grant; add it to the setting's `grants`"
+            )
+        if attack.observes_other_victim and config["victims"] < 2:
+            raise GradleakError(f"attack {config['attack']['label']!r} needs at least 2 victims")
+        module = _untrained(json.dumps(config["model"], sort_keys=True), data.shape, data.classes)
+        network = client.client_network(module, defense, setting)
+        reason = attack.unsuited(network.module, setting, defense)
+        if reason is not None:
+            raise GradleakError(
+                f"attack {config['attack']['label']!r} cannot run on model {config['model']['label']!r} under "
+                f"defense {config['defense']['label']!r}: {reason}; restrict it with `only`"
+            )
+
+
+def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None) -> CellResult:
+    """Run one cell and return all that is kept of it.
+
+    An attack that raises makes a failed cell that carries the error; running out of memory or time marks the
+    victims concerned.
+    """
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    clock = time.perf_counter()
+    try:
+        result = _evaluate(cell, resources, progress)
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        known = isinstance(error, GradleakError)
+        message = str(error) if known else f"{type(error).__name__}: {error} ({where})"
+        result = CellResult(key=cell.key, config=cell.config, status="failed", error=message)
+    return replace(
+        result,
+        started=started,
+        seconds=time.perf_counter() - clock,
+        device=_device_name(resources.device),
+        versions=_versions(),
+    )
+
+
+def victims_of(cell: Cell, resources: Resources) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Images [N, B, C, H, W] and labels [N, B] of a cell's victims, for galleries."""
+    config = cell.config
+    batch_size = config["setting"]["batch_size"]
+    data = _data(config["dataset"], resources)
+    images, labels = data.victims(config["victims"], batch_size, config["tuning"])
+    return images.numpy(), labels.numpy()
+
+
+def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> CellResult:
+    config = cell.config
+    attack, defense = attack_and_defense(config)
+    setting = build_setting(config["setting"])
+    data = _data(config["dataset"], resources)
+    module, accuracy = _network(config, setting, resources)
+    images, labels = data.victims(config["victims"], setting.batch_size, config["tuning"])
+    images, labels = images.to(resources.device, setting.dtype), labels.to(resources.device)
+    network = client.client_network(module, defense, setting).to(resources.device, setting.dtype)
+    # The attack is no part of these seeds: every attack faces the same messages.
+    context = [json.dumps(config[key], sort_keys=True) for key in ("dataset", "model", "setting")]
+    guard = json.dumps([config["defense"]["name"], config["defense"]["options"]], sort_keys=True)
+    sent = client.send(
+        network,
+        images,
+        labels,
+        data.classes,
+        defense,
+        setting,
+        seeds.derive("round", config["seed"], *context, guard),
+        client.seeds_for(list(range(len(images))), config["seed"], *context, guard),
+    )
+    generator = _generator(config, data, resources).to(resources.device, setting.dtype) if "prior" in config else None
+    observation = _observe(config, attack, defense, setting, data, network, sent, labels, generator, progress)
+    names = [(config["seed"], "attack", config["attack"]["name"], *context, i) for i in range(len(images))]
+    clock = time.perf_counter()
+    try:
+        answer = attack.reconstruct(observation, Generators(names, resources.device, setting.dtype))
+        status = [state.value for state in answer.status] or ["ok"] * len(images)
+    except torch.OutOfMemoryError:
+        answer, status = None, ["oom"] * len(images)
+    seconds = (time.perf_counter() - clock) / len(images)
+    return CellResult(
+        key=cell.key,
+        config=config,
+        provenance=_provenance(attack, defense, setting, sent, accuracy, answer),
+        rows=_rows(config, attack, data, observation, sent, images, labels, answer, status, seconds),
+        reconstructions={} if answer is None else dict(enumerate(answer.images.float().cpu().numpy())),
+        traces={} if answer is None or answer.trace is None else dict(enumerate(answer.trace.cpu().numpy())),
+    )
+
+
+def _observe(
+    config: Mapping[str, Any],
+    attack: Attack,
+    defense: Defense,
+    setting: Setting,
+    data: Data,
+    network: Network,
+    sent: client.Sent,
+    labels: Tensor,
+    generator: Generator | None,
+    progress: Progress | None,
+) -> Observation:
+    """Build what the attacker sees, and nothing more than is granted."""
+    granted = _granted(attack, setting, config["knowledge"])
+    message, private = sent.message, sent.buffers
+    if attack.observes_other_victim:
+        other = torch.arange(len(labels), device=labels.device).roll(-1)
+        labels = labels[other]
+        message = {name: tensor[other] for name, tensor in message.items()}
+        private = {name: tensor[other] for name, tensor in private.items()}
+    known = {"known": labels, "counts": labels.sort(-1).values}.get(granted.labels.value)
+    view = None
+    if granted.defense is not Level.OBLIVIOUS:
+        complete = rank(granted.defense) >= rank(Level.PUBLIC) or not sent.public
+        view = View(defense, sent.public if complete else None)
+    engine = config["engine"]
+    timeout = engine["timeout"]
+    return Observation(
+        network=network,
+        message=message,
+        update=vmap(lambda row: defense.decode(row, sent.public))(message),
+        view=view,
+        shape=data.shape,
+        classes=data.classes,
+        batch_size=setting.batch_size,
+        training=setting.local_training if granted.local_training else LocalTraining(),
+        weight_difference=setting.local_lr is not None,
+        labels=known,
+        generator=generator,
+        auxiliary=data.split.train if granted.auxiliary else None,
+        private=private if granted.defense is Level.ORACLE else None,
+        compute=Compute(
+            backend=engine["backend"],
+            width=engine["width"],
+            deadline=None if timeout is None else time.monotonic() + timeout,
+            progress=progress,
+        ),
+    )
+
+
+def _granted(attack: Attack, setting: Setting, level: str) -> Knowledge:
+    """What a setting grants; controls are yardsticks and always have the public images."""
+    auxiliary = setting.grants.auxiliary or attack.family == "control"
+    return replace(setting.grants, defense=Level(level), auxiliary=auxiliary)
+
+
+def _rows(
+    config: Mapping[str, Any],
+    attack: Attack,
+    data: Data,
+    observation: Observation,
+    sent: client.Sent,
+    images: Tensor,
+    labels: Tensor,
+    answer: Reconstruction | None,
+    status: list[str],
+    seconds: float,
+) -> list[ImageRow]:
+    norms = _norms(sent.message)
+    shared = [
+        {"status": state, "seconds": seconds, "message_norm": norm} for state, norm in zip(status, norms, strict=True)
+    ]
+    if answer is None:
+        return [
+            ImageRow.of({"victim": victim, "image": image, **shared[victim]})
+            for victim in range(len(images))
+            for image in range(images.shape[1])
+        ]
+    candidates = data.candidates(config["candidates"])
+    scored = metrics.score(answer.images, answer.labels, images, labels, candidates)
+    truth = None
+    if not attack.observes_other_victim:
+        truth = attack.loss(observation, sent.images, sent.targets, sent.buffers)
+    oracle = _oracle(answer, images)
+    columns = {
+        "loss": answer.loss,
+        "loss_at_truth": truth,
+        "iterations": answer.iterations,
+        "gradient_evaluations": answer.gradient_evaluations,
+        **answer.details,
+        **_guessed(answer, sent),
+    }
+    values = {name: column.tolist() for name, column in columns.items() if column is not None}
+    rows = []
+    for row in scored:
+        victim, image = row["victim"], row["image"]
+        own = {name: column[victim] for name, column in values.items()}
+        best = {} if oracle is None else {"oracle_psnr": oracle[victim][image]}
+        rows.append(ImageRow.of({**row, **shared[victim], **own, **best}))
+    return rows
+
+
+def _oracle(answer: Reconstruction, images: Tensor) -> list[list[float]] | None:
+    """PSNR [N][B] of the restart that the truth would have picked: a ceiling."""
+    if answer.candidates is None:
+        return None
+    best = []
+    for tries, truth in zip(answer.candidates, images, strict=True):
+        scores = []
+        for attempt in tries:
+            cleaned = metrics.clean(attempt)[0]
+            order = metrics.assign(attempt, truth)
+            scores.append(metrics.psnr(cleaned[order], truth.double()))
+        best.append(max(scores, key=lambda values: float(values.mean())).tolist())
+    return best
+
+
+def _guessed(answer: Reconstruction, sent: client.Sent) -> dict[str, Tensor]:
+    """Accuracy [N] of recovered private randomness (dropout masks), rounded, over all of it."""
+    shared = [name for name in answer.guessed if name in sent.buffers]
+    if not shared:
+        return {}
+    hits = [(answer.guessed[name].round() == sent.buffers[name].round()).flatten(1).float() for name in shared]
+    return {"mask_accuracy": torch.cat(hits, dim=1).mean(1)}
+
+
+def _norms(message: dict[str, Tensor]) -> list[float]:
+    squares = torch.stack([tensor.flatten(1).double().square().sum(1) for tensor in message.values()])
+    norms: list[float] = squares.sum(0).sqrt().tolist()
+    return norms
+
+
+def _provenance(
+    attack: Attack,
+    defense: Defense,
+    setting: Setting,
+    sent: client.Sent,
+    accuracy: float,
+    answer: Reconstruction | None,
+) -> dict[str, Any]:
+    guarantee = defense.guarantee(setting)
+    return {
+        "attack_family": attack.family,
+        "adaptive": attack.adaptive,
+        "threat_model": attack.threat_model,
+        "defense_family": defense.family,
+        "stochastic": _stochastic(defense, sent),
+        "bytes": float(np.mean(sent.bytes)),
+        "dense_bytes": sent.dense_bytes,
+        "epsilon": None if guarantee is None else asdict(guarantee),
+        "client_seconds": sent.seconds,
+        "model_accuracy": accuracy,
+        "backend": "" if answer is None else answer.backend,
+    }
+
+
+def _stochastic(defense: Defense, sent: client.Sent) -> bool:
+    """Whether two messages of one client differ."""
+    if sent.buffers:
+        return True
+    update = {name: tensor[0] for name, tensor in sent.update.items()}
+    first, second = (defense.protect(update, sent.public, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    return any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def _data(config: Mapping[str, Any], resources: Resources) -> Data:
+    options = json.dumps(config["options"], sort_keys=True)
+    return _read(config["name"], options, resources.data_root, resources.download)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(name: str, options: str, root: Path | None, download: bool) -> Data:
+    return Data(registry.build("datasets", name, json.loads(options)), name, root, download)
+
+
+@functools.lru_cache(maxsize=64)
+def _untrained(model: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    config = json.loads(model)
+    return initialise(registry.build("models", config["name"], config["options"]), shape, classes, 0)
+
+
+def _network(config: Mapping[str, Any], setting: Setting, resources: Resources) -> tuple[nn.Module, float]:
+    model, dataset = (json.dumps(config[key], sort_keys=True) for key in ("model", "dataset"))
+    return _prepared(model, dataset, setting.epochs, config["seed"], resources)
+
+
+@functools.lru_cache(maxsize=16)
+def _prepared(model: str, dataset: str, epochs: int, seed: int, resources: Resources) -> tuple[nn.Module, float]:
+    config = json.loads(model)
+    plugin = registry.build("models", config["name"], config["options"])
+    data = _data(json.loads(dataset), resources)
+    return training.prepare(plugin, config["name"], data, epochs, seed, resources.cache, resources.device)
+
+
+def _generator(config: Mapping[str, Any], data: Data, resources: Resources) -> Generator:
+    """Return a copy of the granted generator; its labels mean something only if it learned the same classes."""
+    prior = config["prior"]
+    if "source" in prior:
+        return load_generator(prior["source"], prior["weights"] and Path(prior["weights"]), data.shape)
+    public = _data(prior["dataset"], resources)
+    if public.shape != data.shape:
+        raise GradleakError(
+            f"prior: dataset {public.name!r} has images {public.shape}; those of {data.name!r} are {data.shape}"
+        )
+    generator = copy.deepcopy(_trained_prior(json.dumps(prior, sort_keys=True), resources))
+    generator.labelled = public.split.classes == data.split.classes
+    return generator
+
+
+@functools.lru_cache(maxsize=4)
+def _trained_prior(prior: str, resources: Resources) -> Generator:
+    config = json.loads(prior)
+    recipe = priors_training.Recipe(**config["options"])
+    return priors_training.train_prior(_data(config["dataset"], resources), recipe, resources.cache, resources.device)
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "torchmetrics", "numpy", "opacus")
+    return {"gradleak": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}}
