@@ -1,0 +1,193 @@
+"""What people see of a board: which columns, under which headings, with how many digits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from ..leaderboard import Board
+from ..results import SUCCESSES
+from ..scales import METRICS
+
+Line = Mapping[str, Any]
+
+MISSING = "-"
+"""Shown for what was not measured."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A shown column: its heading, how a line of the table becomes text, how it lies and what it is worth."""
+
+    heading: str
+    text: Callable[[Line], str]
+    right: bool = True
+    rank: int = 0
+    """Where a terminal is too narrow, columns of higher rank go first; those of rank 0 never."""
+    strong: bool = False
+    """Whether it stands out on lines that are separably first."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A column with its text for every line."""
+
+    column: Column
+    cells: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        """Characters of the widest cell or heading."""
+        return max(map(len, (self.column.heading, *self.cells)))
+
+
+def shown(board: Board) -> list[Shown]:
+    """Return the columns of a board that hold anything, as text."""
+    lines: list[Line] = board.table.to_dict("records")  # type: ignore[assignment]
+    columns = [Shown(column, tuple(column.text(line) for line in lines)) for column in _COLUMNS[board.name]]
+    return [each for each in columns if any(cell not in ("", MISSING) for cell in each.cells)]
+
+
+def number(value: Any, digits: int = 1, percent: bool = False) -> str:
+    """Return a number as text, `MISSING` for none; whole numbers from 1000 on in groups of three digits."""
+    if value is None or pd.isna(value):
+        return MISSING
+    value = float(value) * (100 if percent else 1)
+    if math.isinf(value):
+        return "inf"
+    text = f"{value:,.{digits}f}"
+    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
+
+
+def interval(line: Line, name: str, digits: int = 1, percent: bool = False) -> str:
+    """Return `estimate [low, high]`, or the estimate alone where it has no interval."""
+    estimate, low, high = (number(line.get(key), digits, percent) for key in (name, f"{name}_low", f"{name}_high"))
+    return estimate if MISSING in (low, high) else f"{estimate} [{low}, {high}]"
+
+
+def rank(line: Line) -> str:
+    """Return a rank, ties as `1-2`, empty for the unranked."""
+    low, high = line["rank_low"], line["rank_high"]
+    if pd.isna(low):
+        return ""
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _plain(heading: str, name: str, digits: int = 1, rank: int = 1, percent: bool = False) -> Column:
+    return Column(heading, lambda line: number(line.get(name), digits, percent), rank=rank)
+
+
+def _label(heading: str, name: str, rank: int = 0, strong: bool = False) -> Column:
+    return Column(heading, lambda line: str(line.get(name) or ""), right=False, rank=rank, strong=strong)
+
+
+def _interval(heading: str, name: str, digits: int = 1, rank: int = 1, percent: bool = False) -> Column:
+    return Column(heading, lambda line: interval(line, name, digits, percent), rank=rank)
+
+
+def _attained(line: Line) -> str:
+    attack, knowledge = line["psnr_attack"], line["psnr_knowledge"]
+    return attack if knowledge in ("", "oblivious") else f"{attack} ({knowledge})"
+
+
+def _guarantee(line: Line) -> str:
+    return number(line.get("epsilon"), 2)
+
+
+def _mark(name: str, text: str) -> Callable[[Line], str]:
+    return lambda line: text if line.get(name) else ""
+
+
+def _failed(line: Line) -> str:
+    return f"{line['failed']}/{line['trials']}" if line["failed"] else ""
+
+
+def _successes(first: int, intervals: bool) -> list[Column]:
+    make = _interval if intervals else _plain
+    return [
+        make(
+            f"{line.metric.upper()} {'≥' if METRICS[line.metric].higher_is_better else '≤'} {line.value:g} %",
+            name,
+            digits=0,
+            rank=first + place,
+            percent=True,
+        )
+        for place, (name, line) in enumerate(SUCCESSES.items())
+    ]
+
+
+_COLUMNS: dict[str, tuple[Column, ...]] = {
+    "defenses": (
+        Column("rank", rank, strong=True),
+        _label("defense", "defense", strong=True),
+        _interval("PSNR dB", "psnr", rank=0),
+        Column("worst attack", _attained, right=False),
+        _plain("floor", "psnr_floor", rank=1),
+        _interval("above floor dB", "above", rank=2),
+        _plain("oblivious", "psnr_oblivious", rank=1),
+        _plain("adaptive", "psnr_adaptive", rank=1),
+        _plain("oracle", "psnr_ceiling", rank=9),
+        Column(
+            "quartiles",
+            lambda line: " ".join(number(line[f"psnr_{name}"]) for name in ("q25", "median", "q75")),
+            rank=10,
+        ),
+        _interval("SSIM", "ssim", digits=2, rank=7),
+        _interval("MS-SSIM", "ms_ssim", digits=2, rank=12),
+        _interval("LPIPS", "lpips", digits=2, rank=6),
+        _interval("re-identified %", "reidentified", digits=0, rank=4, percent=True),
+        _plain("labels %", "label_correct", digits=0, rank=8, percent=True),
+        *_successes(13, intervals=True),
+        Column("epsilon", _guarantee, rank=2),
+        _plain("bytes", "bytes", digits=0, rank=3),
+        _plain("client s", "client_seconds", digits=3, rank=11),
+        _plain("accuracy %", "test_accuracy", rank=2, percent=True),
+        Column("failed", _failed, rank=5),
+        _label("note", "badges", rank=1),
+    ),
+    "attacks": (
+        Column("rank", rank, strong=True),
+        _label("attack", "attack", strong=True),
+        _label("knowledge", "knowledge", rank=1),
+        _label("family", "family", rank=4),
+        _interval("above floor dB", "above", rank=0),
+        _plain("PSNR dB", "psnr", rank=1),
+        _plain("SSIM", "ssim", digits=2, rank=5),
+        _plain("MS-SSIM", "ms_ssim", digits=2, rank=9),
+        _plain("LPIPS", "lpips", digits=2, rank=5),
+        _plain("re-identified %", "reidentified", digits=0, rank=3, percent=True),
+        _plain("labels %", "label_correct", digits=0, rank=6, percent=True),
+        *_successes(6, intervals=False),
+        _interval("rating", "rating", digits=0, rank=2),
+        _plain("gradients", "gradient_evaluations", digits=0, rank=4),
+        _plain("seconds", "seconds", digits=2, rank=7),
+        Column("cells", lambda line: f"{line['cells']}/{line['of_cells']}", rank=3),
+        Column("failed", _failed, rank=4),
+    ),
+    "pareto": (
+        Column("front", _mark("front", "*"), right=False),
+        _label("defense", "defense"),
+        _interval("above floor dB", "above"),
+        _plain("accuracy %", "test_accuracy", percent=True),
+        _plain("bytes", "bytes", digits=0),
+        Column("epsilon", _guarantee),
+        _label("note", "badges"),
+    ),
+    "compute": (
+        Column("front", _mark("front", "*"), right=False),
+        _label("attack", "attack"),
+        _label("knowledge", "knowledge"),
+        _plain("gradients", "gradient_evaluations", digits=0),
+        _plain("seconds", "seconds", digits=2),
+        _interval("above floor dB", "above"),
+    ),
+    "flags": (
+        _label("flag", "flag"),
+        _label("where", "where"),
+        _label("why", "why"),
+    ),
+}

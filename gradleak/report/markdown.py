@@ -1,0 +1,45 @@
+"""Boards as Markdown tables, aligned in the source too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..leaderboard import Board
+from .columns import shown
+
+
+def write(boards: Sequence[Board]) -> str:
+    """Return boards as Markdown: a heading, a table and its notes each; separably first lines are bold."""
+    return "\n".join(map(_board, boards))
+
+
+def _board(board: Board) -> str:
+    columns = shown(board)
+    headings = [_escape(each.column.heading) for each in columns]
+    lines = [
+        [_strong(_escape(each.cells[line]), each.column.strong and line in board.strong) for each in columns]
+        for line in range(len(board.table))
+    ]
+    widths = [max(3, *map(len, cells)) for cells in zip(headings, *lines, strict=True)]
+    right = [each.column.right for each in columns]
+    rule = ["-" * (width - 1) + ":" if last else "-" * width for width, last in zip(widths, right, strict=True)]
+    rows = [
+        " | ".join(
+            cell.rjust(width) if last else cell.ljust(width)
+            for cell, width, last in zip(cells, widths, right, strict=True)
+        )
+        for cells in (headings, rule, *lines)
+    ]
+    table = "".join(f"| {row} |\n" for row in rows) + "\n" if columns else ""
+    notes = "".join(f"- {_escape(note)}\n" for note in board.notes)
+    return f"### {board.title}\n\n{table}{notes}"
+
+
+def _strong(cell: str, strong: bool) -> str:
+    return f"**{cell}**" if strong and cell else cell
+
+
+def _escape(text: str) -> str:
+    for mark in "\\|*_<[`":
+        text = text.replace(mark, f"\\{mark}")
+    return text

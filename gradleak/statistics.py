@@ -1,0 +1,297 @@
+"""Statistics of leaderboards: intervals, ranks and tests that respect which images belong together.
+
+A cluster is one victim batch with all its images and all its seeds: images of a batch share an update, and
+the seeds of a suite attack the same frozen victims, so neither adds an independent case. Intervals
+therefore speak of new victims, and of the seeds that were run. From 32 clusters on, 95 % intervals cover 93
+to 97 % in simulations of normal, skewed and two-humped outcomes; with 16 they cover 93 to 98 %, the excess
+where outcomes have two humps; below that they are too narrow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize, special
+
+LEVEL = 0.95
+"""Confidence of every interval."""
+RESAMPLES = 2000
+"""Bootstrap resamples behind an interval."""
+ENOUGH = 16
+"""Clusters below which intervals are too narrow."""
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A point estimate with its confidence interval; both ends NaN where there is too little data."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class Resamples:
+    """A clustered bootstrap whose draws are shared by all that is compared, so that comparisons are paired.
+
+    Strata (datasets, say) hold independent clusters and are resampled on their own. A sample array [S] has
+    one entry for the data themselves, one for each cluster left out (jackknife), then one for each
+    bootstrap draw. Any function of sample arrays, a maximum for instance, is again a sample array and has
+    an `interval`.
+    """
+
+    def __init__(self, clusters: Mapping[str, int], count: int = RESAMPLES, seed: int = 0):
+        """Draw `count` resamples of each stratum's clusters."""
+        self.clusters = dict(clusters)
+        random = np.random.default_rng(seed)
+        total = sum(self.clusters.values())
+        self._weights: dict[str, Floats] = {}
+        start = 1
+        for stratum, size in self.clusters.items():
+            weights = np.full((1 + total + count, size), 1 / size)
+            weights[1 + total :] = random.multinomial(size, weights[0], size=count) / size
+            if size > 1:
+                weights[start : start + size] = (1 - np.eye(size)) / (size - 1)
+            self._weights[stratum] = weights
+            start += size
+        self._first_draw, self._count = start, count
+
+    @property
+    def size(self) -> int:
+        """Length S of a sample array."""
+        return self._first_draw + self._count
+
+    def means(self, stratum: str, values: Floats) -> Floats:
+        """Mean over clusters [..., K] in every sample, [..., S]; NaN is left out, all NaN gives NaN."""
+        there = np.isfinite(values)
+        weights = self._weights[stratum].T
+        if there.all():
+            return np.asarray(values @ weights)
+        totals, shares = np.where(there, values, 0.0) @ weights, there @ weights
+        means: Floats = np.divide(totals, shares, out=np.full(totals.shape, np.nan), where=shares > 1e-12)
+        return means
+
+    def draws(self, samples: Floats) -> Floats:
+        """Return the bootstrap part of sample arrays [..., S], [..., R]."""
+        return samples[..., self._first_draw :]
+
+    def interval(self, samples: Floats, maximum: bool = False) -> Interval:
+        """Bias-corrected accelerated interval of a sample array [S] (Efron 1987), widened for few clusters.
+
+        The nominal level is stretched from normal to Student quantiles (Hesterberg 2015, arXiv:1411.5279),
+        which matters below 50 clusters. With `maximum`, the samples are maxima over attacks: the largest of
+        several noisy means errs upwards, so the low end is also reflected at the estimate and the lower of
+        both is taken. Still, ten attacks of exactly equal strength leave about 90 % coverage.
+        """
+        estimate, draws = float(samples[0]), self.draws(samples)
+        freedom = sum(size - 1 for size in self.clusters.values())
+        draws = draws[np.isfinite(draws)]
+        if not math.isfinite(estimate) or freedom < 1 or not len(draws):
+            return Interval(estimate, math.nan, math.nan)
+        below = (np.mean(draws < estimate) + np.mean(draws <= estimate)) / 2
+        edge = 1 / (len(draws) + 1)
+        bias = special.ndtri(np.clip(below, edge, 1 - edge))
+        acceleration = self._acceleration(samples)
+        reach = math.sqrt((freedom + 1) / freedom) * float(special.stdtrit(freedom, (1 + LEVEL) / 2))
+
+        def quantile(z: float) -> float:
+            shifted = bias + z
+            # The bound only matters for a handful of wild clusters, where the formula would change sign.
+            shifted /= max(1 - acceleration * shifted, 0.1)
+            return float(np.quantile(draws, special.ndtr(bias + shifted)))
+
+        low, high = quantile(-reach), quantile(reach)
+        if maximum:
+            low = min(low, 2 * estimate - float(np.quantile(draws, special.ndtr(reach))))
+        return Interval(estimate, min(low, estimate), max(high, estimate))
+
+    def _acceleration(self, samples: Floats) -> float:
+        cubes = squares = 0.0
+        start = 1
+        for size in self.clusters.values():
+            left_out = samples[start : start + size]
+            start += size
+            if size > 1 and np.isfinite(left_out).all():
+                influence = (left_out.mean() - left_out) * (size - 1) / size
+                cubes += float((influence**3).sum())
+                squares += float((influence**2).sum())
+        return cubes / (6 * squares**1.5) if squares > 0 else 0.0
+
+
+def wilson(rate: float, trials: float) -> Interval:
+    """Wilson's interval of a success rate in [0, 1] over `trials`, which may be an effective, broken number.
+
+    Wilson (1927). `effective_trials` gives the number where trials come in clusters.
+    """
+    if not math.isfinite(rate) or trials <= 0:
+        return Interval(rate, math.nan, math.nan)
+    z = float(special.ndtri((1 + LEVEL) / 2))
+    centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    reach = z * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2)) / (1 + z**2 / trials)
+    return Interval(rate, min(rate, max(0.0, centre - reach)), max(rate, min(1.0, centre + reach)))
+
+
+def effective_trials(rates: Floats, trials: int) -> float:
+    """Number of independent trials that tell as much as `trials` trials in clusters with success `rates` [K].
+
+    Never more than `trials`; the number of clusters where all rates are 0 or all are 1. Korn and Graubard
+    (1998).
+    """
+    rates = rates[np.isfinite(rates)]
+    if len(rates) < 2:
+        return float(len(rates))
+    rate, variance = float(rates.mean()), float(rates.var(ddof=1)) / len(rates)
+    if rate in (0.0, 1.0):
+        return float(len(rates))
+    return min(float(trials), rate * (1 - rate) / variance) if variance > 0 else float(trials)
+
+
+def paired_p_values(differences: Floats) -> Floats:
+    """Two-sided p-values that paired differences [M, K] have mean zero, [M].
+
+    Student's paired test over clusters, but never less than flipping the signs of the clusters that differ
+    could give, 2^(1 - clusters): so a few large differences, as bimodal attacks make them, prove little.
+    NaN clusters are left out; no difference anywhere gives 1.
+    """
+    differences = np.atleast_2d(differences)
+    there = np.isfinite(differences)
+    count, differing = there.sum(axis=1), (there & (differences != 0)).sum(axis=1)
+    known = np.where(there, differences, 0.0)
+    mean = known.sum(axis=1) / np.maximum(count, 1)
+    squares = np.where(there, (known - mean[:, None]) ** 2, 0.0).sum(axis=1)
+    error = np.sqrt(squares / np.maximum(count * (count - 1), 1))
+    # Equal differences leave an error of rounding only.
+    statistic = np.abs(mean) / np.maximum(error, 1e-12 * np.abs(mean) + 1e-300)
+    tail = 2 * special.stdtr(np.maximum(count - 1, 1), -statistic)
+    p_values: Floats = np.where(differing > 0, np.maximum(tail, 2.0 ** (1 - differing)), 1.0)
+    return p_values
+
+
+def holm(p_values: Sequence[float] | Floats) -> Floats:
+    """Adjust p-values [M] so that any of them below 0.05 is wrong at most 1 time in 20 (Holm 1979)."""
+    values = np.asarray(p_values, dtype=float)
+    order = np.argsort(values)
+    factors = np.arange(len(values), 0, -1)
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(values[order] * factors))
+    return adjusted
+
+
+def detectable_difference(differences: Floats, power: float = 0.8) -> float:
+    """Smallest true mean difference that paired clusters [K] like these reveal with the given power.
+
+    Two-sided test at 1 - `LEVEL`, normal theory. NaN below two clusters.
+    """
+    differences = differences[np.isfinite(differences)]
+    count = len(differences)
+    if count < 2:
+        return math.nan
+    quantiles = special.stdtrit(count - 1, (1 + LEVEL) / 2) + special.stdtrit(count - 1, power)
+    return float(quantiles * differences.std(ddof=1) / math.sqrt(count))
+
+
+def ranks_from_draws(draws: Floats) -> list[tuple[int, int]]:
+    """Rank interval of each item, 1 the highest, from paired bootstrap draws [M, R] of their scores.
+
+    Equal items share the ranks they cover, so two equal leaders both have (1, 2). NaN ranks last.
+    """
+    scores = np.where(np.isnan(draws), -np.inf, draws)
+    above = np.stack([(scores > row).sum(axis=0) for row in scores])
+    level = np.stack([(scores == row).sum(axis=0) for row in scores])
+    tail = (1 - LEVEL) / 2
+    low = np.quantile(above + 1, tail, axis=1, method="inverted_cdf")
+    high = np.quantile(above + level, 1 - tail, axis=1, method="inverted_cdf")
+    return [(int(first), int(last)) for first, last in zip(low, high, strict=True)]
+
+
+def ranks_from_wins(better: Bools) -> list[tuple[int, int]]:
+    """Rank interval of each item from `better` [M, M]: whether the row's item separably beats the column's.
+
+    An item's rank lies after all that beat it and before all that it beats (Mogstad et al. 2024).
+    """
+    items = len(better)
+    return [(1 + int(better[:, item].sum()), items - int(better[item].sum())) for item in range(items)]
+
+
+def separable(values: Floats) -> Bools:
+    """Whether one item's mean beats another's, [M, M], by Holm-corrected paired tests over clusters.
+
+    `values` [M, C, K] holds each item's value in each of C conditions and K clusters. Two items are compared
+    where both have a value (not NaN): the mean over those conditions in each cluster, tested over clusters.
+    """
+    items = len(values)
+    better = np.zeros((items, items), dtype=bool)
+    pairs = list(itertools.combinations(range(items), 2))
+    if not pairs:
+        return better
+    differences = np.array([mean_over_known(values[first] - values[second]) for first, second in pairs])
+    settled = holm(paired_p_values(differences)) < 1 - LEVEL
+    ahead = np.nansum(differences, axis=1) > 0
+    for (first, second), sure, wins in zip(pairs, settled, ahead, strict=True):
+        if sure:
+            better[(first, second) if wins else (second, first)] = True
+    return better
+
+
+def mean_over_known(values: Floats) -> Floats:
+    """Mean over the first axis without its NaN entries; NaN where there is no other."""
+    there = np.isfinite(values)
+    count = there.sum(axis=0)
+    total = np.where(there, values, 0.0).sum(axis=0)
+    means: Floats = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    return means
+
+
+def bradley_terry(values: Floats, resamples: int = 200, seed: int = 0) -> list[Interval]:
+    """Ratings of M players from values [M, C, K], on the scale of chess ratings with mean 1000.
+
+    Every condition in every cluster is a game that the higher value wins and equal values draw; NaN does
+    not play. 400 points are ten to one. Half a won and half a lost game between every two players keeps an
+    unbeaten player finite. Bradley and Terry (1952); percentile interval over resampled clusters.
+    """
+    items, _, clusters = values.shape
+    points = np.zeros((items, items, clusters))
+    for first, second in itertools.permutations(range(items), 2):
+        gap = values[first] - values[second]
+        points[first, second] = ((gap > 0) + 0.5 * (gap == 0)).sum(axis=0)
+    random = np.random.default_rng(seed)
+    weights = random.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+    fitted = np.array([_ratings(points @ weight) for weight in (np.ones(clusters), *weights)])
+    low, high = np.quantile(fitted, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    low, high = np.minimum(low, fitted[0]), np.maximum(high, fitted[0])
+    return [Interval(*map(float, ends)) for ends in zip(fitted[0], low, high, strict=True)]
+
+
+def _ratings(wins: Floats) -> Floats:
+    items = len(wins)
+    wins = wins + 0.5 * (1 - np.eye(items))
+
+    def loss(strength: Floats) -> tuple[float, Floats]:
+        gap = strength[:, None] - strength[None, :]
+        chance = 1 / (1 + np.exp(-gap))
+        value = (wins * np.logaddexp(0, -gap)).sum()
+        slope = wins * (1 - chance)
+        return float(value), slope.sum(axis=0) - slope.sum(axis=1)
+
+    found: Any = optimize.minimize(loss, np.zeros(items), jac=True, method="L-BFGS-B")
+    strength: Floats = found.x - found.x.mean()
+    return 1000 + strength * 400 / math.log(10)
+
+
+def pareto_front(costs: Floats) -> Bools:
+    """Which points [M, axes], all axes the lower the better, none beats; equal points stay, NaN goes."""
+    known = np.atleast_1d(np.isfinite(costs).all(axis=1))
+    front = known.copy()
+    for item in np.flatnonzero(known):
+        others = costs[known]
+        beaten = (others <= costs[item]).all(axis=1) & (others < costs[item]).any(axis=1)
+        front[item] = not beaten.any()
+    return front

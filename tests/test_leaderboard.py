@@ -1,0 +1,517 @@
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gradleak import flags
+from gradleak.errors import GradleakError
+from gradleak.leaderboard import attack_board, boards, compute_board, defense_board, pareto_board
+from gradleak.results import AXES, Results, read
+from gradleak.store import CellResult, ImageRow, Store
+
+FAMILIES = {"dlg": "optimisation", "ig": "optimisation", "linear-leakage": "analytic"}
+NOISE = np.random.default_rng(0).normal(size=16)
+
+
+def cell(
+    psnr: Sequence[float] | None,
+    attack: str = "dlg",
+    defense: str = "noise",
+    model: str = "mlp",
+    dataset: str = "digits",
+    setting: str = "default",
+    knowledge: str = "oblivious",
+    seed: int = 0,
+    batch_size: int = 1,
+    victims: int = 16,
+    options: dict[str, Any] | None = None,
+    row: dict[str, Any] | None = None,
+    **facts: Any,
+) -> CellResult:
+    """A cell with one PSNR an image, NaN for a diverged trial, or no rows at all for a failed cell."""
+    config = {
+        "attack": {"name": attack, "label": attack, "options": options or {}},
+        "defense": {"name": defense, "label": defense, "options": {}},
+        "model": {"name": model, "label": model, "options": {}},
+        "dataset": {"name": dataset, "label": dataset, "options": {}, "digest": "0123456789"},
+        "setting": {"name": setting, "batch_size": batch_size, "grants": {"defense": knowledge}},
+        "knowledge": knowledge,
+        "victims": victims,
+        "seed": seed,
+        "suite": {"name": "synthetic", "version": 2},
+    }
+    rows = [
+        ImageRow(
+            victim=place // batch_size,
+            image=place % batch_size,
+            status="diverged" if math.isnan(value) else "ok",
+            psnr=value,
+            ssim=value / 50,
+            mse=10 ** (-value / 10),
+            reidentified=value > 18,
+            **{"loss": 1.0, "loss_at_truth": 1.0, **(row or {})},
+        )
+        for place, value in enumerate(psnr if psnr is not None else ())
+    ]
+    known: dict[str, Any] = {
+        "attack_family": FAMILIES.get(attack, "control"),
+        "defense_family": "none" if defense == "none" else "noise",
+        "adaptive": True,
+    }
+    return CellResult(
+        key=hashlib.sha256(json.dumps(config).encode()).hexdigest(),
+        config=config,
+        status="failed" if psnr is None else "ok",
+        rows=rows,
+        provenance={} if psnr is None else known | facts,
+    )
+
+
+def about(mean: float, spread: float = 1.0) -> list[float]:
+    """Sixteen values of the given mean, the same victims easy and hard in every cell."""
+    values: list[float] = (mean + spread * (NOISE - NOISE.mean())).tolist()
+    return values
+
+
+def floor(mean: float = 10, **labels: Any) -> CellResult:
+    return cell(about(mean), attack="mean-image", **labels)
+
+
+class Fixture:
+    """Makes results of cells through a real store."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.made = itertools.count()
+
+    def __call__(self, cells: Iterable[CellResult]) -> Results:
+        with Store(self.folder / f"{next(self.made)}.sqlite", create=True) as store:
+            for each in cells:
+                store.write(each)
+            return read(store)
+
+
+@pytest.fixture
+def results_of(tmp_path: Path) -> Fixture:
+    return Fixture(tmp_path)
+
+
+def line(table: pd.DataFrame, **labels: str) -> dict[str, Any]:
+    for name, label in labels.items():
+        table = table[table[name] == label]
+    (found,) = table.to_dict("records")
+    return {str(name): value for name, value in found.items()}
+
+
+# Defense board
+
+
+def test_the_worst_case_names_its_attack_and_leaves_controls_and_oracles_out(results_of: Fixture) -> None:
+    found = defense_board(
+        results_of(
+            [
+                floor(12),
+                cell(about(5), attack="random-image"),
+                cell(about(20), attack="dlg"),
+                cell(about(18), attack="ig"),
+                cell(about(25), attack="ig", knowledge="public"),
+                cell(about(40), attack="ig", knowledge="oracle"),
+                cell(about(90), attack="wrong-gradient", defense="none"),
+                cell(about(60), attack="dlg", defense="none"),
+            ]
+        )
+    ).table
+    noise = line(found, defense="noise")
+    assert noise["psnr"] == pytest.approx(25)
+    assert (noise["psnr_attack"], noise["psnr_knowledge"]) == ("ig", "public")
+    assert noise["psnr_oblivious"] == pytest.approx(20) and noise["psnr_oblivious_attack"] == "dlg"
+    assert noise["psnr_adaptive"] == pytest.approx(25) and noise["psnr_adaptive_attack"] == "ig"
+    assert noise["psnr_ceiling"] == pytest.approx(40)
+    assert noise["psnr_floor"] == pytest.approx(12) and noise["above"] == pytest.approx(13)
+    assert noise["psnr_median"] == pytest.approx(np.median(about(25)))
+    assert noise["psnr_best"] == pytest.approx(max(about(25)))
+    bare = line(found, defense="none")
+    assert bare["psnr"] == pytest.approx(60) and bare["above"] == pytest.approx(-30)
+    assert found["defense"].tolist() == ["noise", "none"]
+    assert found[["rank_low", "rank_high"]].to_numpy().tolist() == [[1, 1], [2, 2]]
+
+
+def test_axes_have_their_own_worst_cases(results_of: Fixture) -> None:
+    sharp = cell(about(20), attack="dlg", row={"lpips": 0.5})
+    alike = cell(about(15), attack="ig", row={"lpips": 0.1})
+    found = line(defense_board(results_of([floor(), sharp, alike])).table, defense="noise")
+    assert (found["psnr_attack"], found["lpips_attack"]) == ("dlg", "ig")
+    assert found["lpips"] == pytest.approx(0.1)
+    assert found["success_lpips_0.2"] == 1 and found["success_psnr_30"] == 0
+    assert math.isnan(found["ms_ssim"]) and found["ms_ssim_attack"] == ""
+
+
+def test_every_interval_holds_its_estimate(results_of: Fixture) -> None:
+    defenses = ("none", "noise", "top-k")
+    random = np.random.default_rng(1)
+    cells = [
+        cell(random.normal(20, 5, 16).tolist(), attack=attack, defense=defense, dataset=dataset)
+        for attack, defense, dataset in itertools.product((*FAMILIES, "mean-image"), defenses, ("digits", "photos"))
+    ]
+    for board in boards(results_of(cells), by_context=True, ratings=True):
+        columns = {str(name) for name in board.table.columns}
+        measured = {name for name in columns if {f"{name}_low", f"{name}_high"} <= columns}
+        assert "above" in measured
+        for name in measured:
+            known = board.table[board.table[name].notna()]
+            assert (known[f"{name}_low"] <= known[name] + 1e-9).all()
+            assert (known[f"{name}_high"] >= known[name] - 1e-9).all()
+
+
+def test_pooling_takes_the_worst_case_in_each_context(results_of: Fixture) -> None:
+    pooled = results_of(
+        [
+            *(floor(dataset=dataset) for dataset in ("digits", "photos")),
+            cell(about(30), attack="dlg", dataset="digits"),
+            cell(about(10), attack="ig", dataset="digits"),
+            cell(about(10), attack="dlg", dataset="photos"),
+            cell(about(20), attack="ig", dataset="photos"),
+        ]
+    )
+    found = line(defense_board(pooled).table, defense="noise")
+    assert found["psnr"] == pytest.approx(25)
+    assert found["psnr_attack"] == "dlg 1, ig 1"
+    assert found["victims"] == 32 and found["contexts"] == 2
+    photos = line(defense_board(pooled.where(dataset="photos")).table, defense="noise")
+    assert photos["psnr"] == pytest.approx(20) and photos["psnr_attack"] == "ig"
+    with pytest.raises(GradleakError, match=r"unknown dataset 'photo'; did you mean 'photos'"):
+        pooled.where(dataset="photo")
+
+
+def test_seeds_of_a_victim_make_one_cluster(results_of: Fixture) -> None:
+    # Twice the same numbers tell no more than once: the interval must not shrink.
+    once = defense_board(results_of([floor(), cell(about(20, 5))])).table
+    twice = defense_board(results_of([floor(), floor(seed=1), cell(about(20, 5)), cell(about(20, 5), seed=1)])).table
+    names = ["psnr", "psnr_low", "psnr_high"]
+    assert twice[names].to_numpy() == pytest.approx(once[names].to_numpy())
+    assert twice["seeds"].tolist() == [2] and twice["trials"].tolist() == [32]
+
+
+def test_images_of_a_batch_make_one_cluster(results_of: Fixture) -> None:
+    images = np.repeat(about(20, 5), 4).tolist()
+    single = defense_board(results_of([cell(about(20, 5))])).table
+    batched = defense_board(results_of([cell(images, batch_size=4)])).table
+    names = ["psnr", "psnr_low", "psnr_high", "reidentified_low"]
+    assert batched[names].to_numpy() == pytest.approx(single[names].to_numpy())
+
+
+def test_a_failed_trial_scores_the_paired_control(results_of: Fixture) -> None:
+    broken = about(20)
+    broken[3] = math.nan
+    found = results_of([floor(8), cell(about(11), attack="random-image"), cell(broken)])
+    scored = found.rows[(found.rows["attack"] == "dlg") & found.rows["failed"]]
+    # The better of the two controls, on that very victim, on every metric.
+    assert scored["psnr"].tolist() == pytest.approx([about(11)[3]])
+    assert scored["ssim"].tolist() == pytest.approx([about(11)[3] / 50])
+    assert scored["lpips"].isna().all()
+    board = line(defense_board(found).table, defense="noise")
+    assert board["failed"] == 1 and board["trials"] == 16
+    expected = [about(11)[3] if place == 3 else value for place, value in enumerate(about(20))]
+    assert board["psnr"] == pytest.approx(np.mean(expected))
+
+
+def test_a_failed_cell_counts_every_victim(results_of: Fixture) -> None:
+    found = results_of([floor(8), cell(about(20)), cell(None, seed=1)])
+    board = line(defense_board(found).table, defense="noise")
+    assert (board["trials"], board["failed"], board["seeds"]) == (32, 16, 2)
+    assert board["psnr"] == pytest.approx((20 + 8) / 2)
+    # A failed control does not turn into an attack.
+    both = results_of([floor(8), cell(None, attack="mean-image", seed=1), cell(about(20))])
+    assert attack_board(both).table["control"].tolist() == [False, True]
+
+
+def test_without_a_control_failures_score_the_worst_end_of_the_scale(results_of: Fixture) -> None:
+    board = defense_board(results_of([cell([math.nan] * 15 + [32.0])]))
+    assert board.table["psnr"].tolist() == [2]
+    assert board.table["psnr_floor"].isna().all()
+    assert any("no control was run" in note for note in board.notes)
+
+
+def test_the_badge_needs_an_attack_that_uses_what_it_knows(results_of: Fixture) -> None:
+    found = defense_board(
+        results_of(
+            [
+                cell(about(20), defense="none"),
+                cell(about(20), defense="oblivious-only"),
+                cell(about(20), defense="control-only"),
+                cell(about(20), defense="control-only", attack="mean-image", knowledge="public"),
+                cell(about(20), defense="blind", knowledge="public", adaptive=False),
+                cell(about(20), defense="oracle-only"),
+                cell(about(20), defense="oracle-only", knowledge="oracle"),
+                cell(about(20), defense="tested", knowledge="parameters"),
+                cell(about(20), defense="half"),
+                cell(about(20), defense="half", knowledge="public"),
+                cell(about(20), defense="half", dataset="photos"),
+            ]
+        )
+    ).table
+    badged = set(found.loc[found["badges"] == "not adaptively tested", "defense"])
+    assert badged == {"oblivious-only", "control-only", "blind", "oracle-only", "half"}
+
+
+def test_prices_and_guarantees(results_of: Fixture) -> None:
+    weak = {"epsilon": 8.0, "delta": 1e-5, "accountant": "rdp", "unit": "one example"}
+    cells = [
+        cell(about(20), bytes=100, test_accuracy=0.5, epsilon={**weak, "epsilon": 2.0}),
+        cell(about(20), bytes=300, test_accuracy=0.7, epsilon=weak, dataset="photos"),
+        cell(about(30), defense="none", bytes=900, test_accuracy=0.9, epsilon=None),
+    ]
+    found = defense_board(results_of(cells))
+    noise = line(found.table, defense="noise")
+    assert (noise["bytes"], noise["epsilon"], noise["accountant"]) == (200, 8, "rdp")
+    assert noise["test_accuracy"] == pytest.approx(0.6)
+    assert math.isnan(line(found.table, defense="none")["epsilon"])
+
+
+def test_equal_labels_with_other_options_are_told_apart(results_of: Fixture) -> None:
+    found = results_of(
+        [cell(about(20), options={"lr": 1.0, "steps": 5}), cell(about(30), options={"lr": 2.0, "steps": 5})]
+    )
+    assert sorted(set(found.rows["attack"])) == ["dlg (lr=1.0)", "dlg (lr=2.0)"]
+    # Knowledge of the defense is an axis of its own, not another setting.
+    same = results_of([cell(about(20)), cell(about(20), knowledge="public")])
+    assert set(same.rows["setting"]) == {"default"}
+
+
+def test_equal_defenses_tie_and_nothing_stands_out(results_of: Fixture) -> None:
+    found = defense_board(
+        results_of([cell(about(20), defense=defense) for defense in ("a", "b")] + [cell(about(30), defense="c")])
+    )
+    assert found.table[["rank_low", "rank_high"]].to_numpy().tolist() == [[1, 2], [1, 2], [3, 3]]
+    assert found.strong == frozenset()
+
+
+def test_notes_state_the_protocol(results_of: Fixture) -> None:
+    notes = "\n".join(defense_board(results_of([floor(), cell(about(20), seed=4), cell(about(9), defense="b")])).notes)
+    for fact in ("synthetic 2", "16 of digits/1", "seeds: 0, 4", "95 % interval", "minimum detectable difference"):
+        assert fact in notes
+    assert "too narrow" not in notes
+    few = defense_board(results_of([cell(about(20)[:15], victims=15)]))
+    assert any("fewer than 16 victims" in note for note in few.notes)
+
+
+def test_a_board_where_nothing_leaks_is_called_inconclusive(results_of: Fixture) -> None:
+    weak = defense_board(results_of([floor(10, defense="none"), cell(about(10), defense="none")]))
+    strong = defense_board(results_of([floor(10, defense="none"), cell(about(30), defense="none")]))
+    assert any("inconclusive" in note for note in weak.notes)
+    assert not any("inconclusive" in note for note in strong.notes)
+
+
+# Attack board
+
+
+def test_attacks_are_ranked_by_their_distance_to_the_floor(results_of: Fixture) -> None:
+    random = np.random.default_rng(2)
+    cells = [floor(10, defense=defense) for defense in ("a", "b")]
+    for defense in ("a", "b"):
+        cells += [
+            cell((np.array(about(20)) + random.normal(size=16) * 0.1).tolist(), attack="dlg", defense=defense),
+            cell((np.array(about(30)) + random.normal(size=16) * 0.1).tolist(), attack="ig", defense=defense),
+            cell(
+                (np.array(about(20)) + random.normal(size=16) * 0.1).tolist(), attack="linear-leakage", defense=defense
+            ),
+        ]
+    board = attack_board(results_of(cells), ratings=True)
+    table = board.table
+    assert table["attack"][0] == "ig" and table["attack"][3] == "mean-image"
+    assert table["above"].tolist() == pytest.approx([20, 10, 10, 0], abs=0.1)
+    ranks = table[["rank_low", "rank_high"]].astype("float").to_numpy().tolist()
+    assert ranks[:3] == [[1, 1], [2, 3], [2, 3]] and all(map(math.isnan, ranks[3]))
+    assert board.strong == frozenset({0})
+    assert table["rating"][0] > table["rating"][1] > 0 and math.isnan(table["rating"][3])
+    assert table["success_psnr_20"][0] == 1 and table["success_psnr_20"][3] == 0
+
+
+def test_attacks_are_compared_on_common_cells(results_of: Fixture) -> None:
+    # The weaker attack skipped the hard defense, so that its own mean looks better.
+    found = attack_board(
+        results_of(
+            [
+                cell(about(30), attack="ig", defense="easy"),
+                cell(about(10), attack="ig", defense="hard"),
+                cell(about(28), attack="dlg", defense="easy"),
+                floor(5, defense="easy"),
+                floor(5, defense="hard"),
+            ]
+        )
+    ).table
+    assert line(found, attack="dlg")["above"] > line(found, attack="ig")["above"]
+    assert (line(found, attack="ig")["rank_high"], line(found, attack="dlg")["rank_low"]) == (1, 2)
+    assert (line(found, attack="dlg")["cells"], line(found, attack="dlg")["of_cells"]) == (1, 2)
+
+
+# Both
+
+
+@given(st.permutations(range(8)))
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_order_of_writing_and_reading_changes_nothing(results_of: Fixture, order: list[int]) -> None:
+    random = np.random.default_rng(3)
+    cells = [
+        cell(random.normal(20, 5, 16).tolist(), attack=attack, defense=defense, knowledge=knowledge)
+        for attack, defense, knowledge in itertools.product(("dlg", "mean-image"), ("a", "b"), ("oblivious", "public"))
+    ]
+    one, other = results_of(cells), results_of(cells[place] for place in order)
+    for first, second in zip(boards(one), boards(other), strict=True):
+        pd.testing.assert_frame_equal(first.table, second.table)
+        assert (first.notes, first.strong) == (second.notes, second.strong)
+
+
+def test_a_cell_in_two_stores_counts_once(tmp_path: Path) -> None:
+    with Store(tmp_path / "one", create=True) as one, Store(tmp_path / "two", create=True) as two:
+        for store in (one, two):
+            store.write(floor())
+        one.write(cell(None))
+        two.write(cell(about(20)))
+        found = read(one, two)
+    assert len(found.cells) == 2 and set(found.cells["status"]) == {"ok"}
+    assert len(found.rows) == 32
+
+
+def test_an_empty_store_says_so(tmp_path: Path) -> None:
+    with Store(tmp_path / "empty", create=True) as store, pytest.raises(GradleakError, match="holds no cell yet"):
+        read(store)
+
+
+def test_only_controls_make_an_empty_board(results_of: Fixture) -> None:
+    found = results_of([floor()])
+    assert len(defense_board(found).table) == 0
+    assert "no attack has faced any defense yet" in defense_board(found).notes
+    assert attack_board(found, ratings=True).table["attack"].tolist() == ["mean-image"]
+
+
+def test_trade_offs_mark_what_nothing_beats(results_of: Fixture) -> None:
+    cells = [
+        cell(about(30), defense="none", bytes=100, test_accuracy=0.9),
+        cell(about(15), defense="good", bytes=100, test_accuracy=0.9),
+        cell(about(12), defense="safe", bytes=100, test_accuracy=0.5),
+        cell(about(20), defense="small", bytes=10, test_accuracy=0.9),
+    ]
+    cells += [floor(10, defense=defense) for defense in ("none", "good", "safe", "small")]
+    table = pareto_board(defense_board(results_of(cells))).table
+    assert set(table.loc[table["front"], "defense"]) == {"good", "safe", "small"}
+    spent = [cell(about(20), attack="dlg", row={"gradient_evaluations": 10}), floor()]
+    spent += [cell(about(15), attack="ig", row={"gradient_evaluations": 20})]
+    compute = compute_board(attack_board(results_of(spent))).table
+    assert compute["attack"].tolist() == ["dlg", "ig"] and compute["front"].tolist() == [True, False]
+
+
+# Flags: each is raised by a constructed case and silent on a sound one
+
+
+def raised(results: Results) -> set[str]:
+    return {flag.flag for flag in flags.flags(results)}
+
+
+def sound(**facts: Any) -> list[CellResult]:
+    """A defense that an attack broke, with and without knowledge of it, to the end of its loss."""
+    row = {"loss": 0.11, "loss_at_truth": 0.1, "message_norm": 3.0, "late_progress": 0.001}
+    return [
+        floor(),
+        cell(about(20), row=row, **facts),
+        cell(about(25), knowledge="public", row=row, **facts),
+        cell(about(22), attack="linear-leakage", row={"message_norm": 3.0}, **facts),
+    ]
+
+
+def test_sound_results_raise_no_flag(results_of: Fixture) -> None:
+    found = results_of(sound(stochastic=True))
+    assert raised(found) == set()
+    board = flags.flag_board(found)
+    assert len(board.table) == 0 and board.notes == ("no flag raised",)
+
+
+def test_randomness_without_an_adaptive_answer_is_flagged(results_of: Fixture) -> None:
+    assert raised(results_of([floor(), cell(about(20), stochastic=True)])) == {"randomness unanswered"}
+    assert raised(results_of([floor(), cell(about(20), stochastic=False)])) == set()
+    bare = [floor(defense="none"), cell(about(20), defense="none", stochastic=True)]
+    assert raised(results_of(bare)) == set()
+
+
+def test_an_attack_that_did_not_fit_is_flagged(results_of: Fixture) -> None:
+    stuck = {"loss": 5.0, "loss_at_truth": 0.1}
+    (flag,) = flags.flags(results_of([floor(), cell(about(11), row=stuck)]))
+    assert flag.flag == "attack did not fit"
+    assert flag.where == "dlg against noise on mlp · digits · default"
+    assert "5 at its answer, 0.1 at the truth" in flag.why
+    # Images that were found prove that it fitted well enough, and a negative loss is no excuse.
+    assert raised(results_of([floor(), cell(about(25), row=stuck)])) == set()
+    assert raised(results_of([floor(), cell(about(11), row={"loss": -1.0, "loss_at_truth": -9.0})])) == set()
+    assert raised(results_of([floor(), cell(about(11), row={"loss": 9.0, "loss_at_truth": -9.0})])) != set()
+
+
+def test_an_attack_that_models_another_update_is_flagged(results_of: Fixture) -> None:
+    wrong = {"loss": 0.1, "loss_at_truth": 5.0}
+    assert raised(results_of([floor(), cell(about(15), row=wrong)])) == {"truth is no minimum"}
+    # Perfect images make both losses rounding errors.
+    tiny = {"loss": 1e-15, "loss_at_truth": 1e-11}
+    assert raised(results_of([floor(), cell(about(60), row=tiny)])) == set()
+    # An attacker that knows the noise fits it: that is protection, not a mistake.
+    known = cell(about(11), row=wrong, knowledge="public", stochastic=True)
+    assert raised(results_of([floor(), known])) == set()
+
+
+def test_weaker_knowledge_that_wins_is_flagged(results_of: Fixture) -> None:
+    better = [floor(), cell(about(25)), cell(about(20), knowledge="public")]
+    (flag,) = flags.flags(results_of(better))
+    assert flag.flag == "weaker knowledge wins" and "5.0 dB better with knowledge 'oblivious'" in flag.why
+    chance = (np.array(about(20)) + np.where(np.arange(16) % 2, 4, -4)).tolist()
+    assert raised(results_of([floor(), cell(about(20.2)), cell(chance, knowledge="public")])) == set()
+    assert raised(results_of([floor(), cell(about(20.2)), cell(about(20), knowledge="public")])) == set()
+
+
+def test_optimisation_that_misses_what_a_closed_form_finds_is_flagged(results_of: Fixture) -> None:
+    closed = cell(about(40), attack="linear-leakage")
+    assert raised(results_of([floor(), closed, cell(about(11)), cell(about(10), attack="ig")])) == {
+        "optimisation fails"
+    }
+    assert raised(results_of([floor(), closed, cell(about(11)), cell(about(20), attack="ig")])) == set()
+    assert raised(results_of([floor(), closed])) == set()
+
+
+def test_an_empty_message_is_flagged(results_of: Fixture) -> None:
+    (flag,) = flags.flags(results_of([floor(), cell(about(20), row={"message_norm": 0.0})]))
+    assert flag.flag == "degenerate message" and flag.why.startswith("100 %")
+
+
+def test_leakage_that_rises_with_the_budget_is_flagged(results_of: Fixture) -> None:
+    def ladder(*gains: float) -> Results:
+        return results_of(
+            [
+                floor(),
+                *(
+                    cell(about(20 + gain), options={"iterations": 100 * 2**place, "lr": 1.0})
+                    for place, gain in enumerate(gains)
+                ),
+            ]
+        )
+
+    (flag,) = flags.flags(ladder(0, 2, 5))
+    assert flag.flag == "budget-limited" and "3.0 dB more" in flag.why and "iterations=400" in flag.where
+    assert raised(ladder(0, 5, 5.1)) == set()
+    late = {"late_progress": 0.4}
+    (flag,) = flags.flags(results_of([floor(), cell(about(20), row=late)]))
+    assert flag.flag == "budget-limited" and "40 % of the loss's fall" in flag.why
+    assert raised(results_of([floor(), cell(about(50), row=late)])) == set()
+
+
+def test_all_axes_are_measured_columns(results_of: Fixture) -> None:
+    table = defense_board(results_of(sound())).table
+    for axis in AXES:
+        assert {axis, f"{axis}_low", f"{axis}_high", f"{axis}_attack", f"{axis}_floor"} <= set(table.columns)

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradleak.errors import GradleakError
+from gradleak.leaderboard import Board
+from gradleak.report import FORMATS, render, terminal
+from gradleak.report.columns import number, rank, shown
+
+DEFENSES = Board(
+    "defenses",
+    "Defenses: mlp · digits · default",
+    pd.DataFrame(
+        {
+            "defense": ["top_k", "none"],
+            "psnr": [12.345, 28.0],
+            "psnr_low": [11.0, math.nan],
+            "psnr_high": [13.96, math.nan],
+            "psnr_attack": ["ig", "dlg"],
+            "psnr_knowledge": ["public", "oblivious"],
+            "psnr_floor": [10.0, 10.0],
+            "psnr_q25": [11.0, 27.0],
+            "psnr_median": [12.0, 28.0],
+            "psnr_q75": [13.0, 29.0],
+            "above": [2.345, 18.0],
+            "above_low": [-0.04, 17.0],
+            "above_high": [4.0, 19.0],
+            "success_psnr_20": [0.0, 1.0],
+            "lpips": [math.nan, math.nan],
+            "bytes": [1234.0, 56789.0],
+            "epsilon": [math.nan, math.nan],
+            "failed": [3, 0],
+            "trials": [16, 16],
+            "badges": ["not adaptively tested", ""],
+            "rank_low": pd.array([1, 2], dtype="Int64"),
+            "rank_high": pd.array([1, 2], dtype="Int64"),
+        }
+    ),
+    notes=("16 victims; seeds: 0, 1", "[low, high]: 95 % interval"),
+    strong=frozenset({0}),
+)
+ATTACKS = Board(
+    "attacks",
+    "Attacks: mlp · digits · default",
+    pd.DataFrame(
+        {
+            "attack": ["ig", "mean-image"],
+            "knowledge": ["public", "oblivious"],
+            "family": ["optimisation", "control"],
+            "above": [12.0, 0.0],
+            "above_low": [11.0, 0.0],
+            "above_high": [13.0, 0.0],
+            "cells": [3, 4],
+            "of_cells": [4, 4],
+            "failed": [0, 0],
+            "trials": [16, 16],
+            "rank_low": pd.array([1, None], dtype="Int64"),
+            "rank_high": pd.array([2, None], dtype="Int64"),
+        }
+    ),
+)
+FLAGS = Board("flags", "Doubts", pd.DataFrame({"flag": ["a | b"], "where": ["x_y"], "why": ["50 % of $ & #"]}))
+BOARDS = [DEFENSES, ATTACKS, FLAGS]
+
+
+def texts(board: Board) -> dict[str, tuple[str, ...]]:
+    return {each.column.heading: each.cells for each in shown(board)}
+
+
+def test_people_see_rounded_numbers_with_their_intervals() -> None:
+    seen = texts(DEFENSES)
+    assert seen["rank"] == ("1", "2") and seen["defense"] == ("top_k", "none")
+    assert seen["PSNR dB"] == ("12.3 [11.0, 14.0]", "28.0")
+    assert seen["worst attack"] == ("ig (public)", "dlg")
+    assert seen["above floor dB"] == ("2.3 [0.0, 4.0]", "18.0 [17.0, 19.0]")
+    assert seen["PSNR ≥ 20 %"] == ("0", "100")
+    assert seen["bytes"] == ("1,234", "56,789")
+    assert seen["failed"] == ("3/16", "") and seen["note"] == ("not adaptively tested", "")
+    assert seen["quartiles"] == ("11.0 12.0 13.0", "27.0 28.0 29.0")
+
+
+def test_what_nobody_measured_takes_no_column() -> None:
+    assert {"LPIPS", "epsilon", "SSIM", "accuracy %"}.isdisjoint(texts(DEFENSES))
+    assert "failed" not in texts(ATTACKS)
+
+
+def test_ranks_show_ties_and_controls_have_none() -> None:
+    assert texts(ATTACKS)["rank"] == ("1-2", "")
+    assert rank({"rank_low": 3, "rank_high": 3}) == "3"
+
+
+@given(st.floats(-1e6, 1e6), st.integers(0, 3))
+def test_numbers_read_back(value: float, digits: int) -> None:
+    text = number(value, digits)
+    assert float(text.replace(",", "")) == pytest.approx(value, abs=0.51 * 10**-digits)
+    assert text not in ("-0", "-0.0", "-0.00", "-0.000")
+
+
+def test_missing_and_infinite_numbers_have_words() -> None:
+    assert [number(value) for value in (None, math.nan, pd.NA, math.inf)] == ["-", "-", "-", "inf"]
+
+
+def test_terminal_table_is_aligned() -> None:
+    text = terminal.write([DEFENSES])
+    header, rule, first, second = text.splitlines()[2:6]
+    assert text.startswith("Defenses: mlp · digits · default\n\n")
+    assert set(rule) == {"─"}
+    assert first.index("12.3 [11.0, 14.0]") + 17 == header.index("PSNR dB") + 7
+    assert second.index("28.0") + 4 == header.index("PSNR dB") + 7
+    assert first.index("top_k") == second.index("none") == header.index("defense")
+    assert "[low, high]: 95 % interval" in text and "\x1b" not in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+def test_terminal_table_fits_and_says_what_it_left_out(width: int) -> None:
+    text = terminal.write([DEFENSES], width=width)
+    assert max(map(len, text.splitlines())) <= width
+    # Below 46 characters even the columns that never go have to wrap.
+    assert ("12.3 [11.0, 14.0]" in text and "ig (public)" in text) or width == 40
+    left_out = " ".join(text.partition("too narrow for: ")[2].split()).split(", ")
+    shown_headings = re.split(r" {2,}", text.splitlines()[2].strip())
+    assert set(filter(None, left_out)) | set(shown_headings) == set(texts(DEFENSES))
+
+
+def test_terminal_colours_only_the_separably_first() -> None:
+    bold = re.findall(r"\x1b\[1m([^\x1b]*)", terminal.write([DEFENSES], colour=True))
+    assert any("top_k" in text for text in bold)
+    assert not any("none" in text for text in bold)
+
+
+def test_markdown_is_a_table_with_bold_only_where_separable() -> None:
+    lines = render([DEFENSES], "markdown").splitlines()
+    assert lines[0] == "### Defenses: mlp · digits · default"
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 4 and len({len(row) for row in rows}) == 1
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    assert r"**top\_k**" in rows[2] and "**" not in rows[3]
+    assert set(rows[1]) <= set("|-: ")
+    assert r"- \[low, high]: 95 % interval" in lines
+    assert r"a \| b" in render([FLAGS], "markdown")
+
+
+def test_csv_is_one_file_with_every_number_unrounded() -> None:
+    rows = list(csv.DictReader(io.StringIO(render(BOARDS, "csv"))))
+    assert [row["board"] for row in rows] == ["defenses", "defenses", "attacks", "attacks", "flags"]
+    assert float(rows[0]["psnr"]) == 12.345 and rows[1]["psnr_low"] == "" and rows[2]["psnr"] == ""
+    assert rows[0]["rank_low"] == "1" and rows[3]["rank_low"] == ""
+    for row, line in zip(rows, DEFENSES.table.to_dict("records"), strict=False):
+        assert {name for name in row if row[name]} - {"board", "title"} == {
+            str(name) for name, value in line.items() if pd.notna(value) and value != ""
+        }
+
+
+def test_json_holds_every_number_and_null_for_none() -> None:
+    boards = json.loads(render(BOARDS, "json"))["boards"]
+    assert [board["name"] for board in boards] == ["defenses", "attacks", "flags"]
+    assert boards[0]["rows"][0]["psnr"] == 12.345
+    assert boards[0]["rows"][1]["psnr_low"] is None
+    assert boards[1]["rows"][1]["rank_low"] is None and boards[1]["rows"][0]["rank_low"] == 1
+    assert boards[0]["strong"] == [0] and boards[0]["notes"] == list(DEFENSES.notes)
+
+
+def test_latex_escapes_and_balances() -> None:
+    text = render(BOARDS, "latex")
+    assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 3
+    assert r"\textbf{top\_k}" in text and r"\textbf{none}" not in text
+    assert r"50 \% of \$ \& \#" in text
+    assert r"PSNR $\geq$ 20 \%" in text
+    assert r"\footnotesize {}[low, high]: 95 \% interval" in text
+    for block in text.split(r"\begin{tabular}")[1:]:
+        columns = len(block[1 : block.index("}")])
+        rows = [line for line in block.splitlines() if line.endswith(r" \\")]
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {columns - 1}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_ends_its_last_line_and_takes_an_empty_board(name: str) -> None:
+    empty = Board("defenses", "Nothing", DEFENSES.table.head(0), notes=("no attack yet",))
+    text = render([empty, ATTACKS], name)
+    assert text.endswith("\n") and "mean-image" in text
+    assert render([], name).strip() in ("", '{\n  "boards": []\n}')
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(GradleakError, match="unknown format 'markdwn'; did you mean 'markdown'"):
+        render(BOARDS, "markdwn")

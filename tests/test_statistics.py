@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from gradleak.statistics import (
+    Floats,
+    Resamples,
+    bradley_terry,
+    detectable_difference,
+    effective_trials,
+    holm,
+    mean_over_known,
+    paired_p_values,
+    pareto_front,
+    ranks_from_draws,
+    ranks_from_wins,
+    separable,
+    wilson,
+)
+
+TRIALS = 1500
+finite = st.floats(-100, 100).map(lambda value: round(value, 3))
+
+
+def samples_of(resamples: Resamples, values: Floats) -> Floats:
+    return resamples.means("all", values)
+
+
+def draw(kind: str, random: np.random.Generator, *shape: int) -> Floats:
+    """Values of mean zero: normal, right-skewed, or of two humps as a DLG-like success or failure gives."""
+    if kind == "normal":
+        return random.normal(scale=4, size=shape)
+    if kind == "skewed":
+        return random.gamma(4, 1.5, size=shape) - 6
+    return np.where(random.random(shape) < 0.4, 30.0, 10.0) - 18 + random.normal(size=shape)
+
+
+def coverage_of_a_mean(kind: str, clusters: int) -> float:
+    random = np.random.default_rng(1)
+    resamples = Resamples({"all": clusters}, count=1000)
+    samples = samples_of(resamples, draw(kind, random, TRIALS, clusters))
+    intervals = [resamples.interval(sample) for sample in samples]
+    return float(np.mean([interval.low <= 0 <= interval.high for interval in intervals]))
+
+
+@pytest.mark.parametrize("kind", ["normal", "skewed", "two humps"])
+def test_intervals_of_a_mean_cover_the_truth_95_times_in_100(kind: str) -> None:
+    assert 0.93 <= coverage_of_a_mean(kind, clusters=32) <= 0.97
+
+
+@pytest.mark.parametrize("kind", ["normal", "skewed", "two humps"])
+def test_intervals_of_few_clusters_are_rather_too_wide_than_too_narrow(kind: str) -> None:
+    # Sixteen outcomes of two humps are nearly a count, whose coverage moves in steps: 97.5 % here.
+    assert 0.93 <= coverage_of_a_mean(kind, clusters=16) <= 0.98
+
+
+@pytest.mark.parametrize("means", [(0.0, -1.0, -2.0), (0.0, -3.0, -3.0, -5.0)])
+def test_intervals_of_a_maximum_cover_the_truth_95_times_in_100(means: tuple[float, ...]) -> None:
+    # Attacks share their victims, whose difficulty makes half of the variance.
+    random = np.random.default_rng(2)
+    resamples = Resamples({"all": 32}, count=1000)
+    covered = 0
+    for _ in range(TRIALS):
+        noise = draw("normal", random, 1, 32) + draw("normal", random, len(means), 32)
+        worst = samples_of(resamples, noise / math.sqrt(2) + np.array(means)[:, None]).max(axis=0)
+        interval = resamples.interval(worst, maximum=True)
+        covered += interval.low <= 0 <= interval.high
+    assert 0.93 <= covered / TRIALS <= 0.97
+
+
+def test_intervals_over_strata_cover_the_mean_of_their_means() -> None:
+    random = np.random.default_rng(3)
+    resamples = Resamples({"digits": 16, "photos": 24}, count=1000)
+    covered = 0
+    for _ in range(TRIALS):
+        digits = resamples.means("digits", draw("normal", random, 16) + 5)
+        photos = resamples.means("photos", draw("two humps", random, 24) - 5)
+        interval = resamples.interval((digits + photos) / 2)
+        covered += interval.low <= 0 <= interval.high
+    assert 0.93 <= covered / TRIALS <= 0.97
+
+
+def test_ignoring_clusters_would_not_cover() -> None:
+    # The reason for clusters: four images of a victim that share its difficulty are not four victims.
+    random = np.random.default_rng(4)
+    naive, clustered = Resamples({"all": 64}, count=1000), Resamples({"all": 16}, count=1000)
+    covered = np.zeros(2)
+    for _ in range(500):
+        images = draw("normal", random, 16, 1) + random.normal(size=(16, 4))
+        for place, (resamples, values) in enumerate(((naive, images.ravel()), (clustered, images.mean(axis=1)))):
+            interval = resamples.interval(samples_of(resamples, values))
+            covered[place] += interval.low <= 0 <= interval.high
+    assert covered[0] / 500 < 0.75
+    assert covered[1] / 500 > 0.92
+
+
+def test_interval_agrees_with_scipy_where_the_widening_vanishes() -> None:
+    values = np.random.default_rng(5).gamma(2, 3, size=400)
+    ours = Resamples({"all": 400}, count=10_000)
+    interval = ours.interval(samples_of(ours, values))
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=10_000, method="BCa", rng=np.random.default_rng(6)
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert interval.low == pytest.approx(theirs.low, abs=0.03 * width)
+    assert interval.high == pytest.approx(theirs.high, abs=0.03 * width)
+
+
+@given(st.lists(finite, min_size=2, max_size=12), st.booleans())
+@settings(deadline=None)
+def test_interval_holds_its_estimate_and_stays_in_the_data(values: list[float], maximum: bool) -> None:
+    resamples = Resamples({"all": len(values)}, count=200)
+    interval = resamples.interval(samples_of(resamples, np.array(values)), maximum)
+    assert interval.estimate == pytest.approx(np.mean(values))
+    assert interval.low <= interval.estimate <= interval.high
+    assert interval.high <= max(values) + 1e-9
+    if not maximum:
+        assert interval.low >= min(values) - 1e-9
+
+
+def test_no_interval_without_a_second_cluster_or_a_value() -> None:
+    single = Resamples({"all": 1}, count=10)
+    interval = single.interval(samples_of(single, np.array([3.0])))
+    assert interval.estimate == 3 and math.isnan(interval.low) and math.isnan(interval.high)
+    pair = Resamples({"all": 2}, count=10)
+    assert math.isnan(pair.interval(samples_of(pair, np.full(2, np.nan))).low)
+
+
+def test_means_leave_missing_clusters_out() -> None:
+    resamples = Resamples({"all": 4}, count=10)
+    samples = samples_of(resamples, np.array([[1.0, np.nan, 3.0, np.nan], [1.0, 2.0, 3.0, 4.0]]))
+    assert samples[0, 0] == 2 and samples[1, 0] == 2.5
+    assert samples[1, 1:5] == pytest.approx([3, 8 / 3, 7 / 3, 2])  # one cluster left out each
+
+
+@given(st.integers(0, 40), st.integers(1, 40))
+def test_wilson_is_scipys(successes: int, more: int) -> None:
+    trials = successes + more
+    interval = wilson(successes / trials, trials)
+    reference = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    assert (interval.low, interval.high) == pytest.approx((reference.low, reference.high), abs=1e-12)
+
+
+def test_effective_trials_count_what_is_independent() -> None:
+    assert effective_trials(np.array([0.0, 1.0] * 8), trials=64) == pytest.approx(15)
+    assert effective_trials(np.ones(16), trials=64) == 16
+    assert effective_trials(np.full(16, 0.5), trials=64) == 64
+    random = np.random.default_rng(7)
+    independent = random.binomial(4, 0.5, size=2000) / 4
+    assert effective_trials(independent, trials=8000) == pytest.approx(8000, rel=0.1)
+
+
+def test_paired_p_values_are_scipys_paired_t_test() -> None:
+    random = np.random.default_rng(8)
+    first, second = random.normal(0.3, 1, size=(2, 5, 30))
+    second[:, :3] = np.nan
+    reference = stats.ttest_rel(first, second, axis=1, nan_policy="omit").pvalue
+    assert paired_p_values(first - second) == pytest.approx(np.asarray(reference))
+
+
+@pytest.mark.parametrize("kind", ["normal", "skewed", "two humps"])
+def test_paired_tests_keep_their_level(kind: str) -> None:
+    null = paired_p_values(draw(kind, np.random.default_rng(9), 4000, 20))
+    assert 0.03 <= np.mean(null < 0.05) <= 0.07
+
+
+def test_paired_tests_need_many_clusters_that_differ() -> None:
+    assert paired_p_values(np.zeros((1, 30)))[0] == 1
+    assert paired_p_values(np.array([[1.0, np.nan, np.nan]]))[0] == 1
+    assert paired_p_values(np.array([[1.0, 1.0, 1.0]]))[0] == 0.25
+    few = np.zeros((1, 1000))
+    few[0, :5] = 20
+    assert paired_p_values(few)[0] == 2**-4
+    assert paired_p_values(np.ones((1, 40)))[0] < 1e-10
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_dominates_bonferroni_and_keeps_the_order(values: list[float]) -> None:
+    adjusted = holm(values)
+    bonferroni = np.minimum(1, np.array(values) * len(values))
+    assert (adjusted <= bonferroni + 1e-12).all() and (adjusted >= np.array(values) - 1e-12).all()
+    order = np.argsort(values, kind="stable")
+    assert (np.diff(adjusted[order]) >= -1e-12).all()
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_detectable_difference_is_detected_as_often_as_it_says() -> None:
+    random = np.random.default_rng(10)
+    spread = random.normal(0, 2, size=(2000, 24))
+    smallest = np.array([detectable_difference(row) for row in spread]).mean()
+    found = np.asarray(stats.ttest_1samp(spread + smallest, 0, axis=1).pvalue) < 0.05
+    assert np.mean(found) == pytest.approx(0.8, abs=0.04)
+    assert math.isnan(detectable_difference(np.array([1.0, np.nan])))
+
+
+@given(st.integers(2, 5), st.integers(0, 2**16))
+@settings(deadline=None)
+def test_equal_items_share_their_ranks(items: int, seed: int) -> None:
+    row = np.random.default_rng(seed).normal(size=50)
+    assert ranks_from_draws(np.tile(row, (items, 1))) == [(1, items)] * items
+    values = np.tile(row, (items, 1))[:, None]
+    assert ranks_from_wins(separable(values)) == [(1, items)] * items
+
+
+def test_ranks_separate_what_is_separate() -> None:
+    random = np.random.default_rng(11)
+    draws = random.normal(size=(4, 500)) * 0.1 + np.array([3.0, 5.0, 5.0, 1.0])[:, None]
+    assert ranks_from_draws(draws) == [(3, 3), (1, 2), (1, 2), (4, 4)]
+    values = random.normal(size=(4, 1, 20)) * 0.1 + np.array([3.0, 5.0, 5.0, 1.0])[:, None, None]
+    assert ranks_from_wins(separable(values)) == [(3, 3), (1, 2), (1, 2), (4, 4)]
+
+
+def test_ranks_hold_the_true_rank_of_every_item_95_times_in_100() -> None:
+    random = np.random.default_rng(12)
+    means = np.array([0.0, 0.5, 1.0, 3.0])
+    held = 0
+    for _ in range(300):
+        values = random.normal(size=(4, 1, 20)) + means[:, None, None]
+        ranks = ranks_from_wins(separable(values))
+        held += all(low <= true <= high for (low, high), true in zip(ranks, (4, 3, 2, 1), strict=True))
+    assert held / 300 >= 0.95
+
+
+def test_items_are_compared_where_both_were_run() -> None:
+    # The second item looks better only because it skipped the hard condition.
+    random = np.random.default_rng(13)
+    values = random.normal(size=(2, 2, 20)) * 0.1 + np.array([[30.0, 10.0], [29.0, 0.0]])[:, :, None]
+    values[1, 1] = np.nan
+    assert mean_over_known(values[1].ravel()) > mean_over_known(values[0].ravel())
+    assert ranks_from_wins(separable(values)) == [(1, 1), (2, 2)]
+
+
+def test_bradley_terry_recovers_known_strengths() -> None:
+    # Gumbel noise makes the chance of winning exactly logistic in the gap of the means (Luce 1959).
+    random = np.random.default_rng(14)
+    strength = np.array([0.0, 1.0, 2.0])
+    values = random.gumbel(size=(3, 1, 4000)) + strength[:, None, None]
+    ratings = bradley_terry(values, resamples=100)
+    expected = 1000 + (strength - 1) * 400 / math.log(10)
+    for rating, truth in zip(ratings, expected, strict=True):
+        assert rating.estimate == pytest.approx(truth, abs=15)
+        assert rating.low <= rating.estimate <= rating.high and rating.high - rating.low < 40
+
+
+def test_bradley_terry_keeps_the_unbeaten_finite_and_the_equal_equal() -> None:
+    values = np.stack([np.full((1, 12), 2.0), np.ones((1, 12)), np.ones((1, 12))])
+    first, second, third = bradley_terry(values, resamples=20)
+    assert math.isfinite(first.estimate) and first.estimate > second.estimate
+    assert second.estimate == pytest.approx(third.estimate, abs=0.1)
+
+
+@given(st.lists(st.tuples(finite, finite), min_size=1, max_size=10))
+def test_pareto_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
+    front = pareto_front(np.array(points))
+    assert front.any()
+    for point, on_front in zip(points, front, strict=True):
+        beaten = any(other[0] <= point[0] and other[1] <= point[1] and other != point for other in points)
+        assert on_front == (not beaten)
+
+
+def test_points_with_unknown_costs_are_not_on_the_front() -> None:
+    assert pareto_front(np.array([[1.0, 2.0], [0.0, np.nan]])).tolist() == [True, False]
