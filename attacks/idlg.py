@@ -25,5 +25,3 @@ class IDLG(GradientMatching):
     iterations: int = 1200
     boxed: bool = False
     space: Literal["normalised", "raw"] = "raw"
-    tolerance: float = 1e-6
-    """The reference stops at this squared distance."""

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from gradleak.defense import Defense, Message, Public
-from gradleak.update import Update
+from gradleak.defense import Defense
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +13,3 @@ class NoDefense(Defense):
 
     family = "none"
     reference = "McMahan et al., arXiv:1602.05629"
-
-    def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
-        """Return the update."""
-        return update

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from gradleak import seeds
-from gradleak.defense import Defense, Message, Public
+from gradleak.defense import Defense
 from gradleak.errors import GradleakError
 from gradleak.model import Normalise
 from gradleak.quantum import (
@@ -31,7 +31,6 @@ from gradleak.quantum import (
     rotate_x,
     unpool,
 )
-from gradleak.update import Update
 
 _Quantum = Literal["angle", "product", "exponential", "reupload", "amplitude"]
 _Classical = Literal["fourier", "chebyshev", "angle-patches", "amplitude-patches"]
@@ -108,10 +107,6 @@ class QuantumEncoding(Defense):
             if self.encoding == "angle-patches":
                 return nn.Sequential(_AnglePatches(self.turn), _widened(module, 4))
             return nn.Sequential(_AmplitudePatches(), _widened(module, 1))
-
-    def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
-        """Return the update: the model is the defense."""
-        return update
 
 
 class _Circuit(nn.Module):

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from . import labels as label_rules
 from . import matching, priors
-from .defense import Defense
+from .defense import Defense, View
 from .errors import unknown
 from .matching import Plan, Status
 from .model import Normalise
 from .objectives import OBJECTIVES
 from .optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
-from .problem import Facts, Guess, Problem, take
+from .problem import Direct, Facts, Guess, Problem, take
 from .seeds import Generators
 from .threat import Knowledge, Labels, Observation, Setting
 from .update import LocalTraining, Network, Update, one_hot
@@ -203,15 +203,25 @@ class GradientMatching(Attack):
                 return view.nll(message, simulated)
             return self.distance(simulated, message)
 
+        direct = self._direct(view)
         clips = view is not None and view.defense.per_example_gradients
         return Problem(
             network=observation.network,
             training=observation.training,
             decode=self.decode,
-            match=match,
+            match=match if direct is None else direct,
             penalty=self.regularise,
             per_example=view.per_example if view is not None and clips else None,
         )
+
+    def _direct(self, view: View | None) -> Direct | None:
+        """Matching as a plain comparison, if nothing makes it another."""
+        if type(self).distance is not GradientMatching.distance or self.objective not in OBJECTIVES:
+            return None
+        if view is None:
+            return Direct(self.objective, "update")
+        plain = type(view.defense).simulate is Defense.simulate and not view.defense.has_likelihood
+        return Direct(self.objective, "message") if plain else None
 
     def facts(self, observation: Observation) -> Facts:
         """What is known of each victim, stacked."""

@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import logging
+import time
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from .errors import unknown
+from .layerwise import Layerwise
 from .optimisers import Variables
-from .problem import Facts, Problem, Values, take
+from .problem import Backend, Facts, Problem, Values, take
 from .update import by_autograd, by_transform
 
-
-class Backend(ABC):
-    """A way to compute the losses and gradients of stacked trials."""
-
-    @abstractmethod
-    def applies(self, problem: Problem, width: int) -> bool:
-        """Whether this backend can compute the problem."""
-
-    @abstractmethod
-    def __call__(self, problem: Problem, variables: Variables, facts: Facts) -> Values:
-        """Losses and gradients of W stacked trials."""
+log = logging.getLogger(__name__)
 
 
 class Sequential(Backend):
     """One trial after the other with plain double backward: the reference for all others."""
 
-    def applies(self, problem: Problem, width: int) -> bool:
+    def applies(self, problem: Problem, variables: Variables, facts: Facts) -> bool:
         """Anything."""
         return True
 
     def __call__(self, problem: Problem, variables: Variables, facts: Facts) -> Values:
         """Losses and gradients of W stacked trials."""
-        width = len(next(iter(variables.values())))
         totals, matchings, rows = [], [], []
-        for index in range(width):
+        for index in range(_width(variables)):
             leaves = {name: tensor[index].detach().requires_grad_() for name, tensor in variables.items()}
             total, matching = problem.loss(leaves, take(facts, index), by_autograd)
             gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -51,9 +42,9 @@ class Sequential(Backend):
 class Vmap(Backend):
     """All trials at once through torch.func.vmap."""
 
-    def applies(self, problem: Problem, width: int) -> bool:
-        """Anything torch.func can stack; one trial alone only pays its overhead."""
-        return width > 1
+    def applies(self, problem: Problem, variables: Variables, facts: Facts) -> bool:
+        """Anything torch.func can stack."""
+        return True
 
     def __call__(self, problem: Problem, variables: Variables, facts: Facts) -> Values:
         """Losses and gradients of W stacked trials."""
@@ -66,18 +57,85 @@ class Vmap(Backend):
         return Values(total.detach(), matching.detach(), {n: g.detach() for n, g in gradients.items()})
 
 
-BACKENDS: dict[str, Backend] = {"sequential": Sequential(), "vmap": Vmap()}
+BACKENDS: dict[str, type[Backend]] = {"sequential": Sequential, "vmap": Vmap, "layerwise": Layerwise}
+
+_WORTH_TIMING = 64
+"""Fewer victim-iterations than this are computed sooner than the other backends are tried."""
+_TIE = 1.1
+"""`sequential` is kept unless another backend is faster by this factor."""
 
 
-def choose(problem: Problem, width: int, name: str) -> tuple[str, Backend]:
-    """Return the named backend, or for `auto` the one to use for chunks of this width.
+def choose(name: str, problem: Problem, variables: Variables, facts: Facts, iterations: int) -> tuple[str, Backend]:
+    """Return the named backend, or for `auto` the fastest one for this chunk of trials.
+
+    A named backend that does not apply is replaced by `vmap`.
 
     Raises:
         GradleakError: no backend has that name.
     """
-    if name != "auto":
-        if name not in BACKENDS:
-            raise unknown("backend", name, [*BACKENDS, "auto"])
-        return name, BACKENDS[name]
-    picked = "vmap" if BACKENDS["vmap"].applies(problem, width) else "sequential"
-    return picked, BACKENDS[picked]
+    if name == "auto":
+        name, backend = _fastest(problem, variables, facts, iterations)
+        log.debug("backend %r was chosen for %d trials", name, _width(variables))
+        return name, backend
+    if name not in BACKENDS:
+        raise unknown("backend", name, [*BACKENDS, "auto"])
+    backend = BACKENDS[name]()
+    return (name, backend) if backend.applies(problem, variables, facts) else ("vmap", Vmap())
+
+
+def _fastest(problem: Problem, variables: Variables, facts: Facts, iterations: int) -> tuple[str, Backend]:
+    """Time every backend that applies, after a warm-up, and keep the fastest."""
+    width = _width(variables)
+    reference = Sequential()
+    if width * iterations < _WORTH_TIMING:
+        return "sequential", reference
+    # One trial is enough to know what `sequential` takes for all, and what the others must answer for it.
+    first = {name: tensor[:1] for name, tensor in variables.items()}
+    known = take(facts, slice(0, 1))
+    truth = reference(problem, first, known)
+    least = width * min(_seconds(reference, problem, first, known) for _ in range(2))
+    picked: tuple[str, Backend] = ("sequential", reference)
+    limit = least / _TIE
+    for name, kind in BACKENDS.items():
+        backend = kind()
+        if name == "sequential" or (name == "vmap" and width == 1) or not backend.applies(problem, variables, facts):
+            continue
+        try:
+            ready = backend.prepare(problem, facts)
+            answer = backend(problem, variables, ready)
+            seconds = min(_seconds(backend, problem, variables, ready) for _ in range(2))
+        except RuntimeError as error:  # memory, or an operation that cannot be stacked
+            log.debug("backend %r cannot compute this problem: %s", name, error)
+            continue
+        if not _agrees(answer, truth):
+            log.warning("backend %r disagrees with 'sequential' on this model and is not used", name)
+        elif seconds < limit:
+            picked, limit = (name, backend), seconds
+    return picked
+
+
+def _seconds(backend: Backend, problem: Problem, variables: Variables, facts: Facts) -> float:
+    device = next(iter(variables.values())).device
+    # One thread's own time does not depend on what else the machine does.
+    own = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if own else time.perf_counter
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = clock()
+    backend(problem, variables, facts)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - started
+
+
+def _agrees(answer: Values, truth: Values) -> bool:
+    """Whether the first trial's gradients are the same up to rounding; what is not finite says nothing."""
+    for name, expected in truth.gradients.items():
+        error, size = (answer.gradients[name][:1] - expected).norm(), expected.norm()
+        if bool(error.isfinite() & (error > 1e-2 * size)):
+            return False
+    return True
+
+
+def _width(variables: Variables) -> int:
+    return len(next(iter(variables.values())))

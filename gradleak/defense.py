@@ -6,6 +6,7 @@ read must be torch operations that vmap and double backward understand.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,6 +23,9 @@ Message = dict[str, Tensor]
 
 Public = dict[str, Tensor]
 """The public randomness of a round: the same for every client of it, known to the server."""
+
+Loss = Callable[[Update], Tensor]
+"""A client's loss after a step from its parameters, a scalar."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ class Defense:
         The default sends the update as it is, for defenses that change the model or the data.
         """
         return update
+
+    def release(self, update: Update, public: Public, generator: torch.Generator, loss: Loss) -> Message:
+        """Return the message, with the client's loss at hand; what `client` calls. Default: `protect`."""
+        return self.protect(update, public, generator)
 
     def decode(self, message: Message, public: Public) -> Update:
         """Return the update that the server applies, shaped like the model's parameters."""

@@ -24,17 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from . import __version__, client, metrics, priors_training, registry, seeds, training
+from . import __version__, batch_statistics, client, metrics, priors_training, registry, seeds, training
 from .attack import Attack, Reconstruction
 from .dataset import Data
 from .defense import Defense, View
 from .errors import GradleakError
 from .generators import Generator, load_generator
-from .model import initialise
+from .model import Model, initialise
 from .seeds import Generators
 from .store import CellResult, ImageRow
-from .suite import Cell, attack_and_defense, build_setting
-from .threat import Compute, Knowledge, Level, Observation, Setting, rank
+from .suite import Cell, attack_and_defense, build_defense_of, build_setting
+from .threat import BatchNorm, Compute, Knowledge, Level, Observation, Setting, rank
 from .update import LocalTraining, Network
 
 
@@ -152,7 +152,7 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
     module, accuracy = _network(config, setting, resources)
     images, labels = data.victims(config["victims"], setting.batch_size, config["tuning"])
     images, labels = images.to(resources.device, setting.dtype), labels.to(resources.device)
-    network = client.client_network(module, defense, setting).to(resources.device, setting.dtype)
+    network = client.freeze(module, defense, setting).to(resources.device, setting.dtype)
     # The attack is no part of these seeds: every attack faces the same messages.
     context = [json.dumps(config[key], sort_keys=True) for key in ("dataset", "model", "setting")]
     guard = json.dumps([config["defense"]["name"], config["defense"]["options"]], sort_keys=True)
@@ -167,7 +167,8 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
         client.seeds_for(list(range(len(images))), config["seed"], *context, guard),
     )
     generator = _generator(config, data, resources).to(resources.device, setting.dtype) if "prior" in config else None
-    observation = _observe(config, attack, defense, setting, data, network, sent, labels, generator, progress)
+    running = batch_statistics.running(module.to(resources.device, setting.dtype))
+    observation = _observe(config, attack, defense, setting, data, network, sent, running, labels, generator, progress)
     names = [(config["seed"], "attack", config["attack"]["name"], *context, i) for i in range(len(images))]
     clock = time.perf_counter()
     try:
@@ -194,18 +195,20 @@ def _observe(
     data: Data,
     network: Network,
     sent: client.Sent,
+    running: batch_statistics.Statistics,
     labels: Tensor,
     generator: Generator | None,
     progress: Progress | None,
 ) -> Observation:
     """Build what the attacker sees, and nothing more than is granted."""
     granted = _granted(attack, setting, config["knowledge"])
-    message, private = sent.message, sent.buffers
+    message, private, statistics = sent.message, sent.buffers, sent.statistics
     if attack.observes_other_victim:
         other = torch.arange(len(labels), device=labels.device).roll(-1)
         labels = labels[other]
         message = {name: tensor[other] for name, tensor in message.items()}
         private = {name: tensor[other] for name, tensor in private.items()}
+        statistics = {name: tensor[other] for name, tensor in statistics.items()}
     known = {"known": labels, "counts": labels.sort(-1).values}.get(granted.labels.value)
     view = None
     if granted.defense is not Level.OBLIVIOUS:
@@ -224,6 +227,8 @@ def _observe(
         training=setting.local_training if granted.local_training else LocalTraining(),
         weight_difference=setting.local_lr is not None,
         labels=known,
+        running_statistics=None if granted.batch_norm is BatchNorm.NONE else running,
+        batch_statistics=statistics if granted.batch_norm is BatchNorm.BATCH else None,
         generator=generator,
         auxiliary=data.split.train if granted.auxiliary else None,
         private=private if granted.defense is Level.ORACLE else None,
@@ -368,16 +373,36 @@ def _untrained(model: str, shape: tuple[int, int, int], classes: int) -> nn.Modu
 
 
 def _network(config: Mapping[str, Any], setting: Setting, resources: Resources) -> tuple[nn.Module, float]:
-    model, dataset = (json.dumps(config[key], sort_keys=True) for key in ("model", "dataset"))
-    return _prepared(model, dataset, setting.epochs, config["seed"], resources)
+    model, dataset, defense = (json.dumps(config[key], sort_keys=True) for key in ("model", "dataset", "defense"))
+    prepares = type(attack_and_defense(config)[1]).prepare_model is not Defense.prepare_model
+    return _prepared(model, dataset, defense if prepares else "", setting.epochs, config["seed"], resources)
 
 
 @functools.lru_cache(maxsize=16)
-def _prepared(model: str, dataset: str, epochs: int, seed: int, resources: Resources) -> tuple[nn.Module, float]:
+def _prepared(
+    model: str, dataset: str, defense: str, epochs: int, seed: int, resources: Resources
+) -> tuple[nn.Module, float]:
+    """Build and train the model; one that a defense changes is changed first and then trained."""
     config = json.loads(model)
-    plugin = registry.build("models", config["name"], config["options"])
+    plugin: Model = registry.build("models", config["name"], config["options"])
     data = _data(json.loads(dataset), resources)
+    if defense:
+        weights = training.initial_seed(plugin, config["name"], data, seed)
+        plugin = _Changed(model=plugin, defense=build_defense_of(json.loads(defense)), weights=weights)
     return training.prepare(plugin, config["name"], data, epochs, seed, resources.cache, resources.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Changed(Model):
+    """A model that a defense has prepared, from the initial weights that it has without the defense."""
+
+    reference = "gradleak"
+    model: Model
+    defense: Defense
+    weights: tuple[str, ...]
+
+    def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
+        return self.defense.prepare_model(initialise(self.model, shape, classes, *self.weights))
 
 
 def _generator(config: Mapping[str, Any], data: Data, resources: Resources) -> Generator:

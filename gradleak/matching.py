@@ -140,11 +140,15 @@ class _Run:
     def __init__(
         self, problem: Problem, start: Variables, facts: Facts, owner: Tensor, plan: Plan, compute: Compute
     ) -> None:
-        self.problem, self.facts, self.owner, self.plan, self.compute = problem, facts, owner, plan, compute
+        self.problem, self.owner, self.plan, self.compute = problem, owner, plan, compute
         self.start = start
         self.trials = len(owner)
         self.width = min(compute.width, self.trials)
-        self.name, self.backend = choose(problem, self.width, compute.backend)
+        first = {name: tensor[: self.width] for name, tensor in start.items()}
+        self.name, self.backend = choose(
+            compute.backend, problem, first, take(facts, owner[: self.width]), plan.iterations
+        )
+        self.facts = self.backend.prepare(problem, facts)
         device = owner.device
         # `slot[w]` is the trial in slot w; a slot whose trial has ended and is not replaced is idle.
         self.slot = torch.arange(self.width, device=device)
@@ -153,7 +157,7 @@ class _Run:
         self.step = torch.zeros(self.width, dtype=torch.int64, device=device)
         self.stale = torch.zeros_like(self.step)
         self.current = {name: tensor[self.slot].clone() for name, tensor in start.items()}
-        self.known = take(facts, owner[self.slot])
+        self.known = take(self.facts, owner[self.slot])
         self.best = {name: tensor.clone() for name, tensor in start.items()}
         dtype = next(iter(start.values())).dtype
         self.total = torch.full((self.trials,), torch.inf, dtype=dtype, device=device)

@@ -5,11 +5,14 @@ Every callable here sees ONE victim; the engine stacks trials.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor
 
+from .objectives import OBJECTIVES
 from .optimisers import Variables
 from .update import Differentiate, LocalTraining, Network, Update, local_update
 
@@ -27,6 +30,20 @@ class Guess:
     """Replaced buffers with a row an image, such as guessed dropout masks, [B, ...]."""
     parameters: Update | None = None
     """Where the gradient is taken, if not at the model's own parameters."""
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A `match` that compares the update itself with an observed one; a backend may know a closed form of it."""
+
+    objective: str
+    """Name in `gradleak.objectives`."""
+    observed: str = "update"
+    """Name of the fact it is compared with."""
+
+    def __call__(self, update: Update, facts: Facts) -> Tensor:
+        """How far the update is from the observed one, a scalar."""
+        return OBJECTIVES[self.objective](update, cast(Update, facts[self.observed]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +92,23 @@ class Values:
     gradients: Variables
 
 
-def take(facts: Facts, index: Tensor | int) -> Facts:
+class Backend(ABC):
+    """A way to compute the losses and gradients of stacked trials; made anew for every problem."""
+
+    @abstractmethod
+    def applies(self, problem: Problem, variables: Variables, facts: Facts) -> bool:
+        """Whether it can compute the problem for chunks like this one; asked before anything else."""
+
+    def prepare(self, problem: Problem, facts: Facts) -> Facts:
+        """Facts of all N victims as this backend likes them; some may be replaced by what only it understands."""
+        return facts
+
+    @abstractmethod
+    def __call__(self, problem: Problem, variables: Variables, facts: Facts) -> Values:
+        """Losses and gradients of W stacked trials."""
+
+
+def take(facts: Facts, index: Tensor | int | slice) -> Facts:
     """Select rows of stacked facts."""
     return {
         name: {key: tensor[index] for key, tensor in value.items()} if isinstance(value, dict) else value[index]

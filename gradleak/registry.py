@@ -33,15 +33,15 @@ def names(group: str) -> list[str]:
     return sorted(_sources(group))
 
 
-def load(group: str, name: str) -> type[Any]:
-    """Return the class behind a name.
+def load(group: str, name: str, where: str = "") -> type[Any]:
+    """Return the class behind a name; `where` opens the line of an error.
 
     Raises:
         GradleakError: the name is unknown, its file cannot be imported, or holds no single public class.
     """
     sources = _sources(group)
     if name not in sources:
-        raise unknown(GROUPS[group], name, sources)
+        raise unknown(GROUPS[group], name, sources, where)
     return sources[name]()
 
 
@@ -51,10 +51,10 @@ def build(group: str, name: str, options: Mapping[str, Any] | None = None, where
     Raises:
         GradleakError: as `load`, or an option has a wrong name, type or range; `where` opens the line.
     """
-    cls = load(group, name)
+    cls = load(group, name, where)
     options = dict(options or {})
     place = f"{where}: " if where else ""
-    fields = {field.name for field in dataclasses.fields(cls)}
+    fields = {field.name for field in _options(cls)}
     for option in options:
         if option not in fields:
             raise unknown(f"option of {GROUPS[group]} {name!r}", option, fields, where)
@@ -77,18 +77,19 @@ def describe(group: str, name: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": name, "error": ""}
     try:
         cls = load(group, name)
-        facts["summary"] = (inspect.getdoc(cls) or "").partition("\n")[0]
-        for fact in ("family", "threat_model", "adaptive", "counter_attacks", "reference", "version"):
-            if hasattr(cls, fact):
-                facts[fact] = getattr(cls, fact)
-        if hasattr(cls, "needs"):
-            needs = cls.needs
-            unneeded = type(needs)()
-            chosen = {field.name: getattr(needs, field.name) for field in dataclasses.fields(needs)}
-            facts["needs"] = {key: value for key, value in chosen.items() if value != getattr(unneeded, key)}
-        facts["defaults"] = options_of(build(group, name))
+        # Of an option without a default there is no instance to ask.
+        required = [field.name for field in _options(cls) if _is_required(field)]
+        plugin = cls if required else build(group, name)
     except GradleakError as error:
-        facts["error"] = str(error)
+        return {**facts, "error": str(error)}
+    facts["summary"] = (inspect.getdoc(cls) or "").partition("\n")[0]
+    for fact in ("family", "threat_model", "adaptive", "counter_attacks", "reference", "version"):
+        if hasattr(plugin, fact):
+            facts[fact] = getattr(plugin, fact)
+    if hasattr(plugin, "needs"):
+        needs, unneeded = options_of(plugin.needs), options_of(type(plugin.needs)())
+        facts["needs"] = {key: value for key, value in needs.items() if value != unneeded[key]}
+    facts["defaults"] = dict.fromkeys(required, "required") if required else options_of(plugin)
     return facts
 
 
@@ -196,6 +197,18 @@ def _group_of(cls: type[Any], origin: str) -> str:
             return group
     allowed = ", ".join(f"gradleak.{noun}.{noun.capitalize()}" for noun in GROUPS.values())
     raise GradleakError(f"{origin}: {cls.__name__} inherits from none of {allowed}")
+
+
+def _options(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
+    if not dataclasses.is_dataclass(cls):
+        raise GradleakError(
+            f"{cls.__module__}: {cls.__name__} is no dataclass; write @dataclass(frozen=True, kw_only=True)"
+        )
+    return dataclasses.fields(cls)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _adapter(cls: type[Any]) -> TypeAdapter[Any]:

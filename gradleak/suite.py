@@ -255,7 +255,6 @@ def expand(suite: Suite, digest: Digest) -> list[Cell]:
 
 def key_of(config: Mapping[str, Any]) -> str:
     """Hash of a resolved configuration, without what only names it (labels, setting name, suite)."""
-
     kept = {key: value for key, value in config.items() if key != "suite"}
     for part, title in (*((axis, "label") for axis in ("attack", "defense", "model", "dataset")), ("setting", "name")):
         kept[part] = {key: value for key, value in kept[part].items() if key != title}
@@ -400,8 +399,13 @@ def _short(value: Any) -> str:
 def attack_and_defense(config: Mapping[str, Any]) -> tuple[Attack, Defense]:
     """Rebuild a cell's attack and defense from its configuration."""
     attack: Attack = registry.build("attacks", config["attack"]["name"], config["attack"]["options"])
-    name, options = config["defense"]["name"], config["defense"]["options"]
+    return attack, build_defense_of(config["defense"])
+
+
+def build_defense_of(config: Mapping[str, Any]) -> Defense:
+    """Rebuild a defense from a cell's `defense`."""
+    name, options = config["name"], config["options"]
     if isinstance(options, list):
         parts = [part.strip() for part in name.split("+")]
-        return attack, build_defense(name, dict(zip(parts, options, strict=True)))
-    return attack, build_defense(name, options)
+        return build_defense(name, dict(zip(parts, options, strict=True)))
+    return build_defense(name, options)

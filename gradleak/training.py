@@ -60,9 +60,9 @@ def prepare(
         GradleakError: `epochs` is negative, training diverged, the cache cannot be written, or the checkpoint
             in it is damaged.
     """
-    options = json.dumps(options_of(model), sort_keys=True, default=str)
-    network = initialise(model, data.shape, data.classes, name, options, data.name, seed)
-    key = _key(network, options, data, epochs, seed, device)
+    drawn = initial_seed(model, name, data, seed)
+    network = initialise(model, data.shape, data.classes, *drawn)
+    key = _key(network, drawn[1], data, epochs, seed, device)
     path = (cache or default_cache()) / f"{name}-{key}.safetensors"
     if path.exists():
         score = _load(network, path)
@@ -71,6 +71,11 @@ def prepare(
         network.cpu()
         _save(network, score, path)
     return network.eval(), score
+
+
+def initial_seed(model: Model, name: str, data: Data, seed: int) -> tuple[str, ...]:
+    """What the initial weights of a model depend on: its name, its options, the dataset's name, and `seed`."""
+    return name, json.dumps(options_of(model), sort_keys=True, default=str), data.name, str(seed)
 
 
 def train(
@@ -105,7 +110,7 @@ def train(
         with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
             for batch in order.tensor_split(batches):
                 loss = F.cross_entropy(network(images[batch]), labels[batch])
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimiser.step()
                 optimiser.zero_grad()  # last, so that the network leaves without gradients
                 schedule.step()

@@ -69,6 +69,14 @@ class LocalTraining:
         return [slice(starts[k % len(starts)], starts[k % len(starts)] + width) for k in range(self.steps)]
 
 
+class Extended(nn.Module):
+    """A model with a term of its own in the loss (a bottleneck's divergence).
+
+    Called with images [B, C, H, W] alone it returns class scores [B, classes]; called with targets [B, classes]
+    too, the scores and the term, a scalar. Only the outermost module of a network is asked.
+    """
+
+
 @dataclass(frozen=True)
 class Network:
     """A model as a function: its architecture, and the parameters and buffers to call it with."""
@@ -106,8 +114,7 @@ class Network:
         self, images: Tensor, parameters: Update | None = None, buffers: dict[str, Tensor] | None = None
     ) -> Tensor:
         """Class scores [B, classes] of images [B, C, H, W]; given tensors replace the network's own."""
-        state = {**self.buffers, **(buffers or {}), **self.parameters, **(parameters or {})}
-        return cast(Tensor, functional_call(self.module, state, (images,), strict=False))
+        return cast(Tensor, self._call((images,), parameters, buffers))
 
     def loss(
         self,
@@ -116,9 +123,26 @@ class Network:
         parameters: Update | None = None,
         buffers: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Mean cross-entropy of images [B, C, H, W] against class probabilities `targets` [B, classes]."""
-        scores = self.logits(images, parameters, buffers).log_softmax(dim=-1)
-        return -(targets * scores).sum(dim=-1).mean()
+        """Mean cross-entropy of images [B, C, H, W] against class probabilities `targets` [B, classes].
+
+        An `Extended` model adds its own term.
+        """
+        if isinstance(self.module, Extended):
+            scores, term = cast(tuple[Tensor, Tensor], self._call((images, targets), parameters, buffers))
+        else:
+            scores, term = self.logits(images, parameters, buffers), images.new_zeros(())
+        return cross_entropy(scores, targets) + term
+
+    def _call(
+        self, inputs: tuple[Tensor, ...], parameters: Update | None, buffers: dict[str, Tensor] | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        state = {**self.buffers, **(buffers or {}), **self.parameters, **(parameters or {})}
+        return cast(Tensor, functional_call(self.module, state, inputs, strict=False))
+
+
+def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of class scores [B, classes] against class probabilities [B, classes]."""
+    return -(targets * scores.log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
 def local_update(
@@ -152,7 +176,7 @@ def local_update(
     def gradient(at: Update, batch: slice) -> Update:
         if per_example is None:
             return differentiate(lambda p: network.loss(images[batch], targets[batch], p, _rows(buffers, batch)), at)
-        rows = _each_gradient(network, images[batch], targets[batch], buffers, at, differentiate)
+        rows = _each_gradient(network, images[batch], targets[batch], _rows(buffers, batch), at, differentiate)
         limited = [per_example(row) for row in rows]
         return {name: torch.stack([row[name] for row in limited]).mean(0) for name in limited[0]}
 
@@ -225,11 +249,13 @@ def squared_norm(update: Update) -> Tensor:
 
 __all__ = [
     "Differentiate",
+    "Extended",
     "LocalTraining",
     "Network",
     "Update",
     "by_autograd",
     "by_transform",
+    "cross_entropy",
     "dot",
     "flatten",
     "local_update",

@@ -1,0 +1,73 @@
+"""Censor: a random update orthogonal to the gradient that still lowers the loss."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from gradleak.defense import Defense, Loss, Message, Public
+from gradleak.objectives import cosine
+from gradleak.update import Update
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Censor(Defense):
+    """Sends the best of `trials` random updates, each tensor orthogonal to its gradient and of its norm.
+
+    References: Zhang et al., NDSS 2025, arXiv:2501.15718. Best is the one of lowest loss after a virtual step;
+    where none beats the loss before the step, the gradient itself is sent, which is logged and is frequent with
+    exact orthogonality (a step along it lowers nothing to first order). `exact=False` is the released code,
+    whose projection is exact for gradients of norm one only.
+
+    The norms of all tensors are sent either way, and where the client fell back, so is the gradient: the
+    adaptive answer matches both. FedSGD; in a chain, where no loss is at hand, the first trial is sent.
+    """
+
+    family = "noise"
+    reference = "arXiv:2501.15718"
+
+    trials: Annotated[int, Ge(1)] = 20
+    lr: Annotated[float, Gt(0)] = 1e-4
+    """Rate of the virtual step."""
+    exact: bool = True
+    """Whether updates are orthogonal to the gradient."""
+
+    def release(self, update: Update, public: Public, generator: torch.Generator, loss: Loss) -> Message:
+        """Return the trial of lowest loss after a step, or the gradient if none is below the loss now."""
+        message = update
+        least = loss({name: torch.zeros_like(tensor) for name, tensor in update.items()})
+        for _ in range(self.trials):
+            candidate = self.protect(update, public, generator)
+            value = loss({name: -self.lr * tensor for name, tensor in candidate.items()})
+            if bool(value < least):
+                message, least = candidate, value
+        if message is update:
+            log.info("censor: no trial lowers the loss; the gradient itself is sent")
+        return message
+
+    def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
+        """Return one trial."""
+        return {name: self._orthogonal(tensor, generator) for name, tensor in update.items()}
+
+    def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Cosine distance, right where the client fell back, plus the mean squared error of the norms' ratios."""
+        ratios = [
+            ((simulated[name].square().sum() + 1e-30) / (sent.square().sum() + 1e-30)).sqrt()
+            for name, sent in message.items()
+        ]
+        return cosine(simulated, message) + (torch.stack(ratios) - 1).square().mean()
+
+    def _orthogonal(self, gradient: Tensor, generator: torch.Generator) -> Tensor:
+        drawn = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+        direction = (drawn / drawn.norm()).to(gradient)
+        norm = gradient.norm()
+        along = (direction * gradient).sum() / (norm.square() if self.exact else norm).clamp(min=1e-30)
+        rest = direction - along * gradient
+        return rest * norm / rest.norm().clamp(min=1e-30)

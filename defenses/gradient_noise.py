@@ -1,0 +1,53 @@
+"""Annealed gradient noise: made for optimisation, often taken for privacy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+
+from gradleak.defense import Defense, Message, Public
+from gradleak.defenses.gaussian_noise import GaussianNoise
+from gradleak.update import Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientNoise(Defense):
+    """Adds N(0, eta / (1 + t)^gamma) to the gradient of round t.
+
+    References: Neelakantan et al., arXiv:1511.06807. Nothing is clipped, so there is no guarantee. The noise is
+    additive, white and public in scale, so there is nothing more to know than that: the adaptive answer is the
+    squared distance, the likelihood of Gaussian noise.
+    """
+
+    family = "noise"
+    reference = "arXiv:1511.06807"
+
+    eta: Annotated[float, Ge(0)] = 0.01
+    """Variance of the noise in round 0."""
+    gamma: Annotated[float, Ge(0)] = 0.55
+    """How fast the variance falls."""
+    round: Annotated[int, Ge(0)] = 0
+    """Round t of the attacked message."""
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the noise in this round."""
+        return math.sqrt(self.eta / (1 + self.round) ** self.gamma)
+
+    def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
+        """Add the noise."""
+        noise = self._noise
+        return noise.protect(update, noise.public(update, 1, generator), generator)
+
+    def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Squared distance relative to the message's squared norm."""
+        return self._noise.nll(message, simulated, public)
+
+    @property
+    def _noise(self) -> GaussianNoise:
+        return GaussianNoise(sigma=self.deviation, clip=None)

@@ -1,0 +1,169 @@
+"""Several defenses as one: `sketch + gaussian-noise` in a suite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .defense import Defense, Guarantee, Message, Public
+from .errors import GradleakError
+from .threat import Setting
+from .update import Update
+
+
+@dataclass(frozen=True)
+class Chain(Defense):
+    """Runs defenses in order: each one's message is the next one's update.
+
+    Where one acts on each example's gradient (clipping), so do all before it, so that what it bounds is what is
+    sent; those must be linear: the order `sketch + gaussian-noise` clips sketches, `gaussian-noise + sketch` sketches
+    a noisy mean. A guarantee holds for the chain, as all that follows the noise is post-processing.
+
+    Raises:
+        GradleakError: a defense that is not linear comes before one that acts on each example's gradient.
+    """
+
+    defenses: tuple[Defense, ...]
+
+    def __post_init__(self) -> None:
+        for defense in self._each:
+            if not defense.linear:
+                first, then = type(defense).__name__, type(self.defenses[self._start]).__name__
+                raise GradleakError(f"chain: {first} is not linear, so it cannot come before {then}, which clips")
+
+    @property
+    def family(self) -> str:  # type: ignore[override]
+        """The families, in order."""
+        return " + ".join(defense.family for defense in self.defenses)
+
+    @property
+    def reference(self) -> str:  # type: ignore[override]
+        """The references, in order."""
+        return " + ".join(defense.reference for defense in self.defenses)
+
+    @property
+    def counter_attacks(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Every member's."""
+        return tuple(name for defense in self.defenses for name in defense.counter_attacks)
+
+    @property
+    def per_example_gradients(self) -> bool:
+        """Whether any member acts on each example's gradient."""
+        return any(defense.per_example_gradients for defense in self.defenses)
+
+    @property
+    def linear(self) -> bool:
+        """Whether all members are."""
+        return all(defense.linear for defense in self.defenses)
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether the last member that changes messages brings one."""
+        return self.defenses[self._last].has_likelihood
+
+    @property
+    def is_adaptive_target(self) -> bool:
+        """Whether knowing any member changes what a matching attack does."""
+        return any(defense.is_adaptive_target for defense in self.defenses)
+
+    def prepare_model(self, module: nn.Module) -> nn.Module:
+        """Return the model that all members have changed, in order."""
+        for defense in self.defenses:
+            module = defense.prepare_model(module)
+        return module
+
+    def encode(self, images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return what all members have encoded, in order."""
+        for defense in self.defenses:
+            images, targets = defense.encode(images, targets, generator)
+        return images, targets
+
+    def private_buffers(self, module: nn.Module, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw every member's private randomness."""
+        drawn: dict[str, Tensor] = {}
+        for defense in self.defenses:
+            drawn |= defense.private_buffers(module, images, generator)
+        return drawn
+
+    def public(self, template: Update, batch_size: int, generator: torch.Generator) -> Public:
+        """Draw every member's public randomness, for updates shaped like the message of the one before it."""
+        public: Public = {}
+        # A throwaway stream, as only the shapes of these messages matter.
+        private = torch.Generator().manual_seed(0)
+        for index, defense in enumerate(self.defenses):
+            own = defense.public(template, batch_size, generator)
+            template = defense.protect(template, own, private)
+            public |= {f"{index} {name}": tensor for name, tensor in own.items()}
+        return public
+
+    def per_example(self, gradient: Update, public: Public) -> Update:
+        """Change one example's gradient by all members up to the last that does so."""
+        for index, defense in enumerate(self._each):
+            gradient = defense.simulate(gradient, _own(public, index))
+        if self.per_example_gradients:
+            gradient = self.defenses[self._start].per_example(gradient, _own(public, self._start))
+        return gradient
+
+    def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
+        """Protect an update whose examples have been through `per_example`."""
+        for index, defense in self._whole:
+            update = defense.protect(update, _own(public, index), generator)
+        return update
+
+    def simulate(self, update: Update, public: Public) -> Message:
+        """Simulate an update whose examples have been through `per_example`."""
+        for index, defense in self._whole:
+            update = defense.simulate(update, _own(public, index))
+        return update
+
+    def decode(self, message: Message, public: Public) -> Update:
+        """Decode by every member, last to first."""
+        for index in reversed(range(len(self.defenses))):
+            message = self.defenses[index].decode(message, _own(public, index))
+        return message
+
+    def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """As the last member that changes messages: it made this one."""
+        return self.defenses[self._last].nll(message, simulated, _own(public, self._last))
+
+    def pack(self, message: Message, public: Public) -> bytes:
+        """As the last member that changes messages."""
+        return self.defenses[self._last].pack(message, _own(public, self._last))
+
+    def guarantee(self, setting: Setting) -> Guarantee | None:
+        """Return the strongest member's."""
+        found = [guarantee for defense in self.defenses if (guarantee := defense.guarantee(setting)) is not None]
+        return min(found, key=lambda guarantee: guarantee.epsilon, default=None)
+
+    @property
+    def _start(self) -> int:
+        """The last member that acts on each example's gradient, or the first member."""
+        acting = [index for index, defense in enumerate(self.defenses) if defense.per_example_gradients]
+        return max(acting, default=0)
+
+    @property
+    def _each(self) -> tuple[Defense, ...]:
+        """Members that act on each example before the mean."""
+        return self.defenses[: self._start]
+
+    @property
+    def _whole(self) -> list[tuple[int, Defense]]:
+        """Members that act on the mean."""
+        return list(enumerate(self.defenses))[self._start :]
+
+    @property
+    def _last(self) -> int:
+        """The last member that changes messages: one that is linear with the default `simulate` does not."""
+        changing = [
+            index
+            for index, defense in enumerate(self.defenses)
+            if not defense.linear or defense.has_likelihood or type(defense).simulate is not Defense.simulate
+        ]
+        return max(changing, default=len(self.defenses) - 1)
+
+
+def _own(public: Public, index: int) -> Public:
+    prefix = f"{index} "
+    return {name.removeprefix(prefix): tensor for name, tensor in public.items() if name.startswith(prefix)}
