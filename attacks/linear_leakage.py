@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from gradleak.attack import Attack, Reconstruction
 from gradleak.defense import Defense
-from gradleak.model import Normalise
 from gradleak.seeds import Generators
 from gradleak.threat import Observation, Setting
-from gradleak.update import Network
+
+from ._first_layer import first_linear, gradients, to_inputs, to_pixels
+
+_SAME = 1e-3  # root mean square distance in pixels below which two rows show one image
+_OUTSIDE = 1e-3  # how far outside [0, 1] rounding may bring a pixel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +23,11 @@ class LinearLeakage(Attack):
     """Divides the first layer's weight gradient by its bias gradient: exact for a batch of one.
 
     Row j of dL/dW is a mean of the inputs weighted by dL/db_j. One image: least squares over all rows,
-    x = dW^T db / |db|^2, the best estimate under white noise on dW. More images: every row is a candidate
-    mean, rows inside [0, 1] that recur most (an image that alone activates several neurons) come first.
-    References: Phong et al., 2018; Geiping et al., arXiv:2003.14053, proposition 3.1.
+    x = dW^T db / |db|^2, the best estimate under white noise on dW. More images: every row is a candidate mean;
+    rows inside [0, 1] that recur most (an image that alone activates several neurons) come first, each the least
+    squares over its recurrences. The loss is what no gradient at the outputs explains of dL/dW and dL/db together
+    with the images returned, relative to both. References: Phong et al., 2018; Geiping et al., arXiv:2003.14053,
+    proposition 3.1.
     """
 
     family = "analytic"
@@ -30,59 +35,71 @@ class LinearLeakage(Attack):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs a linear layer with bias right on the pixels."""
-        if _first_layer(module) is None:
+        name = first_linear(module)
+        if name is None:
             return "needs a model whose first layer is linear with a bias (linear, mlp)"
+        width = module.get_parameter(f"{name}.weight").shape[0]
+        if setting.batch_size > width:
+            return f"needs no more images than neurons: {width} neurons face a batch of {setting.batch_size}"
         return None
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Return the ratios of weight and bias gradients as images."""
-        name = _first_layer(observation.network.module)
-        assert name is not None
-        weight, bias = observation.gradient[f"{name}.weight"], observation.gradient[f"{name}.bias"]
+        weight, bias = self._gradients(observation)
         if observation.batch_size == 1:
-            energy = bias.square().sum(1, keepdim=True)
-            inputs = (torch.einsum("nop,no->np", weight, bias) / energy)[:, None]
+            inputs = _ratio(weight, bias, torch.ones_like(bias))[:, None]
         else:
             inputs = _recurring_rows(weight, bias, observation)
-        images = _to_pixels(inputs, observation)
-        return Reconstruction(images=images.nan_to_num(0.5).clamp(0, 1), labels=observation.labels)
+        images = to_pixels(inputs, observation).nan_to_num(0.5).clamp(0, 1)
+        loss = self._unexplained(observation, images)
+        return Reconstruction(images=images, labels=observation.labels, loss=loss)
+
+    def loss(
+        self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]
+    ) -> Tensor | None:
+        """Share of the layer's gradient [N] that given images cannot explain."""
+        return self._unexplained(observation, images)
+
+    def _gradients(self, observation: Observation) -> tuple[Tensor, Tensor]:
+        name = first_linear(observation.network.module)
+        assert name is not None
+        return gradients(observation, name)
+
+    def _unexplained(self, observation: Observation, images: Tensor) -> Tensor:
+        weight, bias = self._gradients(observation)
+        inputs = to_inputs(images, observation)
+        # A bias is the weight of an input that is always 1.
+        rows = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=2)
+        seen = torch.cat([weight, bias[..., None]], dim=2)
+        rest = seen - seen @ torch.linalg.pinv(rows) @ rows
+        share = rest.square().sum((1, 2)) / seen.square().sum((1, 2)).clamp(min=1e-300)
+        loss: Tensor = share.to(observation.dtype)
+        return loss
 
 
-def _first_layer(module: nn.Module) -> str | None:
-    """Name of the first layer with parameters, if it is a biased linear one."""
-    for name, layer in module.named_modules():
-        if any(True for _ in layer.parameters(recurse=False)):
-            return name if isinstance(layer, nn.Linear) and layer.bias is not None else None
-    return None
+def _ratio(weight: Tensor, bias: Tensor, chosen: Tensor) -> Tensor:
+    """Least squares over chosen rows [N, O] for the input that they share, [N, P]."""
+    strength = bias * chosen
+    return torch.einsum("nop,no->np", weight, strength) / strength.square().sum(1, keepdim=True)
 
 
 def _recurring_rows(weight: Tensor, bias: Tensor, observation: Observation) -> Tensor:
-    """Pick B distinct rows a victim, those first whose ratio recurs in most other rows, [N, B, pixels]."""
-    ratios = (weight / bias[..., None]).nan_to_num(posinf=1e6, neginf=-1e6)
-    boxed = _to_pixels(ratios, observation).flatten(2)
-    outside = (boxed - boxed.clamp(0, 1)).abs().amax(-1)
-    apart = torch.cdist(boxed, boxed) / boxed.shape[-1] ** 0.5
-    same = apart < 1e-3
-    votes = same.sum(-1).to(ratios.dtype) - 1e3 * (outside > 1e-3) - 1e6 * (bias == 0)
+    """Pick B distinct rows a victim, those first that recur in most other rows, [N, B, P]."""
+    alive = bias != 0
+    ratios = torch.where(alive[..., None], weight / torch.where(alive, bias, 1.0)[..., None], 0.0)
+    pixels = to_pixels(ratios, observation).double().flatten(2)
+    outside = (pixels - pixels.clamp(0, 1)).abs().amax(-1) > _OUTSIDE
+    # Without the matrix product, whose cancellation blurs what is the same.
+    apart = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist") / pixels.shape[2] ** 0.5
+    same = (apart < _SAME) & alive[:, None]
+    # Ties go to the row of the largest bias gradient, which rounding hurts least.
+    size = bias.abs() / bias.abs().amax(1, keepdim=True).clamp(min=1e-300)
+    votes = same.sum(2) + 0.5 * size - 1e3 * outside - 1e6 * ~alive
+    victim = torch.arange(len(bias), device=bias.device)
     picked = []
     for _ in range(observation.batch_size):
-        # Ties go to the row of the largest bias gradient, which rounding hurts least.
-        best = (votes + bias.abs() / (bias.abs().amax(1, keepdim=True) + 1e-30) * 0.5).argmax(1)
-        picked.append(best)
-        twins = same[torch.arange(len(best), device=best.device), best]
-        votes = votes - 1e9 * twins
-    rows = torch.stack(picked, dim=1)
-    return ratios.gather(1, rows[..., None].expand(-1, -1, ratios.shape[-1]))
-
-
-def _to_pixels(inputs: Tensor, observation: Observation) -> Tensor:
-    """Undo the model's normalisation, [..., pixels] to [..., C, H, W]."""
-    images = inputs.unflatten(-1, observation.shape)
-    return _denormalise(images, observation.network)
-
-
-def _denormalise(images: Tensor, network: Network) -> Tensor:
-    for layer in network.module.modules():
-        if isinstance(layer, Normalise):
-            return images * layer.std + layer.mean
-    return images
+        best = votes.argmax(1)
+        twins = same[victim, best]
+        picked.append(_ratio(weight, bias, twins.double()))
+        votes = (votes - 1e9 * twins).scatter(1, best[:, None], -1e12)
+    return torch.stack(picked, dim=1)

@@ -18,6 +18,7 @@ from gradleak.model import Model, Normalise, initialise
 
 SHAPES = [(1, 8, 8), (1, 25, 25), (1, 28, 28), (3, 32, 32), (3, 64, 64)]
 TINY: dict[str, dict[str, Any]] = {
+    "cnn6": {"width": 3},
     "linear": {},
     "mlp": {"widths": (16, 8)},
     "lenet": {},
@@ -27,12 +28,10 @@ TINY: dict[str, dict[str, Any]] = {
     "vit": {"dim": 16, "depth": 2, "heads": 2},
 }
 MODELS = sorted(TINY)
-ACTIVATIONS = (nn.ReLU, nn.Sigmoid, nn.GELU, nn.Softmax)
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.GELU, nn.Softmax)
 
 
-def build(
-    name: str, shape: tuple[int, int, int], classes: int = 10, seed: int = 0, **options: Any
-) -> nn.Module:
+def build(name: str, shape: tuple[int, int, int], classes: int = 10, seed: int = 0, **options: Any) -> nn.Module:
     model: Model = registry.build("models", name, options)
     return initialise(model, shape, classes, seed)
 
@@ -79,9 +78,7 @@ def test_defaults_take_every_shape(name: str, shape: tuple[int, int, int]) -> No
     classes=st.integers(2, 5),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_size_gives_logits(
-    name: str, images: int, channels: int, height: int, width: int, classes: int
-) -> None:
+def test_any_size_gives_logits(name: str, images: int, channels: int, height: int, width: int, classes: int) -> None:
     network = build(name, (channels, height, width), classes, **TINY[name]).eval()
     assert network(torch.rand(images, channels, height, width)).shape == (images, classes)
 
@@ -98,6 +95,13 @@ def test_normalisation_comes_first(name: str) -> None:
     [
         ("linear", (1, 28, 28), 10, 784 * 10 + 10),
         ("mlp", (1, 28, 28), 10, 784 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10),
+        # R-GAP's CNN6: 128 maps of 5x5 into the linear layer for CIFAR.
+        (
+            "cnn6",
+            (3, 32, 32),
+            10,
+            12 * 48 + 36 * 12 * 9 + 2 * 36 * 36 * 9 + 64 * 36 * 9 + 128 * 64 * 9 + 3200 * 10,
+        ),
         # DLG's network: 768 features into the linear layer for CIFAR, 588 for MNIST.
         ("lenet", (3, 32, 32), 100, (3 * 25 + 1) * 12 + 2 * (12 * 25 + 1) * 12 + 768 * 100 + 100),
         ("lenet", (1, 28, 28), 10, (1 * 25 + 1) * 12 + 2 * (12 * 25 + 1) * 12 + 588 * 10 + 10),

@@ -28,6 +28,8 @@ class ViT(Model):
     heads: Annotated[int, Ge(1)] = 3
     mlp_ratio: Annotated[float, Gt(0)] = 4.0
     """Hidden units of a block's MLP over `dim`."""
+    position_std: Annotated[float, Ge(0)] = 0.02
+    """Standard deviation of the initial positions; 1 makes images far easier to recover."""
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
@@ -41,7 +43,7 @@ class ViT(Model):
         return nn.Sequential(
             Normalise(channels),
             _Patches(channels, self.patch, self.dim),
-            _Embedding(patches, self.dim),
+            _Embedding(patches, self.dim, self.position_std),
             *(_Block(self.dim, self.heads, hidden) for _ in range(self.depth)),
             _ClassToken(),
             nn.LayerNorm(self.dim),
@@ -67,10 +69,10 @@ class _Patches(nn.Module):
 class _Embedding(nn.Module):
     """Puts the class token first and adds the positions: [B, T, dim] to [B, T + 1, dim]."""
 
-    def __init__(self, patches: int, dim: int):
+    def __init__(self, patches: int, dim: int, std: float):
         super().__init__()
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.positions = nn.Parameter(0.02 * torch.randn(1, patches + 1, dim))
+        self.positions = nn.Parameter(std * torch.randn(1, patches + 1, dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
         first = self.class_token.expand(len(tokens), -1, -1)
