@@ -167,7 +167,10 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
         client.seeds_for(list(range(len(images))), config["seed"], *context, guard),
     )
     generator = _generator(config, data, resources).to(resources.device, setting.dtype) if "prior" in config else None
-    running = batch_statistics.running(module.to(resources.device, setting.dtype))
+    # Taken from the module: a network in train mode has forgotten them.
+    running = {
+        name: tensor.to(resources.device, setting.dtype) for name, tensor in batch_statistics.running(module).items()
+    }
     observation = _observe(config, attack, defense, setting, data, network, sent, running, labels, generator, progress)
     names = [(config["seed"], "attack", config["attack"]["name"], *context, i) for i in range(len(images))]
     clock = time.perf_counter()

@@ -6,10 +6,10 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import seeds
 from .dataset import Data, Images
 from .errors import GradleakError
-from .generators import Decoder, Generator, load_generator
+from .generators import Decoder, Generator
 from .training import _digest, _load, _save, default_cache
 
 RECIPE = "1"
@@ -108,32 +108,6 @@ def train_prior(
         decoder.cpu()
         _save(decoder, 0.0, path)
     return decoder.eval().requires_grad_(False)
-
-
-def prior_for(
-    victims: Data, config: Mapping[str, Any], public: Data | None, cache: Path | None, device: torch.device | str
-) -> Generator:
-    """Return the generator that a cell's `prior` describes; its labels count only if it learned the same classes.
-
-    Args:
-        victims: the dataset attacked.
-        config: `options` of a `Recipe`, or `source` and `weights` of a user's generator.
-        public: the dataset learned; None for a user's generator.
-        cache: as in `train_prior`.
-        device: where to train.
-
-    Raises:
-        GradleakError: as `train_prior` or `load_generator`, or the two datasets' images have different shapes.
-    """
-    if public is None:
-        return load_generator(config["source"], config["weights"] and Path(config["weights"]), victims.shape)
-    if public.shape != victims.shape:
-        raise GradleakError(
-            f"prior: dataset {public.name!r} has images {public.shape}; those of {victims.name!r} are {victims.shape}"
-        )
-    generator = train_prior(public, Recipe(**config["options"]), cache, device)
-    generator.labelled = public.split.classes == victims.split.classes
-    return generator
 
 
 def fit(
