@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from . import __version__, batch_statistics, client, metrics, priors_training, registry, seeds, training
+from . import __version__, batch_statistics, client, metrics, priors_training, registry, seeds, training, utility
 from .attack import Attack, Reconstruction
 from .dataset import Data
 from .defense import Defense, View
@@ -33,7 +33,7 @@ from .generators import Generator, load_generator
 from .model import Model, initialise
 from .seeds import Generators
 from .store import CellResult, ImageRow
-from .suite import Cell, attack_and_defense, build_defense_of, build_setting
+from .suite import UTILITY, Cell, Utility, attack_and_defense, build_defense_of, build_setting
 from .threat import BatchNorm, Compute, Knowledge, Level, Observation, Setting, rank
 from .update import LocalTraining, Network
 
@@ -83,6 +83,10 @@ def check(cells: Iterable[Cell], resources: Resources) -> None:
     seen: set[str] = set()
     for cell in cells:
         config = cell.config
+        if cell.is_utility:
+            recipe = Utility.model_validate(config["attack"]["options"])
+            utility.check(_data(config["dataset"], resources), build_defense_of(config["defense"]), recipe)
+            continue
         relevant = {key: config[key] for key in ("attack", "defense", "model", "dataset", "setting", "knowledge")}
         mark = json.dumps([relevant, config["victims"]], sort_keys=True)
         if mark in seen:
@@ -119,7 +123,7 @@ def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     clock = time.perf_counter()
     try:
-        result = _evaluate(cell, resources, progress)
+        result = (_train if cell.is_utility else _evaluate)(cell, resources, progress)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
@@ -187,6 +191,31 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
         rows=_rows(config, attack, data, observation, sent, images, labels, answer, status, seconds),
         reconstructions={} if answer is None else dict(enumerate(answer.images.float().cpu().numpy())),
         traces={} if answer is None or answer.trace is None else dict(enumerate(answer.trace.cpu().numpy())),
+    )
+
+
+def _train(cell: Cell, resources: Resources, progress: Progress | None) -> CellResult:
+    """Measure the utility of a defense; the model starts with the weights that are attacked."""
+    config = cell.config
+    defense = build_defense_of(config["defense"])
+    module, _ = _network(config, build_setting(config["setting"]), resources)
+    recipe = Utility.model_validate(config["attack"]["options"])
+    data = _data(config["dataset"], resources)
+    trained = utility.train(module, data, defense, recipe, config["seed"], resources.device, progress)
+    return CellResult(
+        key=cell.key,
+        config=config,
+        provenance={
+            "attack_family": UTILITY,
+            "defense_family": defense.family,
+            "test_accuracy": trained.accuracy,
+            "validation_accuracy": {f"{lr:g}": score for lr, score in trained.validation.items()},
+            "lr": trained.lr,
+            "bytes": trained.bytes,
+            "dense_bytes": trained.dense_bytes,
+            "participations": trained.participations,
+            "training_epsilon": None if trained.guarantee is None else asdict(trained.guarantee),
+        },
     )
 
 
@@ -377,7 +406,7 @@ def _untrained(model: str, shape: tuple[int, int, int], classes: int) -> nn.Modu
 
 def _network(config: Mapping[str, Any], setting: Setting, resources: Resources) -> tuple[nn.Module, float]:
     model, dataset, defense = (json.dumps(config[key], sort_keys=True) for key in ("model", "dataset", "defense"))
-    prepares = type(attack_and_defense(config)[1]).prepare_model is not Defense.prepare_model
+    prepares = type(build_defense_of(config["defense"])).prepare_model is not Defense.prepare_model
     return _prepared(model, dataset, defense if prepares else "", setting.epochs, config["seed"], resources)
 
 

@@ -6,10 +6,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import yaml
 from annotated_types import Ge, Gt, MinLen
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 KNOWLEDGE = ("oblivious", "parameters", "public", "oracle")
 """Levels of knowledge of the defense, weakest first (`gradleak.threat.Level`)."""
+
+UTILITY = "utility"
+"""What stands for the attack in a cell that trains a model under a defense, and attacks nobody."""
 
 _AXES = ("datasets", "models", "settings", "defenses")
 
@@ -70,6 +73,10 @@ def _entry(value: Any) -> Any:
     return value
 
 
+def _several(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
 Plugin = Annotated[Entry, BeforeValidator(_entry)]
 
 
@@ -84,6 +91,35 @@ class Prior(_Strict):
     """`module:function` of a user's generator instead (`gradleak.generators.load_generator`)."""
     weights: Path | None = None
     """Its safetensors file."""
+
+
+class Utility(_Strict):
+    """Federated training that shows what accuracy each defense leaves, on every dataset and model of the suite."""
+
+    clients: Annotated[int, Ge(1)] = 10
+    rounds: Annotated[int, Ge(1)] = 100
+    batch_size: Annotated[int, Ge(1)] = 16
+    """Images that a client takes in a round."""
+    lr: Annotated[list[Annotated[float, Gt(0)]], MinLen(1), BeforeValidator(_several)] = [0.1, 0.3, 1.0]
+    """Rates of the server to choose from, on images held out."""
+    local_steps: Annotated[int, Ge(1)] = 1
+    """Local steps of FedAvg; a FedSGD client (`local_lr` unset) takes one and sends its gradient."""
+    local_batch_size: Annotated[int, Ge(1)] | None = None
+    local_lr: Annotated[float, Gt(0)] | None = None
+    seeds: Annotated[list[int], MinLen(1)] | None = None
+    """By default the suite's."""
+
+    VERSION: ClassVar[str] = "1"
+    """Raised whenever training changes, so that old accuracies are not taken for new ones."""
+
+    def setting(self, where: str = "") -> Setting:
+        """Return how the clients train.
+
+        Raises:
+            GradleakError: values that do not fit each other.
+        """
+        keys = ("batch_size", "local_steps", "local_batch_size", "local_lr")
+        return build_setting({"name": UTILITY, **{key: getattr(self, key) for key in keys}}, where)
 
 
 Plugins = Annotated[list[Plugin], MinLen(1)]
@@ -106,6 +142,8 @@ class Suite(_Strict):
     knowledge: Annotated[list[str], MinLen(1)] = ["oblivious", "public"]
     engine: Engine = Engine()
     prior: Prior = Prior()
+    utility: Utility | None = None
+    """Unset, no model is trained under the defenses."""
     datasets: Plugins
     models: Plugins
     settings: Annotated[list[dict[str, Any]], MinLen(1)] = [{}]
@@ -125,7 +163,14 @@ class Cell:
         """One line for progress and errors."""
         config = self.config
         parts = [config[axis]["label"] for axis in ("attack", "defense", "model", "dataset")]
-        return " · ".join([*parts, config["setting"]["name"], config["knowledge"], f"seed {config['seed']}"])
+        if not self.is_utility:
+            parts += [config["setting"]["name"], config["knowledge"]]
+        return " · ".join([*parts, f"seed {config['seed']}"])
+
+    @property
+    def is_utility(self) -> bool:
+        """Whether it trains a model under the defense instead of attacking it."""
+        return bool(self.config["attack"]["name"] == UTILITY)
 
 
 Digest = Callable[[str, Mapping[str, Any]], tuple[str, str]]
@@ -203,7 +248,7 @@ def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
 
 
 def expand(suite: Suite, digest: Digest) -> list[Cell]:
-    """Return every cell of the grid once, in a stable order.
+    """Return every cell of the grid once, in a stable order, then the cells that measure utility.
 
     Levels of knowledge that make no difference (the attack or the defense ignores them) are one cell.
 
@@ -229,12 +274,7 @@ def expand(suite: Suite, digest: Digest) -> list[Cell]:
         for level in _levels(suite, attack, defense):
             config = {
                 "attack": {**_plugin("attacks", entry), "version": attack.version},
-                "defense": {
-                    "name": guard.name,
-                    "label": guard.title,
-                    "options": _defense_options(defense),
-                    "version": defense.version,
-                },
+                "defense": _guard(guard, defense),
                 "model": model,
                 "dataset": dataset,
                 "setting": _plain(dataclasses.asdict(setting)),
@@ -250,7 +290,44 @@ def expand(suite: Suite, digest: Digest) -> list[Cell]:
                 config["prior"] = _prior(suite.prior, dataset, digest)
             cell = Cell(key_of(config), config)
             cells.setdefault(cell.key, cell)
+    for config in _utilities(suite, datasets, models, defenses):
+        cell = Cell(key_of(config), config)
+        cells.setdefault(cell.key, cell)
     return list(cells.values())
+
+
+def _utilities(
+    suite: Suite,
+    datasets: list[tuple[Entry, dict[str, Any]]],
+    models: list[tuple[Entry, dict[str, Any]]],
+    defenses: list[tuple[Entry, Defense]],
+) -> Iterator[dict[str, Any]]:
+    """Yield the configuration of every training under a defense that is wanted in any setting."""
+    if suite.utility is None:
+        return
+    recipe = suite.utility.model_dump(exclude={"seeds"})
+    setting = _plain(dataclasses.asdict(suite.utility.setting()))
+    grid = itertools.product(datasets, models, suite.utility.seeds or suite.seeds, defenses)
+    for (data_entry, dataset), (model_entry, model), seed, (guard, defense) in grid:
+        here = {"datasets": data_entry.title, "models": model_entry.title, "defenses": guard.title}
+        wanted = all(title in guard.only.get(axis, [title]) for axis, title in here.items())
+        if defense.single_round or not wanted:
+            continue
+        yield {
+            "attack": {"name": UTILITY, "label": UTILITY, "options": recipe, "version": Utility.VERSION},
+            "defense": _guard(guard, defense),
+            "model": model,
+            "dataset": dataset,
+            "setting": setting,
+            "victims": 0,
+            "seed": seed,
+            "suite": {"name": suite.name, "version": suite.version},
+        }
+
+
+def _guard(entry: Entry, defense: Defense) -> dict[str, Any]:
+    options = _defense_options(defense)
+    return {"name": entry.name, "label": entry.title, "options": options, "version": defense.version}
 
 
 def key_of(config: Mapping[str, Any]) -> str:
@@ -275,6 +352,8 @@ def _check(suite: Suite, where: str) -> None:
                 raise GradleakError(f"{place}: {entry.title!r} is listed twice; give one a label")
             titles.add(entry.title)
     _check_prior(suite.prior, f"{where}: prior")
+    if suite.utility is not None:
+        suite.utility.setting(f"{where}: utility")
     names: set[str] = set()
     for index, values in enumerate(suite.settings):
         setting = build_setting(values, f"{where}: settings[{index}]")
@@ -385,7 +464,8 @@ def _first(error: ValidationError) -> str:
     for part in first["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     if first["type"] == "extra_forbidden":
-        allowed = Engine if first["loc"][0] == "engine" else Entry
+        parts: dict[str, type[_Strict]] = {"engine": Engine, "prior": Prior, "utility": Utility}
+        allowed = parts.get(str(first["loc"][0]), Entry)
         return str(unknown("key", str(first["loc"][-1]), allowed.model_fields, path.rpartition(".")[0]))
     found = "" if first["type"] == "missing" else f", found {_short(first['input'])}"
     return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]}{found}"

@@ -1,0 +1,38 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+
+.PHONY: leaderboard test lint format clean
+.DEFAULT_GOAL := leaderboard
+
+leaderboard: .venv/installed ## run benchmarks/quick.yaml and print what it measured
+	$(BIN)/gradleak run benchmarks/quick.yaml --store quick.sqlite
+	$(BIN)/gradleak leaderboard quick.sqlite
+
+test: lint ## format, lint, types, tests
+	$(BIN)/pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## remove the environment; stores stay
+	rm -rf .venv
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gradleak needs Python 3.11 or later; say which with: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml .ci/constraints.txt | .venv/bin/python
+	$(PIP) --editable .
+	touch $@
+
+.venv/installed-dev: pyproject.toml .ci/constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[dev]'
+	touch .venv/installed $@

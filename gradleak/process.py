@@ -1,0 +1,39 @@
+"""Process-wide defaults of a worker that computes on the CPU: one thread, passive waiting, memory that is kept."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # mallopt's names for what it sets
+
+
+def tune(threads: int = 1) -> None:
+    """Set torch's threads and how the process waits and allocates; changes no result of one thread's work.
+
+    Call it first thing in a worker: OpenMP reads how to wait when it starts. What the user has set in the
+    environment stays. Without glibc the allocator is left alone.
+    """
+    # Spinning threads of several workers on the same cores cost more than the work itself.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_memory()
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def keep_memory() -> bool:
+    """Let glibc keep freed memory instead of faulting its pages in again; False where that is not possible.
+
+    An iteration frees and takes the same large tensors; given back to the system each time, their page faults
+    can cost more than the arithmetic.
+    """
+    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 * 2**20}
+    return all(mallopt(name, value) == 1 for name, value in settings.items())

@@ -1,0 +1,195 @@
+"""Suites: what is refused and how, what a grid spans, and what a key depends on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gradleak import suite
+from gradleak.errors import GradleakError
+
+SUITE: dict[str, Any] = {
+    "name": "tiny",
+    "victims": 2,
+    "datasets": ["digits"],
+    "models": [{"mlp": {"widths": [16]}}, "lenet"],
+    "settings": [{"name": "fedsgd", "grants": {"labels": "known"}}],
+    "attacks": [{"name": "linear-leakage", "only": {"models": ["mlp(widths=[16])"]}}, "dlg", "mean-image"],
+    "defenses": ["none", {"top-k": {"ratio": 0.1}}],
+}
+
+
+def _digest(name: str, options: Mapping[str, Any]) -> tuple[str, str]:
+    return "1", f"digest of {name}"
+
+
+def _write(folder: Path, content: Any) -> Path:
+    path = folder / "suite.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def _expand(folder: Path, content: Any) -> list[suite.Cell]:
+    return suite.expand(suite.read(_write(folder, content)), _digest)
+
+
+def _with(**changes: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(SUITE), **changes}
+
+
+def test_a_grid_has_every_pair_once_and_only_levels_that_differ(tmp_path: Path) -> None:
+    cells = _expand(tmp_path, SUITE)
+    found = sorted((c.config["model"]["name"], c.config["attack"]["name"], c.config["defense"]["name"]) for c in cells)
+    ignored = [(model, "mean-image", guard) for model in ("mlp", "lenet") for guard in ("none", "top-k")]
+    plain = [(model, "dlg", "none") for model in ("mlp", "lenet")]
+    adaptive = [(model, "dlg", "top-k") for model in ("mlp", "lenet") for _ in ("oblivious", "public")]
+    analytic = [("mlp", "linear-leakage", guard) for guard in ("none", "top-k")]
+    assert found == sorted(ignored + plain + adaptive + analytic)
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert [cell.key for cell in cells] == [cell.key for cell in _expand(tmp_path, SUITE)]
+
+
+def test_long_and_short_forms_name_the_same_cells(tmp_path: Path) -> None:
+    long = _with(
+        models=[{"name": "mlp", "options": {"widths": [16]}}, {"name": "lenet"}],
+        defenses=[{"name": "none"}, {"name": "top-k", "options": {"ratio": 0.1}}],
+    )
+    assert {c.key for c in _expand(tmp_path, long)} == {c.key for c in _expand(tmp_path, SUITE)}
+
+
+def test_names_do_not_change_a_key_and_results_do(tmp_path: Path) -> None:
+    keys = {cell.key for cell in _expand(tmp_path, SUITE)}
+    named = _with(
+        name="another",
+        description="x",
+        settings=[{"name": "renamed", "grants": {"labels": "known"}}],
+        defenses=["none", {"name": "top-k", "options": {"ratio": 0.1}, "label": "sparse"}],
+    )
+    assert {cell.key for cell in _expand(tmp_path, named)} == keys
+    for change in (
+        {"victims": 3},
+        {"seeds": [1]},
+        {"candidates": 50},
+        {"tuning": True},
+        {"engine": {"width": 16}},
+        {"defenses": ["none", {"top-k": {"ratio": 0.2}}]},
+        {"settings": [{"name": "fedsgd", "batch_size": 2, "grants": {"labels": "known"}}]},
+    ):
+        assert {cell.key for cell in _expand(tmp_path, _with(**change))} != keys, change
+
+
+def test_a_default_that_is_spelled_out_is_the_same_cell(tmp_path: Path) -> None:
+    implicit = _with(defenses=["top-k"], attacks=["dlg"])
+    explicit = _with(defenses=[{"top-k": {"ratio": 0.1}}], attacks=[{"dlg": {"iterations": 1200}}])
+    assert {c.key for c in _expand(tmp_path, implicit)} == {c.key for c in _expand(tmp_path, explicit)}
+
+
+_OPTIONS = st.dictionaries(st.text(min_size=1, max_size=5), st.integers() | st.text(max_size=5), max_size=4)
+
+
+def _config(options: Mapping[str, Any], label: str = "") -> dict[str, Any]:
+    part = {"name": "x", "label": label, "options": dict(options)}
+    return {
+        **{axis: copy.deepcopy(part) for axis in ("attack", "defense", "model", "dataset")},
+        "setting": {"name": label, "batch_size": 1},
+        "suite": {"name": label},
+        "seed": 0,
+    }
+
+
+def _reversed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _reversed(value[key]) for key in reversed(list(value))}
+    return value
+
+
+@given(_OPTIONS, st.text(max_size=5))
+def test_key_ignores_order_and_labels(options: dict[str, Any], label: str) -> None:
+    assert suite.key_of(_reversed(_config(options, label))) == suite.key_of(_config(options))
+
+
+@given(_OPTIONS, _OPTIONS)
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
+def test_key_differs_when_an_option_differs(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert (suite.key_of(_config(first)) == suite.key_of(_config(second))) == (first == second)
+
+
+REFUSED: list[tuple[str, Callable[[dict[str, Any]], object], list[str]]] = [
+    ("unknown key", lambda s: s.update(victms=3), ["unknown key 'victms'", "did you mean 'victims'"]),
+    ("key of the engine", lambda s: s.update(engine={"widht": 3}), ["engine: unknown key 'widht'", "'width'"]),
+    ("key of an entry", lambda s: s.update(attacks=[{"name": "dlg", "onyl": {}}]), ["attacks[0]", "'onyl'", "'only'"]),
+    ("key of a setting", lambda s: s.update(settings=[{"batchsize": 2}]), ["settings[0]", "'batchsize'", "batch_size"]),
+    (
+        "key of the grants",
+        lambda s: s.update(settings=[{"grants": {"lables": "known"}}]),
+        ["settings[0]", "'lables'", "'labels'"],
+    ),
+    ("missing key", lambda s: s.pop("attacks"), ["attacks", "field required"]),
+    ("empty axis", lambda s: s.update(attacks=[]), ["attacks", "at least 1"]),
+    ("attack", lambda s: s.update(attacks=["idgl"]), ["attacks[0]", "unknown attack 'idgl'", "did you mean 'idlg'"]),
+    ("defense", lambda s: s.update(defenses=["topk"]), ["defenses[0]", "unknown defense 'topk'", "'top-k'"]),
+    ("model", lambda s: s.update(models=["lenett"]), ["models[0]", "unknown model 'lenett'", "'lenet'"]),
+    ("dataset", lambda s: s.update(datasets=["digit"]), ["datasets[0]", "unknown dataset 'digit'", "'digits'"]),
+    (
+        "option",
+        lambda s: s.update(defenses=[{"top-k": {"rati": 0.1}}]),
+        ["defenses[0]", "unknown option of defense 'top-k' 'rati'", "'ratio'"],
+    ),
+    (
+        "value of an option",
+        lambda s: s.update(defenses=[{"top-k": {"ratio": 2}}]),
+        ["defenses[0]", "ratio = 2", "less than or equal to 1"],
+    ),
+    ("value of a key", lambda s: s.update(victims=0), ["victims", "greater than or equal to 1", "found 0"]),
+    ("type of a key", lambda s: s.update(victims="many"), ["victims", "integer", "found many"]),
+    ("value of a setting", lambda s: s.update(settings=[{"mode": "trian"}]), ["settings[0]", "mode", "'eval' or"]),
+    ("level", lambda s: s.update(knowledge=["publik"]), ["knowledge[0]", "'publik'", "'public'"]),
+    (
+        "axis of only",
+        lambda s: s.update(attacks=[{"name": "dlg", "only": {"model": []}}]),
+        ["attacks[0].only", "models"],
+    ),
+    (
+        "label of only",
+        lambda s: s.update(attacks=[{"name": "dlg", "only": {"models": ["lenett"]}}]),
+        ["attacks[0].only.models", "'lenet'"],
+    ),
+    ("twice", lambda s: s.update(attacks=["dlg", "dlg"]), ["attacks[1]", "listed twice"]),
+    (
+        "local steps without a rate",
+        lambda s: s.update(settings=[{"local_steps": 2}]),
+        ["settings[0]", "local_steps", "need local_lr"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_a_wrong_suite_is_refused_in_one_line(tmp_path: Path, change: Any, says: list[str]) -> None:
+    content = copy.deepcopy(SUITE)
+    change(content)
+    path = _write(tmp_path, content)
+    with pytest.raises(GradleakError) as caught:
+        suite.read(path)
+    line = str(caught.value)
+    assert "\n" not in line and line.startswith(f"suite {path}: ")
+    for part in says:
+        assert part in line, line
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1,", "", "\x00"])
+def test_a_file_that_is_no_suite_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(GradleakError, match="suite"):
+        suite.read(_write(tmp_path, text))
+
+
+def test_an_attack_that_no_level_is_enough_for_is_refused(tmp_path: Path) -> None:
+    content = _with(attacks=["dropout-inversion"], defenses=["dropout"], knowledge=["oblivious"])
+    with pytest.raises(GradleakError, match=r"attacks\[0\]: .* needs defense knowledge 'parameters'"):
+        suite.read(_write(tmp_path, content))
