@@ -73,29 +73,34 @@ def digest(resources: Resources) -> Callable[[str, Mapping[str, Any]], tuple[str
     return of
 
 
-def check(cells: Iterable[Cell], resources: Resources) -> None:
-    """Refuse cells that cannot run, before any of them does.
+def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
+    """Refuse cells that cannot run, before any of them does; return all but the optional ones that cannot.
 
     Raises:
         GradleakError: an attack needs knowledge that its setting does not grant, cannot run on a model or
             under a defense at all, or more victims are asked for than the dataset holds.
     """
-    seen: set[str] = set()
+    seen: dict[str, bool] = {}
+    kept: list[Cell] = []
     for cell in cells:
         config = cell.config
         if cell.is_utility:
             recipe = Utility.model_validate(config["attack"]["options"])
             utility.check(_data(config["dataset"], resources), build_defense_of(config["defense"]), recipe)
+            kept.append(cell)
             continue
         relevant = {key: config[key] for key in ("attack", "defense", "model", "dataset", "setting", "knowledge")}
-        mark = json.dumps([relevant, config["victims"]], sort_keys=True)
+        mark = json.dumps([relevant, config["victims"], config["candidates"]], sort_keys=True)
         if mark in seen:
+            if seen[mark]:
+                kept.append(cell)
             continue
-        seen.add(mark)
+        seen[mark] = True
         attack, defense = attack_and_defense(config)
         setting = build_setting(config["setting"])
         data = _data(config["dataset"], resources)
         data.victim_indices(config["victims"], setting.batch_size, config["tuning"])
+        data.candidates(config["candidates"])
         missing = attack.needs.missing(_granted(attack, setting, config["knowledge"]))
         if missing:
             raise GradleakError(
@@ -107,11 +112,16 @@ def check(cells: Iterable[Cell], resources: Resources) -> None:
         module = _untrained(json.dumps(config["model"], sort_keys=True), data.shape, data.classes)
         network = client.client_network(module, defense, setting)
         reason = attack.unsuited(network.module, setting, defense)
+        if reason is not None and cell.optional:
+            seen[mark] = False
+            continue
         if reason is not None:
             raise GradleakError(
                 f"attack {config['attack']['label']!r} cannot run on model {config['model']['label']!r} under "
                 f"defense {config['defense']['label']!r}: {reason}; restrict it with `only`"
             )
+        kept.append(cell)
+    return kept
 
 
 def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None) -> CellResult:
@@ -313,7 +323,7 @@ def _rows(
         "iterations": answer.iterations,
         "gradient_evaluations": answer.gradient_evaluations,
         **answer.details,
-        **_guessed(answer, sent),
+        **_guessed(answer, sent, torch.tensor([row["matched"] for row in scored]).view(len(images), -1)),
     }
     values = {name: column.tolist() for name, column in columns.items() if column is not None}
     rows = []
@@ -340,12 +350,19 @@ def _oracle(answer: Reconstruction, images: Tensor) -> list[list[float]] | None:
     return best
 
 
-def _guessed(answer: Reconstruction, sent: client.Sent) -> dict[str, Tensor]:
-    """Accuracy [N] of recovered private randomness (dropout masks), rounded, over all of it."""
+def _guessed(answer: Reconstruction, sent: client.Sent, matched: Tensor) -> dict[str, Tensor]:
+    """Accuracy [N] of recovered private randomness (dropout masks, a row an image), rounded, over all of it.
+
+    `matched` [N, B] is the reconstruction of each true image, whose order the rows follow.
+    """
     shared = [name for name in answer.guessed if name in sent.buffers]
     if not shared:
         return {}
-    hits = [(answer.guessed[name].round() == sent.buffers[name].round()).flatten(1).float() for name in shared]
+    victims = torch.arange(len(matched))[:, None]
+    hits = [
+        (answer.guessed[name].cpu()[victims, matched].round() == sent.buffers[name].cpu().round()).flatten(1).float()
+        for name in shared
+    ]
     return {"mask_accuracy": torch.cat(hits, dim=1).mean(1)}
 
 

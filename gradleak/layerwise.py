@@ -240,8 +240,8 @@ class _Layer(ABC):
     def products(self, observed: _Observed) -> tuple[Tensor, Tensor]:
         """Inner product with the observed gradients and squared norm, [W] each."""
         own = self.gradients()
-        dot = [(tensor * observed.dense[name]).flatten(1).sum(1) for name, tensor in own.items()]
-        square = [tensor.square().flatten(1).sum(1) for tensor in own.values()]
+        dot = [_dot(tensor, observed.dense[name]) for name, tensor in own.items()]
+        square = [_dot(tensor, tensor) for tensor in own.values()]
         return torch.stack(dot).sum(0), torch.stack(square).sum(0)
 
     def gap(self, observed: _Observed) -> Tensor:
@@ -253,7 +253,7 @@ class _Layer(ABC):
     def pull_directly(self, observed: _Observed, of_observed: Tensor, of_own: Tensor) -> Pull:
         """What flows into the graph where V = of_observed * g + of_own * G, coefficients [W]."""
         towards = {
-            name: _rows(of_observed, tensor) * observed.dense[name] + _rows(of_own, tensor) * tensor
+            name: (_rows(of_own, tensor) * tensor).addcmul_(_rows(of_observed, tensor), observed.dense[name])
             for name, tensor in self.gradients().items()
         }
         return self.pull(towards)
@@ -678,6 +678,11 @@ def _split(tensor: Tensor, axis: int, victims: int) -> Tensor:
 
 def _rows(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.ndim - 1))
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Inner product of each victim's rows, [W], without the product in memory."""
+    return (one.flatten(1)[:, None] @ other.flatten(1)[:, :, None]).flatten()
 
 
 def _factorise(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:

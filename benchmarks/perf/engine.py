@@ -1,0 +1,430 @@
+"""Speed and memory of the engine's backends against `sequential`, and against breaching where it is installed.
+
+    python benchmarks/perf/engine.py required    # the five cases that must be shown; with [peers] also breaching
+    python benchmarks/perf/engine.py grid        # five models x victims x batch
+    python benchmarks/perf/engine.py growth      # against victims, parameters and image size
+    python benchmarks/perf/engine.py quality     # seconds to breaching's quality, 64 lenet victims, start-up counted
+
+Contenders take turns in one process, one step each; a line shows the median and its ratio to `sequential`'s.
+A step is what an attack does: matching loss and total variation, their gradient, signed Adam, the box. The
+unit is one step of one victim. Images are real (dataset `photos`), guesses start from noise. Peak memory is
+that of a process of its own, over what the problem takes. Use it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from gradleak import process, registry, seeds
+from gradleak.backends import BACKENDS
+from gradleak.dataset import Data
+from gradleak.matching import Plan, finish, minimise
+from gradleak.model import Normalise, initialise
+from gradleak.optimisers import SCHEDULES, Adam, Variables
+from gradleak.priors import total_variation
+from gradleak.problem import Backend, Direct, Facts, Guess, Problem, take
+from gradleak.threat import Compute
+from gradleak.update import LocalTraining, Network, local_update, one_hot, stack
+
+TV = 1e-4
+RATE = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line's problem."""
+
+    model: str
+    victims: int
+    batch: int = 1
+    size: int = 32
+    options: dict[str, Any] = field(default_factory=dict)
+    least: tuple[float, float] | None = None
+    """Ratios to `sequential` and to breaching that must be reached."""
+
+
+LARGE_MLP: dict[str, Any] = {"widths": (1024, 1024)}
+NARROW: dict[str, Any] = {"width": 16}
+REQUIRED = [
+    Case("lenet", 64, least=(8, 10)),
+    Case("mlp", 32, options=LARGE_MLP, least=(4.5, 5)),
+    Case("vit", 32, least=(1.8, 2)),
+    Case("convnet", 8, options=NARROW, least=(1.6, 1.8)),
+    Case("resnet18", 4, least=(1.35, 1.4)),
+]
+GRID = [
+    Case(model, victims, batch, options=options)
+    for model, options in [("lenet", {}), ("mlp", LARGE_MLP), ("convnet", NARROW), ("resnet18", NARROW), ("vit", {})]
+    for victims in (1, 8, 32, 64)
+    for batch in (1, 4, 8)
+]
+GROWTH = [
+    *(Case("lenet", victims) for victims in (1, 2, 4, 8, 16, 32, 64, 128)),
+    *(Case("mlp", 16, options={"widths": (width, width)}) for width in (64, 128, 256, 512, 1024, 2048)),
+    *(Case("convnet", 8, size=size, options=NARROW) for size in (16, 24, 32, 48, 64)),
+]
+CASES = {"required": REQUIRED, "grid": GRID, "growth": GROWTH}
+
+
+class Setup:
+    """The victims of a case, what they sent, and where the search starts; the same for every contender."""
+
+    def __init__(self, case: Case):
+        data = Data(registry.build("datasets", "photos"), "photos")
+        images, labels = data.victims(case.victims, case.batch)
+        flat = torch.nn.functional.interpolate(images.flatten(0, 1), (case.size, case.size), mode="area")
+        self.images = flat.view(case.victims, case.batch, 3, case.size, case.size)
+        self.labels = labels
+        self.module = initialise(registry.build("models", case.model, case.options), (3, case.size, case.size), 10, 0)
+        network = Network.of(self.module)
+        targets = one_hot(labels, 10, torch.float32)
+        sent = [local_update(network, x, y, LocalTraining()) for x, y in zip(self.images, targets, strict=True)]
+        update = stack([{name: tensor.detach() for name, tensor in row.items()} for row in sent])
+        (space,) = [layer for layer in self.module.modules() if isinstance(layer, Normalise)]
+        self.mean, self.std = space.mean, space.std
+        mean, std = self.mean, self.std
+        self.facts: Facts = {"update": update, "targets": targets}
+        noise = torch.randn(self.images.shape, generator=seeds.generator("perf", "start"))
+        self.start: Variables = {"pixels": noise}
+        self.problem = Problem(
+            network=network,
+            training=LocalTraining(),
+            decode=lambda row, known: Guess(row["pixels"] * std + mean, known["targets"]),  # type: ignore[arg-type]
+            match=Direct("cosine"),
+            penalty=lambda guess, row, known: TV * total_variation(guess.images),
+        )
+
+    def project(self, variables: Variables) -> None:
+        """Clamp to the box."""
+        variables["pixels"].clamp_(-self.mean / self.std, (1 - self.mean) / self.std)
+
+    def psnr(self, images: Tensor) -> float:
+        """Median PSNR of the victims' first images, dB."""
+        error = (images - self.images).square().flatten(2).mean(-1)[:, 0]
+        return float((-10 * error.log10()).median())
+
+
+def stepper(setup: Setup, backend: Backend) -> Callable[[], None]:
+    """One step of all victims."""
+    variables = {name: tensor.clone() for name, tensor in setup.start.items()}
+    optimiser = Adam(signs=frozenset({"pixels"}))
+    optimiser.start(variables)
+    rate = torch.full((len(setup.images),), RATE)
+    if not backend.applies(setup.problem, variables, setup.facts):
+        raise NotImplementedError
+    facts = backend.prepare(setup.problem, setup.facts)
+
+    def step() -> None:
+        values = backend(setup.problem, variables, facts)
+        optimiser.step(variables, values.gradients, rate)
+        setup.project(variables)
+
+    return step
+
+
+class Peer:
+    """breaching on the same victims, with its own `invertinggradients` attack, one victim after the other."""
+
+    def __init__(self, setup: Setup, steps: int):
+        import warnings
+
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            import breaching
+
+            scale = TV * float(setup.std.mean())  # its total variation is of normalised pixels
+            config = breaching.get_attack_config(
+                "invertinggradients",
+                [f"optim.max_iterations={steps}", f"regularization.total_variation.scale={scale}"],
+            )
+        self.setup = setup
+        body = torch.nn.Sequential(*list(setup.module.children())[1:])  # it normalises outside of the model
+        body.eval()
+        loss = torch.nn.CrossEntropyLoss()
+        self.attacker = breaching.attacks.prepare_attack(
+            body, loss, config, {"dtype": torch.float, "device": torch.device("cpu")}
+        )
+
+        class Metadata(dict[str, Any]):
+            shape = tuple(setup.images.shape[2:])
+            modality = "vision"
+            mean = setup.mean.flatten().tolist()
+            std = setup.std.flatten().tolist()
+
+        metadata = Metadata()
+        self.payload = [{"parameters": list(body.parameters()), "buffers": list(body.buffers()), "metadata": metadata}]
+        # Parameters are matched by position: the order of the module with and without its first layer is the same.
+        update = setup.facts["update"]
+        assert isinstance(update, dict)
+        self.names = [name for name, _ in setup.module.named_parameters()]
+        self.update = update
+
+    def attack(self, victim: int) -> Tensor:
+        """Reconstruct one victim, [B, C, H, W] in [0, 1]."""
+        metadata = {
+            "num_data_points": self.setup.images.shape[1],
+            "labels": self.setup.labels[victim],
+            "local_hyperparams": None,
+        }
+        gradients = [self.update[name][victim] for name in self.names]
+        shared = [{"gradients": gradients, "buffers": None, "metadata": metadata}]
+        found, _ = self.attacker.reconstruct(
+            self.payload, shared, server_secrets={}, initial_data=self.setup.start["pixels"][victim]
+        )
+        images: Tensor = found["data"] * self.setup.std + self.setup.mean
+        return images.clamp(0, 1)
+
+
+def has_breaching() -> bool:
+    """Whether the extra `peers` is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("breaching") is not None
+
+
+def gemm_peak() -> float:
+    """Floating point operations a second of one large product, the best of several."""
+    one = torch.randn(1024, 1024)
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        one @ one
+        seconds.append(time.perf_counter() - started)
+    return 2 * 1024**3 / min(seconds)
+
+
+def operations(setup: Setup) -> float:
+    """Counted floating point operations of one victim's step under `sequential`.
+
+    All contenders are weighed by these, since the counter knows no groups of convolutions; one that needs
+    fewer operations for the same answer can come out above the peak.
+    """
+    first = {name: tensor[:1] for name, tensor in setup.start.items()}
+    with FlopCounterMode(display=False) as counter:
+        BACKENDS["sequential"]()(setup.problem, first, take(setup.facts, slice(0, 1)))
+    return float(counter.get_total_flops())
+
+
+def measure(case: Case, repetitions: int, peers: bool, memory: bool, peak: float) -> list[dict[str, Any]]:
+    """One row a contender."""
+    setup = Setup(case)
+    contenders: dict[str, tuple[Callable[[], None], int]] = {}
+    for name, kind in BACKENDS.items():
+        with contextlib.suppress(NotImplementedError):
+            contenders[name] = stepper(setup, kind()), case.victims
+    if peers:
+        steps = 5
+        peer = Peer(setup, steps)
+        turns = iter(range(10**9))
+        contenders["breaching"] = lambda: (peer.attack(next(turns) % case.victims), None)[1], steps
+    for step, _ in contenders.values():
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repetitions):
+        for name, (step, units) in contenders.items():
+            started = time.perf_counter()
+            step()
+            seconds[name].append((time.perf_counter() - started) / units)
+    median = {name: statistics.median(row) for name, row in seconds.items()}
+    work = operations(setup)
+    rows = []
+    for name in contenders:
+        rows.append(
+            {
+                "model": case.model,
+                "options": json.dumps(case.options),
+                "parameters": sum(tensor.numel() for tensor in setup.module.parameters()),
+                "victims": case.victims,
+                "batch": case.batch,
+                "size": case.size,
+                "contender": name,
+                "milliseconds": 1000 * median[name],
+                "fastest": 1000 * min(seconds[name]),
+                "slowest": 1000 * max(seconds[name]),
+                "per_second": 1 / median[name],
+                "to_sequential": median["sequential"] / median[name],
+                "to_breaching": median["breaching"] / median[name] if peers else math.nan,
+                "gemm_share": work / median[name] / peak,
+                "peak_megabytes": peak_memory(case, name) if memory and name != "breaching" else math.nan,
+                "must_reach": "" if case.least is None else f"{case.least[0]} / {case.least[1]}",
+                "repetitions": repetitions,
+                "machine": f"{platform.machine()}, 1 thread of {os.cpu_count()}, torch {torch.__version__}",
+            }
+        )
+    return rows
+
+
+def peak_memory(case: Case, contender: str) -> float:
+    """Peak memory of two steps in a process of their own, over that of the problem, MB."""
+    command = [sys.executable, __file__, "_memory", json.dumps(asdict(case)), contender]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def _memory(case: Case, contender: str) -> None:
+    setup = Setup(case)
+    with contextlib.suppress(OSError):  # Linux forgets the peak of what came before
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    step = stepper(setup, BACKENDS[contender]())
+    step()
+    step()
+    print((_resident("VmHWM") - before) / 1024)
+
+
+def _resident(name: str) -> float:
+    """A figure of this process in kB; NaN where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return float(line.split()[1])
+    return math.nan
+
+
+def show(rows: list[dict[str, Any]], suite: str, output: Path) -> None:
+    """Print a case, and save what there is so far."""
+    table = pd.DataFrame(rows)
+    output.mkdir(parents=True, exist_ok=True)
+    table.to_csv(output / f"engine-{suite}.csv", index=False, float_format="%.4g")
+    case = table[["model", "victims", "batch", "size", "options"]].iloc[-1]
+    same = (table[case.index] == case).all(axis=1)
+    shown = ["contender", "milliseconds", "per_second", "to_sequential", "to_breaching", "gemm_share", "peak_megabytes"]
+    print(*(f"{name} {value}" for name, value in case.items()), "must reach", table[same]["must_reach"].iloc[0])
+    print(table[same][shown].to_string(index=False, float_format="{:.3g}".format), flush=True)
+
+
+def plot(path: Path, suite: str) -> None:
+    """Draw the ratios to `sequential`, or for `growth` the time against what grows."""
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+
+    table = pd.read_csv(path)
+    if suite == "growth":
+        panels = [("lenet", "victims"), ("mlp", "parameters"), ("convnet", "size")]
+        figure, axes = plt.subplots(1, 3, figsize=(11, 3.5), layout="constrained")
+        for axis, (model, quantity) in zip(axes, panels, strict=True):
+            for contender, part in table[table.model == model].groupby("contender"):
+                axis.loglog(part[quantity], part.milliseconds * part.victims, "o-", label=contender)
+            axis.set(title=model, xlabel=quantity, ylabel="milliseconds a step of all victims")
+        axes[0].legend()
+    else:
+        wide = table.assign(case=table.model + " " + table.victims.astype(str) + "x" + table.batch.astype(str))
+        wide = wide.pivot_table(index="case", columns="contender", values="to_sequential", sort=False)
+        figure, axis = plt.subplots(figsize=(2 + 0.7 * len(wide), 4), layout="constrained")
+        wide.plot.bar(ax=axis, logy=True, ylabel="speed over sequential", xlabel="model, victims x batch")
+        axis.axhline(1, color="black", linewidth=0.8)
+    figure.savefig(path.with_suffix(".svg"))
+
+
+def quality(iterations: int, victims: int, output: Path) -> None:
+    """Whole attacks in processes of their own: breaching's quality, and our seconds to within 0.5 dB of it."""
+    theirs = _whole("breaching", iterations, victims)
+    rows = [theirs]
+    budget = max(1, iterations // 64)
+    while True:
+        rows.append(_whole("gradleak", budget, victims))
+        if rows[-1]["psnr"] >= theirs["psnr"] - 0.5 or budget >= iterations:
+            break
+        budget = min(iterations, 2 * budget)
+    table = pd.DataFrame(rows)
+    table["seconds_ratio"] = theirs["seconds"] / table["seconds"]
+    output.mkdir(parents=True, exist_ok=True)
+    table.to_csv(output / "engine-quality.csv", index=False, float_format="%.4g")
+    print(table.to_string(index=False, float_format="{:.4g}".format))
+
+
+def _whole(contender: str, iterations: int, victims: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    command = [sys.executable, __file__, "_whole", contender, str(iterations), str(victims)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.perf_counter() - started
+    return {
+        "contender": contender,
+        "iterations": iterations,
+        "victims": victims,
+        "seconds": seconds,
+        **json.loads(done.stdout.splitlines()[-1]),
+    }
+
+
+def _attack(contender: str, iterations: int, victims: int) -> None:
+    setup = Setup(Case("lenet", victims))
+    if contender == "breaching":
+        peer = Peer(setup, iterations)
+        images = torch.stack([peer.attack(victim) for victim in range(victims)])
+        backend = ""
+    else:
+        plan = Plan(
+            optimiser=lambda: Adam(signs=frozenset({"pixels"})),
+            rate=RATE,
+            schedule=SCHEDULES["step"],
+            iterations=iterations,
+            project=setup.project,
+        )
+        compute = Compute(width=victims)
+        outcome = minimise(setup.problem, setup.start, setup.facts, torch.arange(victims), plan, compute)
+        images = finish(setup.problem, outcome.variables, setup.facts, victims).images
+        backend = outcome.backend
+    print(json.dumps({"psnr": setup.psnr(images), "backend": backend}))
+
+
+def main() -> None:
+    """Run what the command line says."""
+    if sys.argv[1:2] == ["_memory"]:
+        torch.set_num_threads(1)  # but the usual allocator, which gives back what is free
+        case = json.loads(sys.argv[2])
+        _memory(Case(**case), sys.argv[3])
+        return
+    process.tune()
+    if sys.argv[1:2] == ["_whole"]:
+        _attack(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=[*CASES, "quality"])
+    parser.add_argument("--only", help="cases whose model has this name")
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--no-peers", action="store_true", help="leave breaching out")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--iterations", type=int, default=1000, help="breaching's steps for `quality`")
+    parser.add_argument("--victims", type=int, default=64, help="victims for `quality`")
+    parser.add_argument("--output", type=Path, default=Path("results/perf"))
+    given = parser.parse_args()
+    peers = has_breaching() and not given.no_peers
+    if not peers:
+        print("breaching is not compared with; install gradleak[peers]", file=sys.stderr)
+    if given.suite == "quality":
+        if not peers:
+            sys.exit("quality is that of breaching, which is not installed")
+        quality(given.iterations, given.victims, given.output)
+        return
+    peak = gemm_peak()
+    print(f"peak of a matrix product: {peak / 1e9:.1f} GFLOP/s")
+    rows: list[dict[str, Any]] = []
+    for case in CASES[given.suite]:
+        if given.only in (None, case.model):
+            rows += measure(case, given.repetitions, peers, not given.no_memory, peak)
+            show(rows, given.suite, given.output)
+    plot(given.output / f"engine-{given.suite}.csv", given.suite)
+
+
+if __name__ == "__main__":
+    main()
