@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
+import os
 import time
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from . import __version__
 from .errors import unknown
 from .layerwise import Layerwise
 from .optimisers import Variables
-from .problem import Backend, Facts, Problem, Values, take
+from .problem import Backend, Direct, Facts, Problem, Values, take
+from .process import default_cache
 from .update import by_autograd, by_transform
 
 log = logging.getLogger(__name__)
@@ -74,21 +79,63 @@ def choose(name: str, problem: Problem, variables: Variables, facts: Facts, iter
         GradleakError: no backend has that name.
     """
     if name == "auto":
-        name, backend = _fastest(problem, variables, facts, iterations)
-        log.debug("backend %r was chosen for %d trials", name, _width(variables))
-        return name, backend
+        return _remembered(problem, variables, facts, iterations)
     if name not in BACKENDS:
         raise unknown("backend", name, [*BACKENDS, "auto"])
     backend = BACKENDS[name]()
     return (name, backend) if backend.applies(problem, variables, facts) else ("vmap", Vmap())
 
 
-def _fastest(problem: Problem, variables: Variables, facts: Facts, iterations: int) -> tuple[str, Backend]:
+def _remembered(problem: Problem, variables: Variables, facts: Facts, iterations: int) -> tuple[str, Backend]:
+    """Time the backends once for each kind of problem on a machine: later runs must give the same digits."""
+    if _width(variables) * iterations < _WORTH_TIMING:
+        return "sequential", Sequential()
+    path = default_cache() / "backends" / _kind(problem, variables, facts)
+    if not path.exists():
+        chosen, backend = _fastest(problem, variables, facts)
+        log.debug("backend %r was chosen for %d trials", chosen, _width(variables))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(chosen)
+        # A link fails where another process has decided meanwhile: the first decision holds.
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+        draft.unlink()
+    name = path.read_text()
+    backend = BACKENDS[name]()
+    return (name, backend) if backend.applies(problem, variables, facts) else ("vmap", Vmap())
+
+
+def _kind(problem: Problem, variables: Variables, facts: Facts) -> str:
+    """Hash of what decides a problem's speed: architecture, shapes, objective, protocol, device and versions."""
+
+    def shapes(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: shapes(item) for key, item in value.items()}
+        return (tuple(value.shape[1:]), str(value.dtype), value.device.type) if isinstance(value, Tensor) else None
+
+    match = problem.match
+    parts = (
+        repr(problem.network.module),
+        problem.network.module.training,
+        {name: tuple(tensor.shape) for name, tensor in problem.network.parameters.items()},
+        _width(variables),
+        shapes(variables),
+        shapes(facts),
+        repr(match) if isinstance(match, Direct) else getattr(match, "__qualname__", type(match).__qualname__),
+        problem.per_example is not None,
+        repr(problem.training),
+        torch.get_num_threads(),
+        torch.__version__,
+        __version__,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _fastest(problem: Problem, variables: Variables, facts: Facts) -> tuple[str, Backend]:
     """Time every backend that applies, after a warm-up, and keep the fastest."""
     width = _width(variables)
     reference = Sequential()
-    if width * iterations < _WORTH_TIMING:
-        return "sequential", reference
     # One trial is enough to know what `sequential` takes for all, and what the others must answer for it.
     first = {name: tensor[:1] for name, tensor in variables.items()}
     known = take(facts, slice(0, 1))

@@ -268,7 +268,7 @@ def _doctor() -> None:
     import torch
     from torchvision.models import AlexNet_Weights
 
-    from .training import default_cache
+    from .process import default_cache
 
     packages = ("torch", "torchvision", "torchmetrics", "lpips", "opacus", "numpy", "scipy", "pandas", "pydantic")
     cache = default_cache()

@@ -7,7 +7,6 @@ its result does not depend on the executor or on the number of workers.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import multiprocessing
@@ -28,6 +27,7 @@ import torch
 from . import registry
 from .errors import GradleakError, unknown
 from .evaluate import Progress, Resources, evaluate
+from .process import tune
 from .store import CellResult
 from .suite import Cell
 
@@ -67,7 +67,7 @@ class Local(Executor):
         for path in plugins:
             registry.add_file(path)
         threads = torch.get_num_threads()
-        _tune()
+        tune()
         queue = Queue(cells)
         try:
             while (cell := queue.take()) is not None:
@@ -256,7 +256,7 @@ def _work(connection: Connection, resources: Resources, plugins: Sequence[Path])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.captureWarnings(True)
     logging.getLogger().handlers = [_Forward(connection)]
-    _tune()
+    tune()
     for path in plugins:
         registry.add_file(path)
     while True:
@@ -296,16 +296,6 @@ def _throttled(report: Progress) -> Progress:
             report(share, loss)
 
     return passed
-
-
-def _tune() -> None:
-    """One thread, and an allocator that keeps its memory: without it page faults cost more than the arithmetic."""
-    torch.set_num_threads(1)
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        library = ctypes.CDLL(None)
-        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)):
-            library.mallopt(parameter, value)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,8 @@ from . import seeds
 from .dataset import Data, Images
 from .errors import GradleakError
 from .generators import Decoder, Generator
-from .training import _digest, _load, _save, default_cache
+from .process import default_cache
+from .training import _digest, _load, _save
 
 RECIPE = "1"
 """Raised whenever training or the architecture changes, so that no old checkpoint is used again."""

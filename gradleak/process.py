@@ -1,12 +1,19 @@
-"""Process-wide defaults of a worker that computes on the CPU: one thread, passive waiting, memory that is kept."""
+"""What concerns a process and its machine: threads, waiting, memory, and the folder of what is kept between runs."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # mallopt's names for what it sets
+
+
+def default_cache() -> Path:
+    """Return the folder of checkpoints and choices: `$GRADLEAK_CACHE`, or `~/.cache/gradleak`."""
+    chosen = os.environ.get("GRADLEAK_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "gradleak"
 
 
 def tune(threads: int = 1) -> None:

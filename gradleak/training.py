@@ -19,6 +19,7 @@ from . import seeds
 from .dataset import Data, Images
 from .errors import GradleakError
 from .model import Model, initialise
+from .process import default_cache
 from .registry import options_of
 
 RECIPE = "1"
@@ -132,12 +133,6 @@ def accuracy(network: nn.Module, images: Images) -> float:
             batch = images[start : start + 256]
             correct += int((network(batch.images.to(device)).argmax(1).cpu() == batch.labels).sum())
     return correct / len(images)
-
-
-def default_cache() -> Path:
-    """Return the folder of the checkpoints: `$GRADLEAK_CACHE`, or `~/.cache/gradleak`."""
-    chosen = os.environ.get("GRADLEAK_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "gradleak"
 
 
 def _key(network: nn.Module, options: str, data: Data, epochs: int, seed: int, device: torch.device | str) -> str:

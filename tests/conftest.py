@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before torch loads: idle OpenMP threads must not spin while other processes compute.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Checkpoints and choices of the tests stay out of the user's cache.
+os.environ["GRADLEAK_CACHE"] = tempfile.mkdtemp(prefix="gradleak-tests-")
 
 import torch
 

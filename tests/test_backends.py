@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -447,6 +448,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
         return seconds[kinds[type(backend)]]
 
     monkeypatch.setattr(backends, "_seconds", pretend)
+    monkeypatch.setenv("GRADLEAK_CACHE", tempfile.mkdtemp())
 
 
 @pytest.mark.parametrize(
@@ -464,6 +466,15 @@ def test_auto_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, seconds: dict[s
     trials = problem_of(network_of("lenet"))
     assert choose("auto", *trials, iterations=100)[0] == expected
     assert choose("auto", *trials, iterations=1)[0] == "sequential"  # too short to look around
+
+
+def test_auto_decides_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, {"sequential": 1.0, "vmap": 2.0, "layerwise": 0.1})
+    trials = problem_of(network_of("lenet"))
+    assert choose("auto", *trials, iterations=100)[0] == "layerwise"
+    monkeypatch.setattr(backends, "_seconds", lambda *arguments: pytest.fail("timed again"))
+    assert choose("auto", *trials, iterations=100)[0] == "layerwise"
+    assert choose("auto", *problem_of(network_of("lenet")), iterations=100)[0] == "layerwise"
 
 
 def test_auto_trusts_nobody(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

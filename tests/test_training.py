@@ -13,7 +13,8 @@ from gradleak import registry
 from gradleak.dataset import Data, Dataset, Images, Split
 from gradleak.errors import GradleakError
 from gradleak.model import initialise
-from gradleak.training import accuracy, default_cache, prepare, train
+from gradleak.process import default_cache
+from gradleak.training import accuracy, prepare, train
 
 
 @dataclass(frozen=True, kw_only=True)
