@@ -11,7 +11,6 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from gradleak.defense import Defense, Loss, Message, Public
-from gradleak.objectives import cosine
 from gradleak.update import Update
 
 log = logging.getLogger(__name__)
@@ -26,8 +25,9 @@ class Censor(Defense):
     exact orthogonality (a step along it lowers nothing to first order). `exact=False` is the released code,
     whose projection is exact for gradients of norm one only.
 
-    The norms of all tensors are sent either way, and where the client fell back, so is the gradient: the
-    adaptive answer matches both. FedSGD; in a chain, where no loss is at hand, the first trial is sent.
+    There is no adaptive answer to a message that was replaced: it shows the norm of each tensor and one
+    orthogonality, two equations a tensor. Where the client fell back, plain matching sees the gradient itself.
+    FedSGD; in a chain, where no loss is at hand, the first trial is sent.
     """
 
     family = "noise"
@@ -56,18 +56,11 @@ class Censor(Defense):
         """Return one trial."""
         return {name: self._orthogonal(tensor, generator) for name, tensor in update.items()}
 
-    def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:
-        """Cosine distance, right where the client fell back, plus the mean squared error of the norms' ratios."""
-        ratios = [
-            ((simulated[name].square().sum() + 1e-30) / (sent.square().sum() + 1e-30)).sqrt()
-            for name, sent in message.items()
-        ]
-        return cosine(simulated, message) + (torch.stack(ratios) - 1).square().mean()
-
     def _orthogonal(self, gradient: Tensor, generator: torch.Generator) -> Tensor:
         drawn = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
         direction = (drawn / drawn.norm()).to(gradient)
         norm = gradient.norm()
         along = (direction * gradient).sum() / (norm.square() if self.exact else norm).clamp(min=1e-30)
-        rest = direction - along * gradient
-        return rest * norm / rest.norm().clamp(min=1e-30)
+        rest: Tensor = direction - along * gradient
+        trial: Tensor = rest * norm / rest.norm().clamp(min=1e-30)
+        return trial

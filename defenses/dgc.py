@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from gradleak.defense import Defense, Message, Public
+from gradleak.defense import Defense, Loss, Memory, Message, Public
 from gradleak.defenses.top_k import TopK
 from gradleak.update import Update, squared_norm
 
@@ -60,6 +60,16 @@ class DGC(Defense):
         message = self._top_k.protect(waiting, public, generator)
         # What was sent is forgotten in both: momentum factor masking.
         return message, (_unsent(momentum, message), _unsent(waiting, message))
+
+    def release_next(
+        self, update: Update, public: Public, generator: torch.Generator, loss: Loss, memory: Memory
+    ) -> tuple[Message, Memory]:
+        """As `compress`."""
+        return self.compress(update, public, generator, memory)
+
+    def at_round(self, index: int, epoch: int) -> DGC:
+        """Return the defense with the share of the epoch."""
+        return replace(self, epoch=epoch)
 
     def simulate(self, update: Update, public: Public) -> Message:
         """Scale an update down to norm `clip`."""

@@ -79,10 +79,13 @@ class DPSGD(Defense):
         """Return epsilon of one message, q = 1; None for Laplace noise, no noise, or local steps."""
         return self._account(setting, 1.0, 1, "one example added or removed, one message")
 
-    def run_guarantee(self, setting: Setting) -> Guarantee | None:
-        """Return epsilon of the model after `steps` Poisson-sampled rounds; None where `guarantee` is."""
-        unit = f"one example added or removed, {self.steps} rounds at sampling rate {self.sampling_rate}"
-        return self._account(setting, self.sampling_rate, self.steps, unit)
+    def run_guarantee(
+        self, setting: Setting, sampling_rate: float | None = None, steps: int | None = None
+    ) -> Guarantee | None:
+        """Return epsilon of the model after Poisson-sampled rounds; None where `guarantee` is."""
+        rate, rounds = sampling_rate or self.sampling_rate, steps or self.steps
+        unit = f"one example added or removed, {rounds} rounds at sampling rate {rate:g}"
+        return self._account(setting, rate, rounds, unit)
 
     def _account(self, setting: Setting, rate: float, steps: int, unit: str) -> Guarantee | None:
         if self.mechanism == "laplace" or self.sigma == 0 or setting.local_lr is not None:

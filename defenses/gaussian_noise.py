@@ -66,12 +66,23 @@ class GaussianNoise(Defense):
 
     def guarantee(self, setting: Setting) -> Guarantee | None:
         """Return epsilon of one message with clipping, by Opacus' Rényi accountant."""
+        return self._account(setting, 1.0, 1, "one example added or removed, one message")
+
+    def run_guarantee(
+        self, setting: Setting, sampling_rate: float | None = None, steps: int | None = None
+    ) -> Guarantee | None:
+        """As `guarantee`, of many messages."""
+        rate, rounds = sampling_rate or 1.0, steps or 1
+        unit = f"one example added or removed, {rounds} rounds at sampling rate {rate:g}"
+        return self._account(setting, rate, rounds, unit)
+
+    def _account(self, setting: Setting, rate: float, steps: int, unit: str) -> Guarantee | None:
         if self.clip is None or self.sigma == 0 or setting.local_lr is not None:
             return None
         accountant = RDPAccountant()
-        accountant.history = [(self.sigma, 1.0, 1)]
+        accountant.history = [(self.sigma, rate, steps)]
         with warnings.catch_warnings():
             # Opacus says that its orders are few for such little noise; epsilon is astronomic there anyway.
             warnings.simplefilter("ignore", UserWarning)
             epsilon = float(accountant.get_epsilon(delta=self.delta))
-        return Guarantee(epsilon, self.delta, "Opacus RDP", "one example added or removed, one message")
+        return Guarantee(epsilon, self.delta, "Opacus RDP", unit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -38,6 +38,10 @@ class GradientNoise(Defense):
     def deviation(self) -> float:
         """Standard deviation of the noise in this round."""
         return math.sqrt(self.eta / (1 + self.round) ** self.gamma)
+
+    def at_round(self, index: int, epoch: int) -> GradientNoise:
+        """Return the defense of that round."""
+        return replace(self, round=index)
 
     def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
         """Add the noise."""

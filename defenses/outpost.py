@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -41,9 +41,11 @@ class Outpost(Defense):
 
     def public(self, template: Update, batch_size: int, generator: torch.Generator) -> Public:
         """Return each tensor's noise, a scalar by name, from the weights (`template`)."""
-        return {
-            name: self.noise * weight.detach().var(correction=0).clamp(max=1) for name, weight in template.items()
-        }
+        return {name: self.noise * weight.detach().var(correction=0).clamp(max=1) for name, weight in template.items()}
+
+    def at_round(self, index: int, epoch: int) -> Outpost:
+        """Return the defense of that round."""
+        return replace(self, round=index)
 
     def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
         """Return the pruned and noised update, or the update itself where the coin says so."""

@@ -104,6 +104,12 @@ class Sketch(Defense):
         """Return what the Gaussian mechanism gives for one message: R is public, the sensitivity is `clip`."""
         return self._noise.guarantee(setting)
 
+    def run_guarantee(
+        self, setting: Setting, sampling_rate: float | None = None, steps: int | None = None
+    ) -> Guarantee | None:
+        """As `guarantee`, of many messages."""
+        return self._noise.run_guarantee(setting, sampling_rate, steps)
+
     @property
     def _noise(self) -> GaussianNoise:
         return GaussianNoise(sigma=self.sigma, clip=self.clip, delta=self.delta)

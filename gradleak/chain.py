@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,11 @@ class Chain(Defense):
         return tuple(name for defense in self.defenses for name in defense.counter_attacks)
 
     @property
+    def single_round(self) -> bool:  # type: ignore[override]
+        """Whether any member's messages mean something in the attacked round only."""
+        return any(defense.single_round for defense in self.defenses)
+
+    @property
     def per_example_gradients(self) -> bool:
         """Whether any member acts on each example's gradient."""
         return any(defense.per_example_gradients for defense in self.defenses)
@@ -79,6 +85,12 @@ class Chain(Defense):
         for defense in self.defenses:
             images, targets = defense.encode(images, targets, generator)
         return images, targets
+
+    def encode_test(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return what all members have encoded, in order."""
+        for defense in self.defenses:
+            images = defense.encode_test(images, generator)
+        return images
 
     def private_buffers(self, module: nn.Module, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw every member's private randomness."""
@@ -118,6 +130,10 @@ class Chain(Defense):
             update = defense.simulate(update, _own(public, index))
         return update
 
+    def at_round(self, index: int, epoch: int) -> Chain:
+        """Return the chain of what every member is in that round; no member keeps a memory in a chain."""
+        return Chain(tuple(defense.at_round(index, epoch) for defense in self.defenses))
+
     def decode(self, message: Message, public: Public) -> Update:
         """Decode by every member, last to first."""
         for index in reversed(range(len(self.defenses))):
@@ -134,8 +150,13 @@ class Chain(Defense):
 
     def guarantee(self, setting: Setting) -> Guarantee | None:
         """Return the strongest member's."""
-        found = [guarantee for defense in self.defenses if (guarantee := defense.guarantee(setting)) is not None]
-        return min(found, key=lambda guarantee: guarantee.epsilon, default=None)
+        return _strongest(defense.guarantee(setting) for defense in self.defenses)
+
+    def run_guarantee(
+        self, setting: Setting, sampling_rate: float | None = None, steps: int | None = None
+    ) -> Guarantee | None:
+        """Return the strongest member's."""
+        return _strongest(defense.run_guarantee(setting, sampling_rate, steps) for defense in self.defenses)
 
     @property
     def _start(self) -> int:
@@ -162,6 +183,11 @@ class Chain(Defense):
             if not defense.linear or defense.has_likelihood or type(defense).simulate is not Defense.simulate
         ]
         return max(changing, default=len(self.defenses) - 1)
+
+
+def _strongest(guarantees: Iterable[Guarantee | None]) -> Guarantee | None:
+    found = [guarantee for guarantee in guarantees if guarantee is not None]
+    return min(found, key=lambda guarantee: guarantee.epsilon, default=None)
 
 
 def _own(public: Public, index: int) -> Public:

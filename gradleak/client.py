@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 from . import batch_statistics, seeds
-from .defense import Defense, Message, Public
+from .defense import Defense, Memory, Message, Public
 from .errors import GradleakError
 from .threat import BatchNorm, Setting
-from .update import Network, Update, local_update, one_hot, stack
+from .update import Network, Update, by_transform, local_update, one_hot, stack
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Sent:
     """Length of a dense float32 update."""
     seconds: float
     """Mean time of a client, defense included."""
+    memories: list[Memory]
+    """What each client keeps for its next message; private."""
 
 
 def client_network(module: nn.Module, defense: Defense, setting: Setting) -> Network:
@@ -74,6 +78,8 @@ def send(
     setting: Setting,
     round_seed: int,
     client_seeds: list[int],
+    memories: Sequence[Memory] | None = None,
+    together: bool = False,
 ) -> Sent:
     """Compute the message of every client, each on its own.
 
@@ -86,26 +92,39 @@ def send(
         setting: how they train.
         round_seed: seed of the round's public randomness.
         client_seeds: seed of each client's private randomness.
+        memories: what each client kept from its last message; by default this is their first.
+        together: compute the clients' updates in one stack, which is faster and equal up to rounding.
     """
     template = {name: tensor for name, tensor in network.parameters.items()}
     public = defense.public(template, setting.batch_size, torch.Generator().manual_seed(round_seed))
     per_example = partial(defense.per_example, public=public) if defense.per_example_gradients else None
     started = time.perf_counter()
-    messages, updates, drawn, encoded, soft, seen = [], [], [], [], [], []
-    for batch, classes_of, seed in zip(images, labels, client_seeds, strict=True):
-        generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed(seed) for seed in client_seeds]
+    encoded, soft, drawn = [], [], []
+    for batch, classes_of, generator in zip(images, labels, generators, strict=True):
         inputs, targets = defense.encode(batch, one_hot(classes_of, classes, batch.dtype), generator)
-        buffers = defense.private_buffers(network.module, inputs, generator)
-        update = local_update(
-            network, inputs, targets, setting.local_training, per_example=per_example, buffers=buffers
-        )
-        update = {name: tensor.detach() for name, tensor in update.items()}
-        loss = partial(_loss_after, network, inputs, targets, buffers)
-        messages.append({name: t.detach() for name, t in defense.release(update, public, generator, loss).items()})
-        updates.append(update)
-        drawn.append(buffers)
         encoded.append(inputs)
         soft.append(targets)
+        drawn.append(defense.private_buffers(network.module, inputs, generator))
+    train = partial(local_update, network, training=setting.local_training, per_example=per_example)
+    if together:
+        stacked = vmap(
+            lambda images, targets, buffers: train(images, targets, buffers=buffers, differentiate=by_transform)
+        )(torch.stack(encoded), torch.stack(soft), stack(drawn))
+        updates = [{name: tensor[index] for name, tensor in stacked.items()} for index in range(len(images))]
+    else:
+        updates = []
+        for inputs, targets, buffers in zip(encoded, soft, drawn, strict=True):
+            update = train(inputs, targets, buffers=buffers)
+            updates.append({name: tensor.detach() for name, tensor in update.items()})
+    messages, kept, seen = [], [], []
+    for index, generator in enumerate(generators):
+        inputs, targets, buffers = encoded[index], soft[index], drawn[index]
+        loss = partial(_loss_after, network, inputs, targets, buffers)
+        memory = None if memories is None else memories[index]
+        message, memory = defense.release_next(updates[index], public, generator, loss, memory)
+        messages.append({name: tensor.detach() for name, tensor in message.items()})
+        kept.append(memory)
         if setting.grants.batch_norm is BatchNorm.BATCH:
             with torch.no_grad():
                 seen.append(batch_statistics.of_batch(network, inputs, buffers))
@@ -121,6 +140,7 @@ def send(
         bytes=[len(defense.pack(message, public)) for message in messages],
         dense_bytes=4 * sum(tensor.numel() for tensor in template.values()),
         seconds=seconds,
+        memories=kept,
     )
 
 
@@ -129,9 +149,7 @@ def seeds_for(victims: list[int], *context: object) -> list[int]:
     return [seeds.derive("client", *context, victim) for victim in victims]
 
 
-def _loss_after(
-    network: Network, images: Tensor, targets: Tensor, buffers: dict[str, Tensor], step: Update
-) -> Tensor:
+def _loss_after(network: Network, images: Tensor, targets: Tensor, buffers: dict[str, Tensor], step: Update) -> Tensor:
     with torch.no_grad():
         parameters = {name: tensor + step[name] for name, tensor in network.parameters.items()}
         return network.loss(images, targets, parameters, buffers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ Public = dict[str, Tensor]
 
 Loss = Callable[[Update], Tensor]
 """A client's loss after a step from its parameters, a scalar."""
+
+Memory = Any
+"""What a client keeps from one of its messages to the next; None before its first."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Defense:
     """Raised whenever results change, so that old cells are not taken for new ones."""
     counter_attacks: ClassVar[tuple[str, ...]] = ()
     """Names of attacks made to defeat this defense."""
+    single_round: ClassVar[bool] = False
+    """Whether messages mean something in the attacked round only, so that no model can be trained from them."""
 
     @property
     def per_example_gradients(self) -> bool:
@@ -63,6 +68,10 @@ class Defense:
     def encode(self, images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the images [B, C, H, W] and class probabilities [B, classes] that the client trains on."""
         return images, targets
+
+    def encode_test(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the images [K, C, H, W] as the trained model must be given them. Default: as they are."""
+        return images
 
     def private_buffers(self, module: nn.Module, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw the model's private randomness for one update, as buffers [B, ...] to run it with (dropout masks)."""
@@ -92,6 +101,16 @@ class Defense:
         """Return the message, with the client's loss at hand; what `client` calls. Default: `protect`."""
         return self.protect(update, public, generator)
 
+    def release_next(
+        self, update: Update, public: Public, generator: torch.Generator, loss: Loss, memory: Memory
+    ) -> tuple[Message, Memory]:
+        """Return the next message of a client that trains over many rounds, and its memory. Default: `release`."""
+        return self.release(update, public, generator, loss), memory
+
+    def at_round(self, index: int, epoch: int) -> Defense:
+        """Return the defense as it is in a round of training and its epoch, from 0, for what follows a schedule."""
+        return self
+
     def decode(self, message: Message, public: Public) -> Update:
         """Return the update that the server applies, shaped like the model's parameters."""
         return message
@@ -113,6 +132,18 @@ class Defense:
 
     def guarantee(self, setting: Setting) -> Guarantee | None:
         """Return what holds for one message of a client in this setting; None for no guarantee."""
+        return None
+
+    def run_guarantee(
+        self, setting: Setting, sampling_rate: float | None = None, steps: int | None = None
+    ) -> Guarantee | None:
+        """Return what holds for a whole training run; None for no guarantee.
+
+        Args:
+            setting: how the clients train.
+            sampling_rate: probability that an example takes part in a step; unset, the defense's own.
+            steps: how many messages an example may take part in; unset, the defense's own.
+        """
         return None
 
     @property

@@ -51,6 +51,8 @@ CASES = {
     "quantum-relaxation": Case(
         "mlp", {"widths": (32,)}, {"restarts": 2, "iterations": 20}, "quantum-encoding", undefended=False
     ),
+    "bottleneck-inversion": Case("lenet", {}, {"iterations": 30}, "vib", {"width": 4}, undefended=False),
+    "encoding-inversion": Case("lenet", {}, {"iterations": 30}, "augmentation", undefended=False),
 }
 """Cases of attacks that need a certain model; all others run on the first of `USUAL` that suits them."""
 
