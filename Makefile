@@ -10,7 +10,7 @@ leaderboard: .venv/installed ## run benchmarks/quick.yaml and print what it meas
 	$(BIN)/gradleak leaderboard quick.sqlite
 
 test: lint ## format, lint, types, tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check

@@ -44,7 +44,7 @@ class DropoutInversion(GradientMatching):
     as in the paper, never. An answer whose loss was lower before is kept."""
     objective: str = "cosine"
     schedule: Literal["constant", "step", "cosine"] = "cosine"
-    signed: bool = True
+    signed: bool | Literal["soft"] = True
     lr: float = 0.1
     iterations: int = 4000
     tv: float = 4e-5

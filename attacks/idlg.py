@@ -17,6 +17,7 @@ class IDLG(GradientMatching):
     """
 
     reference = "arXiv:2001.02610"
+    ensembles = ("auto-v1",)
 
     objective: str = "squared"
     optimiser: Literal["adam", "lbfgs"] = "lbfgs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from gradleak.attack import GradientMatching
 
@@ -16,9 +17,10 @@ class InvertingGradients(GradientMatching):
     """
 
     reference = "arXiv:2003.14053"
+    ensembles = ("auto-v1",)
 
     objective: str = "cosine"
-    signed: bool = True
+    signed: bool | Literal["soft"] = True
     lr: float = 0.1
     iterations: int = 4800
     tv: float = 1e-4

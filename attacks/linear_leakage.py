@@ -32,6 +32,7 @@ class LinearLeakage(Attack):
 
     family = "analytic"
     reference = "arXiv:2003.14053"
+    ensembles = ("auto-v1",)
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs a linear layer with bias right on the pixels."""

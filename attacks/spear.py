@@ -38,6 +38,7 @@ class Spear(Attack):
 
     family = "analytic"
     reference = "arXiv:2403.03945"
+    ensembles = ("auto-v1",)
 
     trials: Annotated[int, Ge(1)] = 2048
     """Planes drawn in a round."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,13 +13,14 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from . import labels as label_rules
-from . import matching, priors
+from . import matching, parametrisations, priors
 from .defense import Defense, View
 from .errors import unknown
 from .matching import Plan, Status
 from .model import Normalise
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, weigh
 from .optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
+from .presets import PRESETS
 from .problem import Direct, Facts, Guess, Problem, take
 from .seeds import Generators
 from .threat import Knowledge, Labels, Observation, Setting
@@ -70,6 +71,9 @@ class Attack(ABC):
     """Whether the attack uses what it knows of a defense."""
     observes_other_victim: ClassVar[bool] = False
     """A control: it is shown the observation of another victim."""
+    ensembles: ClassVar[tuple[str, ...]] = ()
+    """Ensembles that the attack is a member of, such as `auto-v1`; a suite that names one runs all members that can
+    run. A changed membership is a new version of the name."""
     tuning: ClassVar[str] = "defaults of the reference"
     """How the defaults were found: on which tuning victims, with how many trials."""
 
@@ -100,24 +104,40 @@ class GradientMatching(Attack):
     family = "optimisation"
     needs = Knowledge(labels=Labels.INFERRED)
     adaptive = True
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+    """Named option sets; a suite writes `{preset: NAME}`, and cells keep what it stands for."""
 
     objective: str = "cosine"
     """Name in `gradleak.objectives`."""
+    layer_weights: Literal["equal", "linear", "exp"] = "equal"
+    """How much the tensors of an update count, the first most: equally, falling linearly, or by e with each."""
     optimiser: Literal["adam", "lbfgs"] = "adam"
     lr: Annotated[float, Gt(0)] = 0.1
     schedule: Literal["constant", "step", "cosine"] = "step"
+    warm_up: Annotated[int, Ge(0)] = 0
+    """Iterations over which the rate rises linearly to what the schedule says."""
     iterations: Annotated[int, Ge(1)] = 1000
     restarts: Annotated[int, Ge(1)] = 1
-    signed: bool = False
-    """Replace the image gradient by its sign."""
+    signed: bool | Literal["soft"] = False
+    """Replace the image gradient by its sign; soft: by tanh(s g) / s with s falling from 1 to 0."""
     boxed: bool = True
     """Clamp images to [0, 1] after every step."""
     space: Literal["normalised", "raw"] = "normalised"
     """Whether pixels are searched in the model's normalised space or in [0, 1]."""
-    initialisation: Literal["normal", "uniform", "zeros"] = "normal"
-    """Start in the space searched: N(0, 1), U(0, 1), or zeros."""
+    parametrisation: Literal["pixels", "low-resolution", "deep-prior"] = "pixels"
+    """What is searched: pixels, pixels to be enlarged (bicubic), or the weights of an untrained decoder."""
+    reduction: Annotated[int, Ge(2)] = 2
+    """How many times smaller the side of a low-resolution image is."""
+    initialisation: Literal["normal", "uniform", "zeros", "patterned"] = "normal"
+    """Start in the space searched: N(0, 1), U(0, 1), zeros, or a tile of 4x4 from N(0, 1), repeated."""
     tv: Annotated[float, Ge(0)] = 0.0
     """Weight of the total variation."""
+    tv_form: Literal["anisotropic", "isotropic", "opponents"] = "anisotropic"
+    """|dx| + |dy|, their Euclidean norm, or that with the planes R - G, R - B, G - B besides the colours."""
+    features: Annotated[float, Ge(0)] = 0.0
+    """Weight of the squared distance between the last layer's inputs and those that its gradient tells of a label."""
+    task: Annotated[float, Ge(0)] = 0.0
+    """Weight of the model's own loss on the guess."""
     label_rule: str = "auto"
     """Rule in `gradleak.labels` for labels that are neither granted nor optimised."""
     tolerance: Annotated[float, Ge(0)] = 0.0
@@ -131,30 +151,70 @@ class GradientMatching(Attack):
         """How far a simulated update is from the observed one, a scalar."""
         if self.objective not in OBJECTIVES:
             raise unknown("objective", self.objective, OBJECTIVES)
-        return OBJECTIVES[self.objective](guess, observed)
+        return OBJECTIVES[self.objective](weigh(guess, self.layer_weights), weigh(observed, self.layer_weights))
 
     def penalty(self, images: Tensor) -> Tensor:
         """Prior on images [B, C, H, W] in [0, 1], a scalar."""
-        return self.tv * priors.total_variation(images) if self.tv else images.new_zeros(())
+        if not self.tv:
+            return images.new_zeros(())
+        if self.tv_form == "anisotropic":
+            return self.tv * priors.total_variation(images)
+        return self.tv * priors.smooth_total_variation(images, opponents=self.tv_form == "opponents")
 
     def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
         """Prior on everything guessed, a scalar; by default the penalty on its images."""
         return self.penalty(guess.images)
 
+    def prior(self, observation: Observation) -> Callable[[Guess, Variables, Facts], Tensor]:
+        """Whole prior of one trial: `regularise`, and what takes the model to compute."""
+        network = observation.network
+        if not (self.features or self.task):
+            return self.regularise
+
+        def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+            total = self.regularise(guess, variables, facts)
+            if self.features:
+                total = total + self.features * priors.feature_distance(network, guess.images, _tensors(facts["seen"]))
+            if self.task:
+                total = total + self.task * network.loss(guess.images, guess.targets, buffers=guess.buffers)
+            return total
+
+        return prior
+
     def decode(self, variables: Variables, facts: Facts) -> Guess:
         """Turn one trial's variables into a guess; `facts` holds `mean`, `std` and, if known, `targets`."""
-        images = variables["pixels"] * _tensor(facts["std"]) + _tensor(facts["mean"])
+        if self.parametrisation == "deep-prior":
+            images = parametrisations.decoded(variables, _shape(facts))
+        else:
+            images = variables["pixels"] * _tensor(facts["std"]) + _tensor(facts["mean"])
+        if self.parametrisation == "low-resolution":
+            images = parametrisations.enlarge(images, _shape(facts))
         if "labels" in variables:
             return Guess(images, variables["labels"].softmax(dim=-1))
         return Guess(images, _tensor(facts["targets"]))
 
     def initial(self, observation: Observation, generator: Generators) -> Variables:
         """Initial variables of one restart, stacked over victims [N, ...]."""
-        draw = {"normal": generator.normal, "uniform": generator.uniform, "zeros": _zeros(generator)}
-        variables = {"pixels": draw[self.initialisation](observation.batch_size, *observation.shape)}
+        size, (channels, height, width) = observation.batch_size, observation.shape
+        if self.parametrisation == "deep-prior":
+            variables = parametrisations.decoder(generator, size, observation.shape)
+        else:
+            small = self.reduction if self.parametrisation == "low-resolution" else 1
+            variables = {"pixels": self._start(generator, size, channels, -(-height // small), -(-width // small))}
         if self.needs.labels is Labels.OPTIMISED:
             variables["labels"] = generator.normal(observation.batch_size, observation.classes)
         return variables
+
+    def _start(self, generator: Generators, *shape: int) -> Tensor:
+        if self.initialisation == "patterned":
+            *front, height, width = shape
+            tile = generator.normal(*front, 4, 4)
+            return tile.repeat(*(1 for _ in range(tile.ndim - 2)), -(-height // 4), -(-width // 4))[
+                ..., :height, :width
+            ]
+        draw = {"normal": generator.normal, "uniform": generator.uniform, "zeros": _zeros(generator)}
+        start: Tensor = draw[self.initialisation](*shape)
+        return start
 
     def project(self, variables: Variables, mean: Tensor, std: Tensor) -> None:
         """Bring stacked variables back into their set, in place."""
@@ -165,7 +225,7 @@ class GradientMatching(Attack):
         """Optimiser for stacked trials."""
         if self.optimiser == "lbfgs":
             return LBFGS()
-        return Adam(signs=frozenset({"pixels"}) if self.signed else frozenset())
+        return Adam(signs=frozenset({"pixels"}) if self.signed else frozenset(), soft=self.signed == "soft")
 
     def perturbation(
         self, observation: Observation, generator: Generators
@@ -194,29 +254,35 @@ class GradientMatching(Attack):
     def problem(self, observation: Observation) -> Problem:
         """One trial's loss."""
         view = observation.view if observation.view is not None and observation.view.complete else None
+        # Of unknown local steps the guess is one gradient, which a weight difference points away from.
+        turned = observation.weight_difference and observation.training.lr is None
 
         def match(update: Update, facts: Facts) -> Tensor:
             if view is None:
                 return self.distance(update, _tensors(facts["update"]))
+            if turned:
+                update = {name: -tensor for name, tensor in update.items()}
             message, simulated = _tensors(facts["message"]), view.simulate(update)
             if view.defense.has_likelihood:
                 return view.nll(message, simulated)
             return self.distance(simulated, message)
 
-        direct = self._direct(view)
+        direct = None if turned and view is not None else self._direct(view)
         clips = view is not None and view.defense.per_example_gradients
         return Problem(
             network=observation.network,
             training=observation.training,
             decode=self.decode,
             match=match if direct is None else direct,
-            penalty=self.regularise,
+            penalty=self.prior(observation),
             per_example=view.per_example if view is not None and clips else None,
         )
 
     def _direct(self, view: View | None) -> Direct | None:
         """Matching as a plain comparison, if nothing makes it another."""
         if type(self).distance is not GradientMatching.distance or self.objective not in OBJECTIVES:
+            return None
+        if self.layer_weights != "equal":
             return None
         if view is None:
             return Direct(self.objective, "update")
@@ -227,14 +293,20 @@ class GradientMatching(Attack):
         """What is known of each victim, stacked."""
         mean, std = self.coordinates(observation.network)
         victims = observation.victims
+        unrolled = observation.training.lr is not None
         facts: Facts = {
             "message": observation.message,
-            "update": observation.update,
+            "update": observation.update if unrolled else observation.gradient,
             "mean": mean.expand(victims, *mean.shape),
             "std": std.expand(victims, *std.shape),
+            # Of no size: only its shape is a fact.
+            "blank": mean.new_empty(victims, 0, *observation.shape),
         }
         if self.needs.labels is not Labels.OPTIMISED:
-            facts["targets"] = one_hot(self.labels(observation), observation.classes, observation.dtype)
+            labels = self.labels(observation)
+            facts["targets"] = one_hot(labels, observation.classes, observation.dtype)
+            if self.features:
+                facts["seen"] = priors.seen_features(observation.gradient, observation.classes, labels)
         return facts
 
     def labels(self, observation: Observation) -> Tensor:
@@ -251,12 +323,19 @@ class GradientMatching(Attack):
         return Plan(
             optimiser=self.new_optimiser,
             rate=self.lr,
-            schedule=SCHEDULES[self.schedule],
+            schedule=self.factor,
             iterations=self.iterations,
             tolerance=self.tolerance,
             patience=self.patience,
             project=lambda variables: self.project(variables, mean, std),
         )
+
+    def factor(self, done: Tensor) -> Tensor:
+        """Factor [W] of the rate at shares [W] of the iterations."""
+        factor = SCHEDULES[self.schedule](done)
+        if self.warm_up:
+            factor = factor * ((done * self.iterations + 1) / self.warm_up).clamp(max=1)
+        return factor
 
     def coordinates(self, network: Network) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [C or 1, 1, 1] of the space searched."""
@@ -304,6 +383,11 @@ def single_step(training: LocalTraining) -> LocalTraining:
 def _tensor(value: Tensor | dict[str, Tensor]) -> Tensor:
     assert isinstance(value, Tensor)
     return value
+
+
+def _shape(facts: Facts) -> tuple[int, int, int]:
+    _, channels, height, width = _tensor(facts["blank"]).shape
+    return channels, height, width
 
 
 def _tensors(value: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:

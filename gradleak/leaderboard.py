@@ -8,8 +8,9 @@ the victim's message; a trial that failed scores the floor.
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ from .statistics import (
     detectable_difference,
     effective_trials,
     mean_over_known,
+    over_seeds,
     pareto_front,
     ranks_from_draws,
     ranks_from_wins,
@@ -94,6 +96,7 @@ def defense_board(results: Results) -> Board:
         for name in SUCCESSES:
             line |= _ends(name, _success(panel, worst_case(panel, resamples, faced, name), name))
         line |= _price(results.cells[results.cells["defense"] == defense])
+        line |= _utility(results, str(defense))
         line |= _extent(results, faced)
         untested = line["family"] != UNDEFENDED and line["adaptive_contexts"] < line["contexts"]
         line["badges"] = "not adaptively tested" if untested else ""
@@ -111,6 +114,7 @@ def defense_board(results: Results) -> Board:
         "failed trials score the floor",
         *_protocol(results, resamples),
         *_detectable(profiles),
+        *_trainings(results),
         *_doubts(table),
     ]
     return Board("defenses", f"Defenses: {_where(results)}", table, tuple(notes), strong)
@@ -175,7 +179,8 @@ def attack_board(results: Results, ratings: bool = False) -> Board:
 
 def pareto_board(defenses: Board) -> Board:
     """Weigh leakage (dB above the floor) against test accuracy and bytes; axes that nobody measured are left out."""
-    names = ["defense", "above", "above_low", "above_high", "test_accuracy", "bytes", "epsilon", "badges"]
+    accuracy = ["test_accuracy", "test_accuracy_low", "test_accuracy_high", "accuracy_lost"]
+    names = ["defense", "above", "above_low", "above_high", *accuracy, "bytes", "epsilon", "training_epsilon", "badges"]
     table = defenses.table.reindex(columns=names)
     measured = [name for name in ("above", "test_accuracy", "bytes") if table[name].notna().any()]
     costs = table[measured].astype(float).to_numpy(copy=True)
@@ -262,15 +267,37 @@ def _mean_of_means(panel: Panel, entries: pd.DataFrame, name: str) -> float:
 def _price(cells: pd.DataFrame) -> dict[str, Any]:
     """Return what a defense costs and guarantees; the weakest guarantee where several settings differ."""
     facts = pd.DataFrame(list(cells["provenance"]))
-    names = ("bytes", "dense_bytes", "client_seconds", "test_accuracy")
+    names = ("bytes", "dense_bytes", "client_seconds")
     line: dict[str, Any] = {
         name: float(pd.to_numeric(facts[name]).mean()) if name in facts else math.nan for name in names
     }
-    guarantees = [fact for fact in facts.get("epsilon", []) if isinstance(fact, Mapping)]
-    weakest = max(guarantees, key=lambda fact: float(fact["epsilon"]), default={})
+    weakest = _weakest(facts.get("epsilon", []))
     line["epsilon"] = float(weakest.get("epsilon", math.nan))
     line["delta"] = float(weakest.get("delta", math.nan))
     line["accountant"] = str(weakest.get("accountant", ""))
+    return line
+
+
+def _weakest(guarantees: Iterable[Any]) -> Mapping[str, Any]:
+    known = [fact for fact in guarantees if isinstance(fact, Mapping)]
+    return max(known, key=lambda fact: float(fact["epsilon"]), default={})
+
+
+def _utility(results: Results, defense: str) -> dict[str, float]:
+    """Return the accuracy that training under a defense leaves, what that is below no defense, and its guarantee.
+
+    Intervals are over seeds, each with its mean over models and datasets; without a defense the same ones count.
+    """
+    cells = pd.concat([results.cells, results.utility], ignore_index=True)
+    facts = pd.DataFrame(list(cells["provenance"]), index=cells.index)
+    cells["accuracy"] = pd.to_numeric(facts["test_accuracy"]) if "test_accuracy" in facts else math.nan
+    same = [*CONTEXT, "attack", "seed"]
+    own = cells[cells["defense"] == defense].groupby(same)["accuracy"].mean()
+    bare = cells[cells["defense_family"] == UNDEFENDED].groupby(same)["accuracy"].mean()
+    line = _ends("test_accuracy", over_seeds(own.groupby("seed").mean().to_numpy()))
+    line |= _ends("accuracy_lost", over_seeds((bare - own).dropna().groupby("seed").mean().to_numpy()))
+    guarantees: Iterable[Any] = facts[cells["defense"] == defense].get("training_epsilon", [])
+    line["training_epsilon"] = float(_weakest(guarantees).get("epsilon", math.nan))
     return line
 
 
@@ -337,6 +364,18 @@ def _detectable(profiles: list[Floats]) -> list[str]:
     if not known:
         return []
     return [f"minimum detectable difference, median over pairs: {np.median(known):.1f} dB (power 80 %)"]
+
+
+def _trainings(results: Results) -> list[str]:
+    """Say how the models behind the accuracies were trained."""
+    recipes = {json.dumps(config["attack"]["options"], sort_keys=True) for config in results.utility["config"]}
+    seeds = results.utility["seed"].nunique()
+    return [
+        f"accuracy: {recipe['clients']} clients, {recipe['rounds']} rounds of {recipe['batch_size']} images a client, "
+        f"{recipe['local_steps']} local step(s), server rate the best of {', '.join(map(str, recipe['lr']))} on "
+        f"images held out; Student's {100 * LEVEL:.0f} % interval over {seeds} seeds"
+        for recipe in map(json.loads, sorted(recipes))
+    ]
 
 
 def _doubts(table: pd.DataFrame) -> list[str]:

@@ -195,7 +195,7 @@ class _Run:
             name: torch.where(_column(finite, g), g, torch.zeros_like(g)) for name, g in values.gradients.items()
         }
         done = self.step.double() / self.plan.iterations
-        moving = self.optimiser.step(self.current, gradients, self.plan.rate * self.plan.schedule(done))
+        moving = self.optimiser.step(self.current, gradients, self.plan.rate * self.plan.schedule(done), done)
         if self.plan.project is not None:
             self.plan.project(self.current)
         self.step += 1

@@ -47,21 +47,26 @@ class Optimiser(ABC):
         """Clear the state of some rows (int64 indices), which now hold new trials."""
 
     @abstractmethod
-    def step(self, variables: Variables, gradients: Variables, rate: Tensor) -> Tensor:
-        """Move every row by its gradient at its rate [W]; return which rows [W] can still move."""
+    def step(self, variables: Variables, gradients: Variables, rate: Tensor, done: Tensor | None = None) -> Tensor:
+        """Move every row by its gradient at its rate [W]; return which rows [W] can still move.
+
+        `done` is the share of steps done, [W]; none when None.
+        """
 
 
 @dataclass
 class Adam(Optimiser):
     """Adam (Kingma and Ba, arXiv:1412.6980), one moment pair and one step count a row.
 
-    `signs` names the variables whose gradient is replaced by its sign first (Geiping et al., arXiv:2003.14053).
+    `signs` names the variables whose gradient is replaced by its sign first (Geiping et al., arXiv:2003.14053);
+    with `soft` by tanh(s g) / s, where s falls from 1 to 0 over the steps: a sign at no time, the gradient in the end.
     `rates` multiplies the rate of single variables.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     signs: frozenset[str] = frozenset()
+    soft: bool = False
     rates: dict[str, float] | None = None
 
     def start(self, variables: Variables) -> None:
@@ -78,19 +83,23 @@ class Adam(Optimiser):
             for tensor in moments.values():
                 tensor[rows] = 0
 
-    def step(self, variables: Variables, gradients: Variables, rate: Tensor) -> Tensor:
+    def step(self, variables: Variables, gradients: Variables, rate: Tensor, done: Tensor | None = None) -> Tensor:
         """One Adam step a row."""
+        left = (1 - (torch.zeros_like(rate) if done is None else done)).clamp(min=1e-3)
         self._steps += 1
         first, second = self.betas
         # Bias corrections in float64 as torch does them, in Python numbers.
         root = (1 - second**self._steps).sqrt()
         pace = rate.double() / (1 - first**self._steps)
         for name, tensor in variables.items():
-            gradient = gradients[name].sign() if name in self.signs else gradients[name]
+            column = (-1,) + (1,) * (tensor.ndim - 1)
+            gradient = gradients[name]
+            if name in self.signs:
+                scale = left.to(gradient.dtype).view(column)
+                gradient = (scale * gradient).tanh() / scale if self.soft else gradient.sign()
             mean, square = self._mean[name], self._square[name]
             mean.lerp_(gradient, 1 - first)
             square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-            column = (-1,) + (1,) * (tensor.ndim - 1)
             denominator = square.sqrt() / root.to(tensor.dtype).view(column) + self.epsilon
             factor = (self.rates or {}).get(name, 1.0)
             tensor -= factor * pace.to(tensor.dtype).view(column) * mean / denominator
@@ -129,7 +138,7 @@ class LBFGS(Optimiser):
         self._taken[rows] = 0
         self._scale[rows] = 1
 
-    def step(self, variables: Variables, gradients: Variables, rate: Tensor) -> Tensor:
+    def step(self, variables: Variables, gradients: Variables, rate: Tensor, done: Tensor | None = None) -> Tensor:
         """One L-BFGS step a row."""
         gradient = _flat(gradients)
         rate = rate.to(gradient.dtype)

@@ -6,8 +6,11 @@ All are plain tensor operations: safe under `torch.func.vmap` and differentiable
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .labels import last_linear
+from .update import Network, Update
 
 _SMOOTHING = 1e-8  # keeps roots of zero differences differentiable
 
@@ -42,6 +45,42 @@ def l2_norm(images: Tensor) -> Tensor:
     """Euclidean norm of the whole batch (Yin et al. 2021, arXiv:2104.07586)."""
     norm: Tensor = torch.linalg.vector_norm(images)
     return norm
+
+
+def seen_features(update: Update, classes: int, labels: Tensor) -> dict[str, Tensor]:
+    """What the last linear layer's gradient tells of its inputs, for `feature_distance`.
+
+    Row y of its weight gradient over entry y of its bias gradient is a weighted mean of its inputs, in which those of
+    label y weigh most. Without a bias nothing is told.
+
+    Args:
+        update: gradients [N, ...] by parameter name.
+        classes: number of classes.
+        labels: [N, B].
+
+    Returns:
+        `inputs` [N, B, F] and `known` [N, B], 0 where the bias gradient vanishes.
+    """
+    weight, bias = last_linear(update, classes)
+    if bias is None:
+        bias = torch.zeros_like(weight[..., 0])
+    rows = weight.gather(1, labels[..., None].expand(*labels.shape, weight.shape[-1]))
+    scale = bias.gather(1, labels)[..., None]
+    known = scale.abs() > 1e-8
+    inputs = torch.where(known, rows / torch.where(known, scale, torch.ones_like(scale)), torch.zeros_like(rows))
+    return {"inputs": inputs, "known": known[..., 0].to(weight)}
+
+
+def feature_distance(network: Network, images: Tensor, seen: dict[str, Tensor]) -> Tensor:
+    """Mean squared distance between the last linear layer's inputs for images [B, C, H, W] and `seen_features`."""
+    layers = [layer for layer in network.module.modules() if isinstance(layer, nn.Linear)]
+    noted: list[Tensor] = []
+    handle = layers[-1].register_forward_pre_hook(lambda layer, inputs: noted.append(inputs[0]))
+    try:
+        network.logits(images)
+    finally:
+        handle.remove()
+    return ((noted[-1] - seen["inputs"]).square().mean(-1) * seen["known"]).mean()
 
 
 def clamp_to_box(images: Tensor) -> Tensor:

@@ -45,6 +45,13 @@ def load(group: str, name: str, where: str = "") -> type[Any]:
     return sources[name]()
 
 
+def ensemble(name: str) -> list[str]:
+    """Return the attacks that declare (and do not inherit) membership of an ensemble such as `auto-v1`, sorted."""
+    if not name.startswith("auto-"):
+        return []
+    return [attack for attack in names("attacks") if name in vars(load("attacks", attack)).get("ensembles", ())]
+
+
 def build(group: str, name: str, options: Mapping[str, Any] | None = None, where: str = "") -> Any:
     """Return an instance with validated hyper-parameters.
 
@@ -52,7 +59,7 @@ def build(group: str, name: str, options: Mapping[str, Any] | None = None, where
         GradleakError: as `load`, or an option has a wrong name, type or range; `where` opens the line.
     """
     cls = load(group, name, where)
-    options = dict(options or {})
+    options = _with_preset(cls, dict(options or {}), where)
     place = f"{where}: " if where else ""
     fields = {field.name for field in _options(cls)}
     for option in options:
@@ -197,6 +204,17 @@ def _group_of(cls: type[Any], origin: str) -> str:
             return group
     allowed = ", ".join(f"gradleak.{noun}.{noun.capitalize()}" for noun in GROUPS.values())
     raise GradleakError(f"{origin}: {cls.__name__} inherits from none of {allowed}")
+
+
+def _with_preset(cls: type[Any], options: dict[str, Any], where: str) -> dict[str, Any]:
+    """Replace the option `preset` by the options it stands for; options given besides it have the last word."""
+    presets = getattr(cls, "presets", {})
+    if not presets or "preset" not in options:
+        return options
+    name = options.pop("preset")
+    if name not in presets:
+        raise unknown("preset", str(name), presets, where)
+    return {**presets[name], **options}
 
 
 def _options(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:

@@ -20,11 +20,14 @@ from .errors import GradleakError, unknown
 from .scales import METRICS, THRESHOLDS
 from .statistics import Floats, Resamples, mean_over_known
 from .store import Store
+from .suite import UTILITY
 
 CONTEXT = ("model", "dataset", "setting")
 """What must be equal for two defenses or attacks to be compared."""
 ADAPTIVE = ("parameters", "public")
 """Knowledge of the defense that an adaptive attack has."""
+UTILITY_CONTEXT = ("model", "dataset")
+"""What must be equal for a training to belong to an attacked model; it has a setting of its own."""
 KNOWLEDGE = ("oblivious", *ADAPTIVE)
 """Knowledge that counts for the worst case; `oracle` is a ceiling."""
 CONTROL = "control"
@@ -47,8 +50,11 @@ class Results:
     """Everything measured, ready for tables: one line a cell, one line a true image with failures at the floor."""
 
     cells: pd.DataFrame
+    """The attacks."""
     rows: pd.DataFrame
     """As `Store.rows`, with `adaptive`, `stochastic`, `failed`, `stratum` (the victim list) and `SUCCESSES`."""
+    utility: pd.DataFrame
+    """Cells of models trained under a defense; their `setting` is that training's."""
 
     def where(self, **labels: str | Iterable[str]) -> Results:
         """Return the part with the given labels, e.g. `where(dataset="digits", model=["mlp", "lenet"])`.
@@ -56,14 +62,16 @@ class Results:
         Raises:
             GradleakError: a label is not in the results.
         """
-        cells, rows = self.cells, self.rows
+        cells, rows, utility = self.cells, self.rows, self.utility
         for name, wanted in labels.items():
             wanted = [wanted] if isinstance(wanted, str) else list(wanted)
             for label in wanted:
                 if label not in set(self.cells[name]):
                     raise unknown(name, label, set(self.cells[name]), "results")
             cells, rows = cells[cells[name].isin(wanted)], rows[rows[name].isin(wanted)]
-        return Results(cells.reset_index(drop=True), rows.reset_index(drop=True))
+            if name in ("defense", *UTILITY_CONTEXT):
+                utility = utility[utility[name].isin(wanted)]
+        return Results(*(part.reset_index(drop=True) for part in (cells, rows, utility)))
 
     @cached_property
     def contexts(self) -> list[tuple[str, ...]]:
@@ -87,7 +95,7 @@ def read(*stores: Store) -> Results:
     parts = [store.cells() for store in stores]
     cells = pd.concat(parts, ignore_index=True)
     rows = pd.concat([store.rows(part) for store, part in zip(stores, parts, strict=True)], ignore_index=True)
-    if not len(cells):
+    if not (cells["attack_name"] != UTILITY).any():
         raise GradleakError(
             f"store {', '.join(str(store.path) for store in stores)}: holds no cell yet; fill it with `gradleak run`"
         )
@@ -100,6 +108,8 @@ def read(*stores: Store) -> Results:
         rows[group] = rows["key"].map(dict(zip(cells["key"], cells[group], strict=True))).astype(str)
     for group in ("attack", "defense"):
         cells[f"{group}_family"] = _families(cells, group)
+    trained = cells["attack_name"] == UTILITY
+    cells, utility = cells[~trained].reset_index(drop=True), cells[trained].reset_index(drop=True)
     rows = _with_failed_cells(cells, rows)
     facts = dict(zip(cells["key"], cells["provenance"], strict=True))
     known = {key: fact.get("adaptive", True) for key, fact in facts.items()}
@@ -113,7 +123,7 @@ def read(*stores: Store) -> Results:
         values = rows[line.metric]
         reached = values >= line.value if METRICS[line.metric].higher_is_better else values <= line.value
         rows[name] = reached.astype(float).where(values.notna())
-    return Results(cells, rows)
+    return Results(cells, rows, utility)
 
 
 def _distinct_labels(cells: pd.DataFrame, group: str) -> pd.Series[str]:

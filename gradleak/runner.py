@@ -69,7 +69,7 @@ def plan(path: Path, store: Path, resources: Resources, plugins: Sequence[Path] 
             statuses = found.statuses()
     try:
         cells = suite.expand(chosen, evaluate.digest(resources))
-        evaluate.check(cells, resources)
+        cells = evaluate.check(cells, resources)
     except GradleakError as error:
         raise GradleakError(f"suite {path}: {error}") from error
     keys = {cell.key for cell in cells}

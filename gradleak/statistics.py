@@ -139,6 +139,19 @@ def wilson(rate: float, trials: float) -> Interval:
     return Interval(rate, min(rate, max(0.0, centre - reach)), max(rate, min(1.0, centre + reach)))
 
 
+def over_seeds(values: Floats) -> Interval:
+    """Return the mean of one number a seed, with Student's interval; a single seed has no interval."""
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return Interval(math.nan, math.nan, math.nan)
+    mean = float(values.mean())
+    if len(values) == 1:
+        return Interval(mean, math.nan, math.nan)
+    reach = float(special.stdtrit(len(values) - 1, (1 + LEVEL) / 2) * values.std(ddof=1)) / math.sqrt(len(values))
+    return Interval(mean, mean - reach, mean + reach)
+
+
 def effective_trials(rates: Floats, trials: int) -> float:
     """Number of independent trials that tell as much as `trials` trials in clusters with success `rates` [K].
 

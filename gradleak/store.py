@@ -102,7 +102,7 @@ class CellResult:
     `attack_family` ("control" for a floor), `adaptive` (the attack uses what it knows of the defense),
     `threat_model`, `defense_family` ("none" for no defense), `stochastic` (messages of one update differ),
     `bytes` and `dense_bytes` of a message, `epsilon` ({"epsilon", "delta", "accountant", "unit"}),
-    `client_seconds`, `test_accuracy`.
+    `client_seconds`, `test_accuracy`, `training_epsilon` (as `epsilon`, of all messages of a training run).
     """
     rows: Sequence[ImageRow] = ()
     reconstructions: Mapping[int, Array] = field(default_factory=dict)

@@ -45,6 +45,8 @@ class Entry(_Strict):
     """What tables call it; by default the name with the options that were given."""
     only: dict[str, list[str]] = Field(default_factory=dict)
     """Restricts an attack or defense to labels of other axes, e.g. `{models: [mlp]}`."""
+    optional: bool = False
+    """An attack that is left out, instead of refused, where it cannot run or lacks knowledge."""
 
     @property
     def title(self) -> str:
@@ -149,6 +151,8 @@ class Suite(_Strict):
     settings: Annotated[list[dict[str, Any]], MinLen(1)] = [{}]
     attacks: Plugins
     defenses: Plugins
+    reported: list[dict[str, Any]] = []
+    """Published numbers to stand beside these (see `gradleak.report.reproduction`); no part of any cell."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,8 @@ class Cell:
 
     key: str
     config: dict[str, Any]
+    optional: bool = False
+    """Whether it is left out where its attack cannot run on its model, instead of refused."""
 
     @property
     def title(self) -> str:
@@ -202,6 +208,7 @@ def read(path: Path) -> Suite:
         suite = Suite.model_validate(content)
     except ValidationError as error:
         raise GradleakError(f"suite {path}: {_first(error)}") from error
+    suite = suite.model_copy(update={"attacks": _members(suite)})
     _check(suite, f"suite {path}")
     return suite
 
@@ -255,6 +262,8 @@ def expand(suite: Suite, digest: Digest) -> list[Cell]:
     Raises:
         GradleakError: no level of the suite's `knowledge` is enough for an attack.
     """
+    from .threat import Level
+
     attacks = [(entry, registry.build("attacks", entry.name, entry.options)) for entry in suite.attacks]
     defenses = [(entry, build_defense(entry.name, entry.options)) for entry in suite.defenses]
     settings = [build_setting(values) for values in suite.settings]
@@ -271,7 +280,9 @@ def expand(suite: Suite, digest: Digest) -> list[Cell]:
         }
         if not (_wanted(entry, here) and _wanted(guard, here)):
             continue
-        for level in _levels(suite, attack, defense):
+        for level in _levels(suite, attack, defense, entry.optional):
+            if entry.optional and attack.needs.missing(dataclasses.replace(setting.grants, defense=Level(level))):
+                continue
             config = {
                 "attack": {**_plugin("attacks", entry), "version": attack.version},
                 "defense": _guard(guard, defense),
@@ -288,7 +299,7 @@ def expand(suite: Suite, digest: Digest) -> list[Cell]:
             }
             if attack.needs.generator and setting.grants.generator:
                 config["prior"] = _prior(suite.prior, dataset, digest)
-            cell = Cell(key_of(config), config)
+            cell = Cell(key_of(config), config, entry.optional)
             cells.setdefault(cell.key, cell)
     for config in _utilities(suite, datasets, models, defenses):
         cell = Cell(key_of(config), config)
@@ -378,14 +389,43 @@ def _check(suite: Suite, where: str) -> None:
     defenses = [build_defense(entry.name, entry.options) for entry in suite.defenses]
     for (index, attack), defense in itertools.product(enumerate(attacks), defenses):
         try:
-            _levels(suite, attack, defense)
+            _levels(suite, attack, defense, suite.attacks[index].optional)
         except GradleakError as error:
             raise GradleakError(f"{where}: attacks[{index}]: {error}") from error
 
 
-def _levels(suite: Suite, attack: Attack, defense: Defense) -> list[str]:
+def _members(suite: Suite) -> list[Entry]:
+    """Attacks of a suite, with the name of an ensemble (`auto-v1`) replaced by its members.
+
+    Members are all attacks that declare it, and against each defense those it calls its counter-attacks. One that the
+    suite lists by itself stays as it is listed.
+    """
+    listed = {entry.title for entry in suite.attacks}
+    found: list[Entry] = []
+    for entry in suite.attacks:
+        names = registry.ensemble(entry.name)
+        if not names or entry.name in registry.names("attacks"):
+            found.append(entry)
+            continue
+        members = [Entry(name=name, only=entry.only, optional=True) for name in names]
+        counters: dict[str, list[str]] = {}
+        for guard in suite.defenses:
+            for name in build_defense(guard.name, guard.options).counter_attacks:
+                counters.setdefault(name, []).append(guard.title)
+        for name, titles in counters.items():
+            wanted = [title for title in titles if title in entry.only.get("defenses", titles)]
+            if name not in names and name in registry.names("attacks"):
+                members.append(Entry(name=name, only={**entry.only, "defenses": wanted}, optional=True))
+        found += [member for member in members if member.title not in listed]
+        listed |= {member.title for member in members}
+    return found
+
+
+def _levels(suite: Suite, attack: Attack, defense: Defense, optional: bool = False) -> list[str]:
     need = attack.needs.defense.value
     enough = [lvl for lvl in KNOWLEDGE if lvl in suite.knowledge and KNOWLEDGE.index(lvl) >= KNOWLEDGE.index(need)]
+    if not enough and optional:
+        return []
     if not enough:
         found = ", ".join(suite.knowledge)
         raise GradleakError(

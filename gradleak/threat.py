@@ -168,8 +168,10 @@ class Observation:
     """Whether `update` is a weight difference (FedAvg) rather than a gradient."""
     labels: Tensor | None = None
     """Granted labels [N, B] in the order of the batch (`known`), or sorted (`counts`)."""
+    running_statistics: dict[str, Tensor] | None = None
+    """Granted running statistics of each batch normalisation layer (see `batch_statistics`), [channels]."""
     batch_statistics: dict[str, Tensor] | None = None
-    """Granted statistics of each normalisation layer on the victim's batch, [N, channels]."""
+    """Granted statistics of each batch normalisation layer on the victim's own batch, [N, channels]."""
     generator: Any = None
     """Granted image prior."""
     auxiliary: Images | None = None

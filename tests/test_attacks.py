@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak import client, registry
+from gradleak import batch_statistics, client, registry
 from gradleak.attack import Attack, Reconstruction
 from gradleak.dataset import Data
 from gradleak.defense import Defense, View
@@ -36,6 +36,8 @@ class Case:
     defense_options: dict[str, Any] = field(default_factory=dict)
     dataset: str = "digits"
     batch_size: int = 1
+    local_lr: float | None = None
+    """Rate of one local step of FedAvg."""
     undefended: bool = True
     """Whether nothing stands in its way, so that it must beat the mean image."""
 
@@ -52,6 +54,8 @@ CASES = {
         "mlp", {"widths": (32,)}, {"restarts": 2, "iterations": 20}, "quantum-encoding", undefended=False
     ),
     "bottleneck-inversion": Case("lenet", {}, {"iterations": 30}, "vib", {"width": 4}, undefended=False),
+    "gradinversion": Case("convnet", {"width": 2}, {"iterations": 20}, undefended=False),
+    "sme": Case("lenet", {}, {"iterations": 30}, local_lr=0.1, undefended=False),
     "encoding-inversion": Case("lenet", {}, {"iterations": 30}, "augmentation", undefended=False),
 }
 """Cases of attacks that need a certain model; all others run on the first of `USUAL` that suits them."""
@@ -79,7 +83,7 @@ def scene(name: str) -> Scene:
             pytest.skip(f"{name} needs a trained generator; tests of its own cover it")
         data = Data(registry.build("datasets", case.dataset), case.dataset)
         defense: Defense = registry.build("defenses", case.defense, case.defense_options)
-        setting = Setting(batch_size=case.batch_size, precision="float64")
+        setting = Setting(batch_size=case.batch_size, precision="float64", local_lr=case.local_lr)
         module = initialise(registry.build("models", case.model, case.model_options), data.shape, data.classes, 0)
         network = client.client_network(module, defense, setting)
         reason = attack.unsuited(network.module, setting, defense)
@@ -99,6 +103,8 @@ def scene(name: str) -> Scene:
             classes=data.classes,
             batch_size=case.batch_size,
             training=LocalTraining(),
+            weight_difference=case.local_lr is not None,
+            running_statistics=batch_statistics.running(network.module) or None,
             labels=labels if known else None,
             auxiliary=data.split.train if attack.needs.auxiliary or attack.family == "control" else None,
             private=sent.buffers if attack.needs.defense is Level.ORACLE else None,

@@ -23,17 +23,47 @@ LAYERS = [
     {"attack"},
     {"client", "metrics", "training"},
     {"suite", "store"},
+    {"utility"},
     {"evaluate", "results"},
     {"executors", "leaderboard"},
-    {"runner", "report"},
+    {"publish", "compare"},
+    {"runner", "report", "verify"},
     {"cli"},
 ]
 """Lowest first. A module imports its own layer and those below, through whatever other modules."""
 
-TRUTH = {"client", "evaluate", "metrics", "store", "results", "suite", "executors", "runner", "leaderboard", "cli"}
+TRUTH = {
+    "client",
+    "utility",
+    "evaluate",
+    "metrics",
+    "store",
+    "results",
+    "suite",
+    "executors",
+    "runner",
+    "leaderboard",
+    "publish",
+    "compare",
+    "verify",
+    "cli",
+}
 """What a plugin must not reach, not even through another module."""
 
-TORCH_FREE = ["errors", "registry", "scales", "statistics", "suite", "store", "results", "leaderboard", "report", "cli"]
+TORCH_FREE = [
+    "errors",
+    "registry",
+    "scales",
+    "statistics",
+    "suite",
+    "store",
+    "results",
+    "leaderboard",
+    "publish",
+    "compare",
+    "report",
+    "cli",
+]
 
 
 def _plugins(folder: str) -> list[Path]:

@@ -1,0 +1,104 @@
+"""A folder that holds a whole report: the page, the boards in every format, the rows, the figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from .. import __version__, leaderboard
+from ..errors import GradleakError
+from ..flags import flag_board
+from ..leaderboard import Board
+from ..results import CONTEXT, Results
+from ..store import Store
+from . import figures, page
+from . import render as render_boards
+from .gallery import Pictures
+from .reproduction import Reported, reproduction_board
+
+MARKER = "report.json"
+"""Lists the files of a report, so that the next one replaces these and nothing else."""
+TABLES = {"leaderboard.md": "markdown", "leaderboard.csv": "csv", "leaderboard.tex": "latex"}
+PAGE, ROWS, FIGURES = "index.html", "rows.parquet", "figures"
+
+
+def write(results: Results, stores: Sequence[Store], out: Path, reported: Sequence[Reported] = ()) -> list[Path]:
+    """Write a report and return its files; one that was there before is replaced.
+
+    Raises:
+        GradleakError: `out` holds something that no report wrote, or cannot be written.
+    """
+    before = _files_before(out)
+    boards = all_boards(results, reported)
+    contexts: list[Board] = []
+    if 1 < len(results.contexts) <= page.MOST_CONTEXTS:
+        parts = (results.where(**dict(zip(CONTEXT, context, strict=True))) for context in results.contexts)
+        contexts = [leaderboard.defense_board(part) for part in parts]
+    pictures = Pictures(results, stores)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # First the marker, so that an interrupted report can be written again.
+        written = [out / MARKER]
+        _mark(out, before)
+        for name, form in TABLES.items():
+            written.append(out / name)
+            written[-1].write_text(render_boards([*boards.values(), *contexts], form), encoding="utf-8")
+        written.append(out / ROWS)
+        _write_rows(stores, written[-1])
+        written += figures.write(results, boards, pictures, out / FIGURES)
+        written.append(out / PAGE)
+        beside = [*TABLES, ROWS, *(f"{FIGURES}/{path.name}" for path in written if path.parent.name == FIGURES)]
+        written[-1].write_text(page.write(results, boards, pictures, contexts, beside), encoding="utf-8")
+        names = sorted(path.relative_to(out).as_posix() for path in written)
+        for name in set(before) - set(names):
+            (out / name).unlink(missing_ok=True)
+        _mark(out, names)
+    except OSError as error:
+        raise GradleakError(f"report {out}: cannot be written: {error.strerror or error}") from error
+    return written
+
+
+def all_boards(results: Results, reported: Sequence[Reported] = ()) -> dict[str, Board]:
+    """Return the boards of a report by name."""
+    defenses, attacks = leaderboard.defense_board(results), leaderboard.attack_board(results)
+    boards = {
+        "defenses": defenses,
+        "attacks": attacks,
+        "pareto": leaderboard.pareto_board(defenses),
+        "compute": leaderboard.compute_board(attacks),
+        "flags": flag_board(results),
+    }
+    return {**boards, "reproduction": reproduction_board(results, reported)} if reported else boards
+
+
+def _files_before(out: Path) -> list[str]:
+    """Return the files of the report that is there, none where the folder is new or empty."""
+    if out.exists() and not out.is_dir():
+        raise GradleakError(f"report {out}: is a file, not a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return []
+    try:
+        found: list[str] = json.loads((out / MARKER).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GradleakError(f"report {out}: holds files that no report wrote; name a new or empty folder") from error
+    return [name for name in found if (out / name).resolve().is_relative_to(out.resolve())]
+
+
+def _mark(out: Path, names: Sequence[str]) -> None:
+    text = json.dumps({"made_by": "gradleak report", "version": __version__, "files": list(names)}, indent=1)
+    (out / MARKER).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_rows(stores: Sequence[Store], path: Path) -> None:
+    """Write the rows of all stores as measured, each cell once, with their configurations as JSON."""
+    stores[0].export_parquet(path)
+    parts = [pd.read_parquet(path)] if len(stores) > 1 else []
+    for store in stores[1:]:
+        store.export_parquet(path)
+        parts.append(pd.read_parquet(path))
+    if parts:
+        rows = pd.concat(parts, ignore_index=True).drop_duplicates(["key", "victim", "image"], ignore_index=True)
+        rows.to_parquet(path, index=False)

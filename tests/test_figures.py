@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from gradleak.leaderboard import attack_board, defense_board, pareto_board
+from gradleak.report import figures
+from gradleak.report.gallery import Pictures
+from gradleak.results import Results, read
+from gradleak.store import CellResult, ImageRow, Store, victim_list
+
+PSNR = {
+    ("mean-image", "none"): 10.0,
+    ("mean-image", "noise"): 10.0,
+    ("dlg", "none"): 30.0,
+    ("dlg", "noise"): 12.0,
+    ("ig", "none"): 20.0,
+    ("ig", "noise"): 16.0,
+}
+
+
+def cell(attack: str, defense: str, dataset: str, victims: int = 5) -> CellResult:
+    parts = {"attack": attack, "defense": defense, "model": "mlp", "dataset": dataset}
+    config = {name: {"name": label, "label": label, "options": {}} for name, label in parts.items()}
+    best = PSNR[attack, defense] + (5 if dataset == "photos" else 0)
+    return CellResult(
+        key=f"{attack}-{defense}-{dataset}",
+        config={**config, "setting": {"name": "default", "batch_size": 1}, "victims": victims},
+        rows=[ImageRow(victim=victim, image=0, matched=0, psnr=best + victim) for victim in range(victims)],
+        provenance={
+            "attack_family": "control" if attack == "mean-image" else "optimisation",
+            "defense_family": "none" if defense == "none" else "noise",
+            "bytes": 1000.0 * len(defense),
+        },
+        reconstructions={victim: np.full((1, 1, 8, 8), victim / 10) for victim in range(victims)},
+        traces={} if attack == "mean-image" else {victim: np.geomspace(4, 1, 20) for victim in range(victims)},
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    opened = Store(tmp_path / "s.sqlite", create=True)
+    for dataset in ("digits", "photos"):
+        for attack, defense in PSNR:
+            made = cell(attack, defense, dataset)
+            opened.write(made)
+            opened.write_victims(victim_list(made.config), np.zeros((5, 1, 1, 8, 8)), np.zeros((5, 1), int))
+    return opened
+
+
+@pytest.fixture
+def results(store: Store) -> Results:
+    return read(store)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [found.get_text() for axes in figure.axes for found in (*axes.texts, axes.xaxis.label, axes.title)]
+
+
+def test_figures_are_written_and_equal_twice(results: Results, store: Store, tmp_path: Path) -> None:
+    defenses = defense_board(results)
+    boards = {"defenses": defenses, "attacks": attack_board(results), "pareto": pareto_board(defenses)}
+    pictures = Pictures(results, [store])
+    first = figures.write(results, boards, pictures, tmp_path / "a")
+    assert {path.stem for path in first} == {"gallery", "heat_map", "pareto", "convergence"}
+    assert {path.suffix for path in first} == {".png", ".pdf"} and len(first) == 8
+    for path, again in zip(first, figures.write(results, boards, pictures, tmp_path / "b"), strict=True):
+        assert path.read_bytes() == again.read_bytes(), path.name
+
+
+def test_one_context_is_chosen_by_what_there_is_to_see(results: Results, store: Store) -> None:
+    assert figures.richest(results) == ("mlp", "photos", "default")
+    store.write(CellResult(**{**vars(cell("ig", "none", "digits")), "key": "more", "config": _labelled("extra")}))
+    assert figures.richest(read(store)) == ("mlp", "digits", "default")
+
+
+def _labelled(label: str) -> dict[str, object]:
+    config = dict(cell("ig", "none", "digits").config)
+    return {**config, "attack": {"name": label, "label": label, "options": {}}}
+
+
+def test_the_gallery_shows_quantiles_of_the_worst_attack(results: Results, store: Store) -> None:
+    found = figures.gallery(results, Pictures(results, [store]), ("mlp", "photos", "default"))
+    assert found is not None
+    said = texts(found)
+    # Defenses from the most leaking one on, each with its worst attack; 5 images: the lowest, the middle, the highest.
+    assert [text for text in said if text in ("none", "noise", "dlg", "ig")] == ["none", "dlg", "noise", "ig"]
+    assert [text for text in said if text.endswith(" dB")] == [
+        "35.0 dB", "37.0 dB", "39.0 dB", "21.0 dB", "23.0 dB", "25.0 dB"
+    ]  # fmt: skip
+    shown = [axes.images[0].get_array() for axes in found.axes]
+    shades = [float(np.asarray(image).mean()) for image in shown]
+    assert shades[1::2] == pytest.approx([0, round(0.2 * 255), round(0.4 * 255)] * 2)
+    assert shades[::2] == [0] * 6
+
+
+def test_the_gallery_needs_the_truth(results: Results, tmp_path: Path) -> None:
+    with Store(tmp_path / "empty.sqlite", create=True) as empty:
+        assert figures.gallery(results, Pictures(results, [empty]), ("mlp", "photos", "default")) is None
+
+
+def test_the_heat_map_is_the_mean_over_contexts(results: Results) -> None:
+    table = figures.heat(results)
+    assert table.loc[("ig", "oblivious"), "noise"] == pytest.approx(16 + 2 + 2.5)
+    found = figures.heat_map(results, defense_board(results), attack_board(results))
+    assert found is not None
+    assert "20" in texts(found) and [label.get_text() for label in found.axes[0].get_xticklabels()] == ["noise", "none"]
+
+
+def test_the_pareto_plot_shows_what_was_measured(results: Results) -> None:
+    found = figures.pareto(pareto_board(defense_board(results)))
+    assert found is not None and [axes.get_xlabel() for axes in found.axes] == ["bytes a message"]
+    board = pareto_board(defense_board(results))
+    board.table["bytes"] = np.nan
+    assert figures.pareto(board) is None
+
+
+def test_curves_are_relative_to_their_start(results: Results, store: Store) -> None:
+    found = figures.convergence(results, Pictures(results, [store]), ("mlp", "photos", "default"))
+    assert found is not None
+    lines = [line for axes in found.axes for line in axes.get_lines()]
+    assert len(lines) == 4  # two attacks on two defenses; the control does not iterate
+    for line in lines:
+        values = np.asarray(line.get_ydata(), dtype=float)
+        assert (values[0], values[-1]) == pytest.approx((1, 0.25))
