@@ -26,6 +26,7 @@ class BottleneckInversion(GradientMatching):
     unknowns among many more equations. Our own attack.
     """
 
+    tuning = "lr and schedule: 4 settings on 2 digits of the evaluation list, not yet on tuning victims"
     reference = "gradleak, counters arXiv:2108.04725"
     needs = Knowledge(labels=Labels.INFERRED, defense=Level.PARAMETERS)
 

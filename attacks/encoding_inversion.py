@@ -28,6 +28,7 @@ class EncodingInversion(GradientMatching):
     Our own attack.
     """
 
+    tuning = "lr and schedule: 4 settings on 2 digits of the evaluation list, not yet on tuning victims"
     reference = "gradleak, counters arXiv:2112.00059, arXiv:2011.12505"
     needs = Knowledge(labels=Labels.KNOWN, defense=Level.PARAMETERS)
 

@@ -57,6 +57,8 @@ class LTI(Attack):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It has to do what the client does."""
+        if type(defense).release is not Defense.release or type(defense).release_next is not Defense.release_next:
+            return "cannot repeat what this defense does with the client's loss or its memory"
         if setting.local_lr is not None and not setting.grants.local_training:
             return "needs to know the client's local training (grants: {local_training: true})"
         return None

@@ -33,7 +33,7 @@ from .generators import Generator, load_generator
 from .model import Model, initialise
 from .seeds import Generators
 from .store import CellResult, ImageRow
-from .suite import UTILITY, Cell, Utility, attack_and_defense, build_defense_of, build_setting
+from .suite import UTILITY, Cell, Utility, attack_and_defense, build_defense_of, build_setting, unnamed
 from .threat import BatchNorm, Compute, Knowledge, Level, Observation, Setting, rank
 from .update import LocalTraining, Network
 
@@ -139,7 +139,8 @@ def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None)
         where = f"{Path(last.filename).name}:{last.lineno}"
         known = isinstance(error, GradleakError)
         message = str(error) if known else f"{type(error).__name__}: {error} ({where})"
-        result = CellResult(key=cell.key, config=cell.config, status="failed", error=message)
+        facts = {} if cell.is_utility else identity(cell.config)
+        result = CellResult(key=cell.key, config=cell.config, status="failed", error=message, provenance=facts)
     return replace(
         result,
         started=started,
@@ -168,8 +169,11 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
     images, labels = images.to(resources.device, setting.dtype), labels.to(resources.device)
     network = client.freeze(module, defense, setting).to(resources.device, setting.dtype)
     # The attack is no part of these seeds: every attack faces the same messages.
-    context = [json.dumps(config[key], sort_keys=True) for key in ("dataset", "model", "setting")]
-    guard = json.dumps([config["defense"]["name"], config["defense"]["options"]], sort_keys=True)
+    # Names are no part of them either, nor is what is granted: equal choices, equal draws.
+    bare = unnamed(config)
+    bare["setting"].pop("grants")
+    context = [json.dumps(bare[key], sort_keys=True) for key in ("dataset", "model", "setting")]
+    guard = json.dumps(bare["defense"], sort_keys=True)
     sent = client.send(
         network,
         images,
@@ -186,7 +190,8 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
         name: tensor.to(resources.device, setting.dtype) for name, tensor in batch_statistics.running(module).items()
     }
     observation = _observe(config, attack, defense, setting, data, network, sent, running, labels, generator, progress)
-    names = [(config["seed"], "attack", config["attack"]["name"], *context, i) for i in range(len(images))]
+    # Numbers that say nothing of whose they are.
+    names = [seeds.derive(config["seed"], "attack", config["attack"]["name"], *context, i) for i in range(len(images))]
     clock = time.perf_counter()
     try:
         answer = attack.reconstruct(observation, Generators(names, resources.device, setting.dtype))
@@ -197,7 +202,7 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
     return CellResult(
         key=cell.key,
         config=config,
-        provenance=_provenance(attack, defense, setting, sent, accuracy, answer),
+        provenance=_provenance(config, attack, defense, setting, sent, accuracy, answer),
         rows=_rows(config, attack, data, observation, sent, images, labels, answer, status, seconds),
         reconstructions={} if answer is None else dict(enumerate(answer.images.float().cpu().numpy())),
         traces={} if answer is None or answer.trace is None else dict(enumerate(answer.trace.cpu().numpy())),
@@ -372,7 +377,27 @@ def _norms(message: dict[str, Tensor]) -> list[float]:
     return norms
 
 
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a cell before it runs: families, threat model, and whether the attack adapts to the defense.
+
+    An attack adapts if it knows the defense and that makes a difference: it learns what the defense does, was made
+    against it, or matches through what the defense publishes (which takes the round's randomness, if it has any).
+    """
+    attack, defense = attack_and_defense(config)
+    level = Level(config["knowledge"])
+    blind = level is Level.PARAMETERS and type(defense).public is not Defense.public
+    answers = attack.family == "learned" or config["attack"]["name"] in defense.counter_attacks
+    adapts = answers or (defense.is_adaptive_target and not blind)
+    return {
+        "attack_family": attack.family,
+        "adaptive": attack.adaptive and level is not Level.OBLIVIOUS and adapts,
+        "threat_model": attack.threat_model,
+        "defense_family": defense.family,
+    }
+
+
 def _provenance(
+    config: Mapping[str, Any],
     attack: Attack,
     defense: Defense,
     setting: Setting,
@@ -382,10 +407,7 @@ def _provenance(
 ) -> dict[str, Any]:
     guarantee = defense.guarantee(setting)
     return {
-        "attack_family": attack.family,
-        "adaptive": attack.adaptive,
-        "threat_model": attack.threat_model,
-        "defense_family": defense.family,
+        **identity(config),
         "stochastic": _stochastic(defense, sent),
         "bytes": float(np.mean(sent.bytes)),
         "dense_bytes": sent.dense_bytes,

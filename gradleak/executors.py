@@ -26,7 +26,7 @@ import torch
 
 from . import registry
 from .errors import GradleakError, unknown
-from .evaluate import Progress, Resources, evaluate
+from .evaluate import Progress, Resources, evaluate, identity
 from .process import tune
 from .store import CellResult
 from .suite import Cell
@@ -117,6 +117,7 @@ class Processes(Executor):
                             log.warning("a worker died (exit code %s); trying again: %s", code, cell.title)
                             queue.put_back(cell)
                         else:
+                            queue.give_up(cell)
                             yield _died(cell, code)
                         continue
                     if isinstance(found, str):
@@ -195,9 +196,13 @@ class Queue:
             self._training.discard(model)
             self._trained.add(model)
 
+    def give_up(self, cell: Cell) -> None:
+        """Let the next cell that needs this one's model train it."""
+        self._training.discard(_trained_model(cell) or "")
+
     def put_back(self, cell: Cell) -> None:
         """Line up a cell once more, at the front."""
-        self._training.discard(_trained_model(cell) or "")
+        self.give_up(cell)
         self._waiting.insert(0, cell)
 
 
@@ -327,4 +332,5 @@ def _default_workers(resources: Resources, devices: Sequence[str]) -> int:
 def _died(cell: Cell, code: int | None) -> CellResult:
     error = f"its worker died {ATTEMPTS} times (exit code {code}; -9 is often a lack of memory)"
     config: dict[str, Any] = cell.config
-    return CellResult(key=cell.key, config=config, status="failed", error=error)
+    facts = {} if cell.is_utility else identity(config)
+    return CellResult(key=cell.key, config=config, status="failed", error=error, provenance=facts)

@@ -18,6 +18,8 @@ class Model(ABC):
 
     reference: ClassVar[str]
     """The paper or code the architecture comes from."""
+    version: ClassVar[str] = "1"
+    """Raised whenever its networks change; part of every cell's key."""
 
     @abstractmethod
     def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:

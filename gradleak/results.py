@@ -112,7 +112,7 @@ def read(*stores: Store) -> Results:
     cells, utility = cells[~trained].reset_index(drop=True), cells[trained].reset_index(drop=True)
     rows = _with_failed_cells(cells, rows)
     facts = dict(zip(cells["key"], cells["provenance"], strict=True))
-    known = {key: fact.get("adaptive", True) for key, fact in facts.items()}
+    known = {key: fact.get("adaptive", False) for key, fact in facts.items()}
     rows["adaptive"] = rows["key"].map(known).astype(bool) & rows["knowledge"].isin(ADAPTIVE)
     rows["stochastic"] = rows["key"].map({key: fact.get("stochastic", False) for key, fact in facts.items()})
     rows["stochastic"] = rows["stochastic"].astype(bool)

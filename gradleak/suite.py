@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from . import registry
 from .errors import GradleakError, unknown
+from .scales import METRICS
 
 if TYPE_CHECKING:
     from .attack import Attack
@@ -28,6 +29,9 @@ KNOWLEDGE = ("oblivious", "parameters", "public", "oracle")
 
 UTILITY = "utility"
 """What stands for the attack in a cell that trains a model under a defense, and attacks nobody."""
+
+CORE = "1"
+"""Raised whenever the engine, the client or the label rules change results."""
 
 _AXES = ("datasets", "models", "settings", "defenses")
 
@@ -59,7 +63,8 @@ class Entry(_Strict):
 class Engine(_Strict):
     """How attacks compute; part of the key, because it can change the last digits."""
 
-    backend: str = "auto"
+    backend: str = "layerwise"
+    """`auto` times what there is, once a machine: the last digits may differ between machines."""
     width: Annotated[int, Ge(1)] = 32
     """Trials optimised together."""
     timeout: Annotated[float, Gt(0)] | None = None
@@ -284,7 +289,7 @@ def expand(suite: Suite, digest: Digest) -> list[Cell]:
             if entry.optional and attack.needs.missing(dataclasses.replace(setting.grants, defense=Level(level))):
                 continue
             config = {
-                "attack": {**_plugin("attacks", entry), "version": attack.version},
+                "attack": _plugin("attacks", entry),
                 "defense": _guard(guard, defense),
                 "model": model,
                 "dataset": dataset,
@@ -295,6 +300,7 @@ def expand(suite: Suite, digest: Digest) -> list[Cell]:
                 "candidates": suite.candidates,
                 "seed": seed,
                 "engine": suite.engine.model_dump(),
+                "definitions": _definitions(),
                 "suite": {"name": suite.name, "version": suite.version},
             }
             if attack.needs.generator and setting.grants.generator:
@@ -343,10 +349,15 @@ def _guard(entry: Entry, defense: Defense) -> dict[str, Any]:
 
 def key_of(config: Mapping[str, Any]) -> str:
     """Hash of a resolved configuration, without what only names it (labels, setting name, suite)."""
+    return hashlib.sha256(json.dumps(unnamed(config), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def unnamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a resolved configuration without labels, setting name and suite: all that a result may depend on."""
     kept = {key: value for key, value in config.items() if key != "suite"}
     for part, title in (*((axis, "label") for axis in ("attack", "defense", "model", "dataset")), ("setting", "name")):
         kept[part] = {key: value for key, value in kept[part].items() if key != title}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
+    return kept
 
 
 def _check(suite: Suite, where: str) -> None:
@@ -441,7 +452,15 @@ def _wanted(entry: Entry, here: Mapping[str, str]) -> bool:
 
 def _plugin(group: str, entry: Entry) -> dict[str, Any]:
     plugin = registry.build(group, entry.name, entry.options)
-    return {"name": entry.name, "label": entry.title, "options": _plain(registry.options_of(plugin))}
+    config = {"name": entry.name, "label": entry.title, "options": _plain(registry.options_of(plugin))}
+    return {**config, "version": plugin.version}
+
+
+def _definitions() -> dict[str, Any]:
+    """Versions of what every result depends on beside its plugins."""
+    from .training import RECIPE
+
+    return {"core": CORE, "training": RECIPE, "metrics": sorted(metric.id for metric in METRICS.values())}
 
 
 def _dataset(entry: Entry, digest: Digest) -> dict[str, Any]:

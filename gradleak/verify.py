@@ -98,10 +98,10 @@ def _plugins(cells: pd.DataFrame) -> Finding:
     for key, config, facts in zip(cells["key"], cells["config"], cells["provenance"], strict=True):
         try:
             attack, defense = attack_and_defense(config)
+            true = evaluate.identity(config)
         except GradleakError as error:
             unknown.append(str(error))
             continue
-        true = {"attack_family": attack.family, "adaptive": attack.adaptive, "defense_family": defense.family}
         versions = (config["attack"].get("version"), config["defense"].get("version"))
         if any(facts.get(name) != value for name, value in true.items()) or versions != (
             attack.version,
