@@ -209,3 +209,14 @@ def test_a_view_below_public_cannot_simulate() -> None:
     assert not view.complete
     with pytest.raises(ValueError, match="public randomness"):
         view.simulate({})
+
+
+def test_names_change_neither_keys_nor_results() -> None:
+    def rows(setting: str, label: str) -> dict[str, list[float | None]]:
+        plain = {**SUITE, "attacks": SUITE["attacks"][:1], "defenses": [{"name": "gaussian-noise", "label": label}]}
+        suite = Suite.model_validate({**plain, "settings": [{"name": setting, "grants": {"labels": "known"}}]})
+        resources = Resources()
+        cells = expand(suite, digest(resources))
+        return {cell.key: [row.psnr for row in evaluate(cell, resources).rows] for cell in cells}
+
+    assert rows("one", "noise") == rows("another", "something else")
