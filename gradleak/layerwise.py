@@ -10,7 +10,9 @@ positions meet a large matrix not even those are formed (ghost products, after G
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +33,12 @@ log = logging.getLogger(__name__)
 
 _PASS = 75
 """Multiplications a core does while it moves one entry of a per-victim matrix through memory a few times."""
+
+_VECTOR = 8
+"""Input channels below which a convolution is computed as a product of patches: kernels work on vectors of channels."""
+
+_CACHE = 2**19
+"""Numbers that stay in a core's cache between two passes over them."""
 
 Pull = list[tuple[Tensor, Tensor]]
 """Tensors of the graph, each with the gradient of the matching loss that flows into it."""
@@ -132,6 +140,9 @@ class Layerwise(Backend):
         self._layers = list(_layers(module, "", network))
         for layer in self._layers:
             layer.module.forward = layer.forward
+        for child in module.modules():
+            if type(child) in _SMOOTH and getattr(child, "approximate", "none") == "none":
+                child.forward = functools.partial(_Pointwise.apply, _SMOOTH[type(child)])
         self._network = Network(module, network.parameters, network.buffers)
         self._problem = problem
 
@@ -333,24 +344,21 @@ class _Product(_Layer):
     def _factored(self, observed: _Observed) -> bool:
         return self.full["weight"] in observed.left
 
-    def _against(self, observed: _Observed) -> tuple[Tensor, Tensor]:
-        """A g^T [W, P, out] and D g [W, P, in] for the observed g."""
-        name = self.full["weight"]
-        left, right = self.left(), self.right()
-        if self._factored(observed):
-            one, other = observed.left[name], observed.right[name]
-            return (right @ other) @ one.transpose(1, 2), (left @ one) @ other.transpose(1, 2)
-        matrix = observed.dense[name].flatten(2)
-        return right @ matrix.transpose(1, 2), left @ matrix
-
     def products(self, observed: _Observed) -> tuple[Tensor, Tensor]:
         """<G, g> and |G|^2 without G."""
         if not (self.ghost or self._factored(observed)):
             return super().products(observed)
+        name = self.full["weight"]
         left, right = self.left(), self.right()
-        self._towards = self._against(observed)
         self._grams = left @ left.transpose(1, 2), right @ right.transpose(1, 2)
-        dot = (self._towards[0] * left).flatten(1).sum(1)
+        if self._factored(observed):
+            # g = E F^T, so that <D^T A, g> = <A F, D E>: only small matrices.
+            self._towards = right @ observed.right[name], left @ observed.left[name]
+            dot = (self._towards[0] * self._towards[1]).flatten(1).sum(1)
+        else:
+            matrix = observed.dense[name].flatten(2)
+            self._towards = right @ matrix.transpose(1, 2), left @ matrix
+            dot = (self._towards[0] * left).flatten(1).sum(1)
         square = (self._grams[0] * self._grams[1]).flatten(1).sum(1)
         if "bias" in self.parameters:
             self._bias = left.sum(1)
@@ -376,14 +384,17 @@ class _Product(_Layer):
         """Without V: (c g + C G) A = c g A + C (A A^T) D, and likewise for D."""
         if self._gradients is not None:
             return super().pull_directly(observed, of_observed, of_own)
-        left, right = self.left(), self.right()
-        of_left, of_right = self._towards
+        name = self.full["weight"]
         c, own = of_observed[:, None, None], of_own[:, None, None]
-        into_left = c * of_left + own * (self._grams[1] @ left)
-        into_right = c * of_right + own * (self._grams[0] @ right)
+        of_left, of_right = (c * towards for towards in self._towards)
+        if self._factored(observed):
+            of_left = of_left @ observed.left[name].transpose(1, 2)
+            of_right = of_right @ observed.right[name].transpose(1, 2)
         if "bias" in self.parameters:
             bias = of_observed[:, None] * observed.dense[self.full["bias"]] + of_own[:, None] * self._bias
-            into_left = into_left + bias[:, None]
+            of_left = of_left + bias[:, None]
+        into_left = of_left.baddbmm(own * self._grams[1], self.left())
+        into_right = of_right.baddbmm(own * self._grams[0], self.right())
         return self.flow(into_left, into_right)
 
 
@@ -421,7 +432,8 @@ class _Convolution(_Product):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Run the layer and take notes."""
-        output = _Convolve.apply(inputs, self.parameters["weight"], self.parameters.get("bias"), self.geometry)
+        weight, bias = self.parameters["weight"], self.parameters.get("bias")
+        output = _Convolve.apply(inputs, weight, bias, self.geometry, self._late)
         self.positions = output[:, 0].numel() // self.victims
         return self.note(inputs, output)
 
@@ -429,6 +441,8 @@ class _Convolution(_Product):
         """Drop the notes of the last pass."""
         super().forget()
         self._patches: Tensor | None = None
+        self._late: Late = []
+        """V and D whose V^T D is still to be added to what flows into the input."""
 
     def left(self) -> Tensor:
         """D: the sensitivity at every position."""
@@ -437,37 +451,36 @@ class _Convolution(_Product):
 
     def right(self) -> Tensor:
         """A: the patch of the input at every position."""
-        if self._patches is None:
-            stride, padding, dilation = self.geometry
-            patches = F.unfold(self.inputs.detach(), self.kernel, dilation, padding, stride)
-            self._patches = patches.transpose(1, 2).reshape(self.victims, self.positions, -1)
-        return self._patches
+        return self._columns().transpose(1, 2).reshape(self.victims, self.positions, -1)
 
     def flow(self, into_left: Tensor, into_right: Tensor) -> Pull:
         """Positions back to maps, patches back to images."""
         images, outputs = self.sensitivity.shape[:2]
-        stride, padding, dilation = self.geometry
         maps = into_left.reshape(images, -1, outputs).transpose(1, 2).reshape(self.sensitivity.shape)
-        patches = into_right.reshape(images, -1, into_right.shape[-1]).transpose(1, 2)
-        folded = F.fold(patches, self.inputs.shape[-2:], self.kernel, dilation, padding, stride)
+        columns = into_right.reshape(images, -1, into_right.shape[-1]).transpose(1, 2)
+        folded = _fold(columns, self.inputs.shape, self.kernel, self.geometry)
         return [(self.sensitivity, maps), (self.inputs, folded)]
 
     def compute(self) -> Update:
         """G by one convolution in groups, and the sum of the sensitivity for the bias."""
         weight = self.parameters["weight"]
-        size = (self.victims * weight.shape[0], *weight.shape[1:])
         sensitivity = self.sensitivity.detach()
-        own = {
-            "weight": self._backward(
-                self._group(sensitivity), self._group(self.inputs.detach()), weight.new_empty(1).expand(size), 1
-            ).view(self.victims, *weight.shape)
-        }
+        if self.by_patches:
+            each = sensitivity.flatten(2) @ self._columns().transpose(1, 2)
+            gradient = _split(each, 0, self.victims).sum(1)
+        else:
+            size = (self.victims * weight.shape[0], *weight.shape[1:])
+            inputs = self._group(self.inputs.detach())
+            gradient = self._backward(self._group(sensitivity), inputs, weight.new_empty(1).expand(size), 1)
+        own = {"weight": gradient.view(self.victims, *weight.shape)}
         if "bias" in self.parameters:
             own["bias"] = sensitivity.sum((-2, -1)).view(self.victims, -1, weight.shape[0]).sum(1)
         return own
 
     def spread(self, towards: Update) -> Pull:
         """V A into the sensitivity, V^T D into the input, each one convolution in groups."""
+        if self.by_patches:
+            return self._spread_patches(towards)
         weight = towards["weight"].flatten(0, 1).contiguous()
         stride, padding, dilation = self.geometry
         inputs, sensitivity = self._group(self.inputs.detach()), self._group(self.sensitivity.detach())
@@ -478,6 +491,29 @@ class _Convolution(_Product):
             (self.sensitivity, self._ungroup(forward, self.sensitivity)),
             (self.inputs, self._ungroup(backward, self.inputs)),
         ]
+
+    @property
+    def by_patches(self) -> bool:
+        """Whether there are too few channels for a convolution in groups to be fast."""
+        return self.parameters["weight"].shape[1] < _VECTOR
+
+    def _columns(self) -> Tensor:
+        """The patches at every position as columns, [W * B, in, P / B]."""
+        if self._patches is None:
+            self._patches = _unfold(self.inputs.detach(), self.kernel, self.geometry)
+        return self._patches
+
+    def _spread_patches(self, towards: Update) -> Pull:
+        images = len(self.inputs) // self.victims
+        weight = towards["weight"].flatten(2).repeat_interleave(images, 0)
+        forward = weight @ self._columns()
+        if "bias" in towards:
+            forward = forward + towards["bias"].repeat_interleave(images, 0)[:, :, None]
+        pull = [(self.sensitivity, forward.view(self.sensitivity.shape))]
+        if self.inputs.requires_grad:
+            # The reverse pass comes by here with W^T D' for the same input: one product and one fold for both.
+            self._late.append((weight, self.sensitivity.detach()))
+        return pull
 
     def _group(self, maps: Tensor) -> Tensor:
         """[W * B, C, H, W] to [B, W * C, H, W]."""
@@ -721,32 +757,169 @@ def _convolution_backward(
     )
 
 
+def _unfold(maps: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """Patches of [B, C, H, W] as columns [B, C * kernel, positions], as `F.unfold` but without its slow copy."""
+    stride, padding, dilation = geometry
+    patches = F.pad(maps, (padding[1], padding[1], padding[0], padding[0]))
+    for axis in (0, 1):
+        size = (kernel[axis] - 1) * dilation[axis] + 1
+        patches = patches.unfold(2 + axis, size, stride[axis])[..., :: dilation[axis]]
+    return patches.permute(0, 1, 4, 5, 2, 3).reshape(len(maps), maps.shape[1] * math.prod(kernel), -1)
+
+
+def _fold(columns: Tensor, shape: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """Sum columns [B, C * kernel, positions] back into maps of `shape`: the transpose of `_unfold`."""
+    stride, padding, dilation = geometry
+    return F.fold(columns, shape[-2:], kernel, dilation, padding, stride)
+
+
+def _few(size: int, images: Tensor) -> int:
+    """How many images of `size` numbers to take at a time, so that on a CPU they stay in its cache."""
+    return max(1, _CACHE // size) if images.device.type == "cpu" else len(images)
+
+
+def _fold_product(
+    weight: Tensor, sensitivity: Tensor, shape: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry
+) -> Tensor:
+    """The derivative of convolutions by their inputs [B, C, H, W], each with its own weight [B, out, C * kernel]."""
+    rows = sensitivity.flatten(2)
+    step = _few(weight.shape[2] * rows.shape[2], rows)
+    parts = [
+        _fold(few.transpose(1, 2) @ row, shape, kernel, geometry)
+        for few, row in zip(weight.split(step), rows.split(step), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+Late = list[tuple[Tensor, Tensor]]
+"""Weights [B, out, C * kernel] and sensitivities [B, out, ...] to be added to a derivative by the input."""
+
+
 class _Convolve(torch.autograd.Function):
     """A convolution with a constant weight. torch's own computes the weight's gradient in the second derivative."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, late: Late
+    ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.geometry = inputs.shape, geometry
+        ctx.shape, ctx.geometry, ctx.late = inputs.shape, geometry, late
         return F.conv2d(inputs, weight, bias, *geometry)
 
     @staticmethod
-    def backward(ctx: Any, *sensitivities: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *sensitivities: Tensor) -> tuple[Tensor, None, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return _ConvolveBack.apply(sensitivities[0], weight, ctx.shape, ctx.geometry), None, None, None
+        into = _ConvolveBack.apply(sensitivities[0], weight, ctx.shape, ctx.geometry, ctx.late)
+        return into, None, None, None, None
 
 
 class _ConvolveBack(torch.autograd.Function):
     """The derivative of a convolution by its input, whose own derivative is the convolution again."""
 
     @staticmethod
-    def forward(ctx: Any, sensitivity: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    def forward(
+        ctx: Any, sensitivity: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry, late: Late
+    ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.geometry = geometry
+        if weight.shape[1] < _VECTOR:
+            every = weight.flatten(1).expand(len(sensitivity), -1, -1)
+            while late:
+                own, sensitivities = late.pop()
+                every, sensitivity = torch.cat([every, own], 1), torch.cat([sensitivity, sensitivities], 1)
+            return _fold_product(every, sensitivity, shape, tuple(weight.shape[2:]), geometry)
         inputs = sensitivity.new_empty(1).expand(shape)
         return _convolution_backward(sensitivity, inputs, weight, geometry, 1, [True, False, False])[0]
 
     @staticmethod
-    def backward(ctx: Any, *into: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *into: Tensor) -> tuple[Tensor, None, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return _Convolve.apply(into[0], weight, None, ctx.geometry), None, None, None
+        return _Convolve.apply(into[0], weight, None, ctx.geometry, []), None, None, None, None
+
+
+class _Smooth(ABC):
+    """A smooth function of each entry, with its derivatives. torch's own second derivatives take many passes."""
+
+    @staticmethod
+    @abstractmethod
+    def value(inputs: Tensor) -> Tensor:
+        """f(x)."""
+
+    @staticmethod
+    @abstractmethod
+    def slope(inputs: Tensor, value: Tensor) -> Tensor:
+        """f'(x)."""
+
+    @staticmethod
+    @abstractmethod
+    def bend(inputs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        """f''(x)."""
+
+
+class _Sigmoid(_Smooth):
+    @staticmethod
+    def value(inputs: Tensor) -> Tensor:
+        return inputs.sigmoid()
+
+    @staticmethod
+    def slope(inputs: Tensor, value: Tensor) -> Tensor:
+        return value.addcmul(value, value, value=-1)
+
+    @staticmethod
+    def bend(inputs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        return slope.addcmul(slope, value, value=-2)
+
+
+class _Gelu(_Smooth):
+    """x times the normal distribution (Hendrycks and Gimpel, arXiv:1606.08415)."""
+
+    @staticmethod
+    def value(inputs: Tensor) -> Tensor:
+        return F.gelu(inputs)
+
+    @staticmethod
+    def slope(inputs: Tensor, value: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward(torch.ones_like(inputs), inputs)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def bend(inputs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        square = inputs * inputs
+        density = (square * -0.5).exp_()
+        return square.neg_().add_(2).mul_(density).mul_(1 / math.sqrt(2 * math.pi))
+
+
+_SMOOTH: dict[type[nn.Module], type[_Smooth]] = {nn.Sigmoid: _Sigmoid, nn.GELU: _Gelu}
+
+
+class _Pointwise(torch.autograd.Function):
+    """A smooth function whose first derivative is computed once for both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, function: type[_Smooth], inputs: Tensor) -> Tensor:
+        value = function.value(inputs)
+        slope = function.slope(inputs, value)
+        ctx.save_for_backward(inputs, value, slope)
+        ctx.function = function
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *sensitivities: Tensor) -> tuple[None, Tensor]:
+        return None, _PointwiseBack.apply(ctx.function, sensitivities[0], *ctx.saved_tensors)
+
+
+class _PointwiseBack(torch.autograd.Function):
+    """Sensitivity times slope, and how that changes with both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: type[_Smooth], sensitivity: Tensor, inputs: Tensor, value: Tensor, slope: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(sensitivity, inputs, value, slope)
+        ctx.function = function
+        return sensitivity * slope
+
+    @staticmethod
+    def backward(ctx: Any, *into: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+        sensitivity, inputs, value, slope = ctx.saved_tensors
+        bend = ctx.function.bend(inputs, value, slope)
+        return None, into[0] * slope, bend.mul_(into[0]).mul_(sensitivity), None, None

@@ -232,7 +232,7 @@ def measure(case: Case, repetitions: int, peers: bool, memory: bool, peak: float
         with contextlib.suppress(NotImplementedError):
             contenders[name] = stepper(setup, kind()), case.victims
     if peers:
-        steps = 5
+        steps = 20  # so that what an attack costs before its first step counts little
         peer = Peer(setup, steps)
         turns = iter(range(10**9))
         contenders["breaching"] = lambda: (peer.attack(next(turns) % case.victims), None)[1], steps
