@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.model import Normalise
+from gradleak.quantum import AngleEncoded
 from gradleak.threat import Observation
 
 
 def first_linear(module: nn.Module, bias: bool = True) -> str | None:
-    """Name of the first layer with parameters if it is linear, and biased where `bias` asks for it."""
+    """Name of the first layer with parameters if it is linear on pixels, and biased where `bias` asks for it."""
+    if any(isinstance(layer, AngleEncoded) for layer in module.modules()):
+        return None
     for name, layer in module.named_modules():
         if any(True for _ in layer.parameters(recurse=False)):
             return name if isinstance(layer, nn.Linear) and (layer.bias is not None or not bias) else None

@@ -20,7 +20,7 @@ from gradleak.matching import Outcome, Status
 from gradleak.optimisers import Variables
 from gradleak.problem import Facts, Guess, Problem, take
 from gradleak.seeds import Generators
-from gradleak.threat import BatchNorm, Knowledge, Labels, Observation, Setting
+from gradleak.threat import BatchNorm, Knowledge, Labels, Observation, Setting, Width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ class GradInversion(GradientMatching):
 
         return jitter
 
-    def _agreed(self, problem: Problem, variables: Variables, facts: Facts, victims: int, width: int) -> Tensor:
+    def _agreed(self, problem: Problem, variables: Variables, facts: Facts, victims: int, width: Width) -> Tensor:
         """Mean of every victim's registered seeds, a row a trial, [T, B, C, H, W]."""
         final = matching.finish(problem, variables, facts, width)
         shape = (self.restarts, victims)

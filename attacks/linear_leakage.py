@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,11 @@ class LinearLeakage(Attack):
 
     family = "analytic"
     reference = "arXiv:2003.14053"
-    ensembles = ("auto-v1",)
+    ensembles: ClassVar[tuple[str, ...]] = ("auto-v1",)
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs a linear layer with bias right on the pixels."""
-        name = first_linear(module)
+        name = self._first(module)
         if name is None:
             return "needs a model whose first layer is linear with a bias (linear, mlp)"
         width = module.get_parameter(f"{name}.weight").shape[0]
@@ -48,10 +49,10 @@ class LinearLeakage(Attack):
         """Return the ratios of weight and bias gradients as images."""
         weight, bias = self._gradients(observation)
         if observation.batch_size == 1:
-            inputs = _ratio(weight, bias, torch.ones_like(bias))[:, None]
+            rows = _ratio(weight, bias, torch.ones_like(bias))[:, None]
         else:
-            inputs = _recurring_rows(weight, bias, observation)
-        images = to_pixels(inputs, observation).nan_to_num(0.5).clamp(0, 1)
+            rows = self._recurring_rows(weight, bias, observation)
+        images = to_pixels(self._inputs(rows, observation), observation).nan_to_num(0.5).clamp(0, 1)
         loss = self._unexplained(observation, images)
         return Reconstruction(images=images, labels=observation.labels, loss=loss)
 
@@ -61,46 +62,61 @@ class LinearLeakage(Attack):
         """Share of the layer's gradient [N] that given images cannot explain."""
         return self._unexplained(observation, images)
 
+    def _first(self, module: nn.Module) -> str | None:
+        """Name of the layer."""
+        return first_linear(module)
+
+    def _rows(self, inputs: Tensor, observation: Observation) -> Tensor:
+        """Return what the layer's weight gradient is made of, given its inputs [N, B, P]."""
+        return inputs
+
+    def _inputs(self, rows: Tensor, observation: Observation) -> Tensor:
+        """Inverse of `_rows`."""
+        return rows
+
+    def _compared(self, ratios: Tensor, observation: Observation) -> tuple[Tensor, Tensor]:
+        """Return candidates [N, O, P] in units in which 1 is large, and which of them no image can be."""
+        pixels = to_pixels(ratios, observation).double().flatten(2)
+        return pixels, (pixels - pixels.clamp(0, 1)).abs().amax(-1) > _OUTSIDE
+
     def _gradients(self, observation: Observation) -> tuple[Tensor, Tensor]:
-        name = first_linear(observation.network.module)
+        name = self._first(observation.network.module)
         assert name is not None
         return gradients(observation, name)
 
     def _unexplained(self, observation: Observation, images: Tensor) -> Tensor:
         weight, bias = self._gradients(observation)
-        inputs = to_inputs(images, observation)
+        rows = self._rows(to_inputs(images, observation), observation)
         # A bias is the weight of an input that is always 1.
-        rows = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=2)
+        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=2)
         seen = torch.cat([weight, bias[..., None]], dim=2)
         rest = seen - seen @ torch.linalg.pinv(rows) @ rows
         share = rest.square().sum((1, 2)) / seen.square().sum((1, 2)).clamp(min=1e-300)
         loss: Tensor = share.to(observation.dtype)
         return loss
 
+    def _recurring_rows(self, weight: Tensor, bias: Tensor, observation: Observation) -> Tensor:
+        """Pick B distinct rows a victim, those first that recur in most other rows, [N, B, P]."""
+        alive = bias != 0
+        ratios = torch.where(alive[..., None], weight / torch.where(alive, bias, 1.0)[..., None], 0.0)
+        points, outside = self._compared(ratios, observation)
+        # Without the matrix product, whose cancellation blurs what is the same.
+        apart = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") / points.shape[2] ** 0.5
+        same = (apart < _SAME) & alive[:, None]
+        # Ties go to the row of the largest bias gradient, which rounding hurts least.
+        size = bias.abs() / bias.abs().amax(1, keepdim=True).clamp(min=1e-300)
+        votes = same.sum(2) + 0.5 * size - 1e3 * outside - 1e6 * ~alive
+        victim = torch.arange(len(bias), device=bias.device)
+        picked = []
+        for _ in range(observation.batch_size):
+            best = votes.argmax(1)
+            twins = same[victim, best]
+            picked.append(_ratio(weight, bias, twins.double()))
+            votes = (votes - 1e9 * twins).scatter(1, best[:, None], -1e12)
+        return torch.stack(picked, dim=1)
+
 
 def _ratio(weight: Tensor, bias: Tensor, chosen: Tensor) -> Tensor:
     """Least squares over chosen rows [N, O] for the input that they share, [N, P]."""
     strength = bias * chosen
     return torch.einsum("nop,no->np", weight, strength) / strength.square().sum(1, keepdim=True)
-
-
-def _recurring_rows(weight: Tensor, bias: Tensor, observation: Observation) -> Tensor:
-    """Pick B distinct rows a victim, those first that recur in most other rows, [N, B, P]."""
-    alive = bias != 0
-    ratios = torch.where(alive[..., None], weight / torch.where(alive, bias, 1.0)[..., None], 0.0)
-    pixels = to_pixels(ratios, observation).double().flatten(2)
-    outside = (pixels - pixels.clamp(0, 1)).abs().amax(-1) > _OUTSIDE
-    # Without the matrix product, whose cancellation blurs what is the same.
-    apart = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist") / pixels.shape[2] ** 0.5
-    same = (apart < _SAME) & alive[:, None]
-    # Ties go to the row of the largest bias gradient, which rounding hurts least.
-    size = bias.abs() / bias.abs().amax(1, keepdim=True).clamp(min=1e-300)
-    votes = same.sum(2) + 0.5 * size - 1e3 * outside - 1e6 * ~alive
-    victim = torch.arange(len(bias), device=bias.device)
-    picked = []
-    for _ in range(observation.batch_size):
-        best = votes.argmax(1)
-        twins = same[victim, best]
-        picked.append(_ratio(weight, bias, twins.double()))
-        votes = (votes - 1e9 * twins).scatter(1, best[:, None], -1e12)
-    return torch.stack(picked, dim=1)

@@ -14,7 +14,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradleak import seeds
 from gradleak.attack import Attack, Reconstruction
 from gradleak.dataset import Images
 from gradleak.defense import Defense, Message
@@ -22,7 +21,7 @@ from gradleak.matching import Status
 from gradleak.optimisers import cosine_decay
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Knowledge, Level, Observation, Setting
-from gradleak.update import local_update, one_hot, stack
+from gradleak.update import Network, Update, local_update, one_hot, stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +30,16 @@ class LTI(Attack):
 
     References: Wu, Chen, Guo, Weinberger, UAI 2023, arXiv:2210.10880. It learns whatever the defense does, noise
     included, and so is the adaptive attack of last resort. One network serves all victims; which victims there are
-    changes nothing in it. Images of a batch may come in any order: the loss assigns them. Longer messages are hashed
-    with random signs. If the round's public randomness is not known, each training message has its own. Deviations:
-    entries are standardised by the training messages; layers are narrower, and their number of steps is for small
-    images; the defense acts on the whole batch, as it does at a client, not on each image. Labels are not used.
+    changes nothing in it, the suite's seed does. Messages are a client's first: it has no memory yet. Images of a batch
+    may come in any order: the loss assigns them. Longer messages are hashed with random signs. If the round's public
+    randomness is not known, each training message has its own. Deviations: entries are standardised by the training
+    messages; layers are narrower, and their number of steps is for small images; the defense acts on the whole batch,
+    as it does at a client, not on each image. Labels are not used.
     """
 
     family = "learned"
     reference = "arXiv:2210.10880"
+    version = "2"
     ensembles = ("auto-v1",)
     needs = Knowledge(auxiliary=True, defense=Level.PARAMETERS)
     adaptive = True
@@ -57,8 +58,6 @@ class LTI(Attack):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It has to do what the client does."""
-        if type(defense).release is not Defense.release or type(defense).release_next is not Defense.release_next:
-            return "cannot repeat what this defense does with the client's loss or its memory"
         if setting.local_lr is not None and not setting.grants.local_training:
             return "needs to know the client's local training (grants: {local_training: true})"
         return None
@@ -66,14 +65,14 @@ class LTI(Attack):
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Collect messages, learn, and answer all victims; `details` has the last training loss."""
         assert observation.auxiliary is not None and observation.view is not None
-        hashing = _Hash(observation.message, self.features)
-        rows, images = self._collect(observation, observation.auxiliary, hashing)
+        hashing = _Hash(observation.message, self.features, generator.shared("hash"))
+        rows, images = self._collect(observation, observation.auxiliary, hashing, generator.shared("messages"))
         if images is None:
             return self._too_late(observation)
         spread, mean = torch.std_mean(rows, dim=0, correction=0)
         # Entries that never change say nothing, and what is rounded off would be magnified.
         scale = torch.where(spread > 1e-6 * spread.amax(), 1 / spread, torch.zeros_like(spread))
-        loss, network = self._learn((rows - mean) * scale, images, observation)
+        loss, network = self._learn((rows - mean) * scale, images, observation, generator)
         if network is None:
             return self._too_late(observation)
         with torch.no_grad():
@@ -84,11 +83,12 @@ class LTI(Attack):
             details={"training_loss": torch.full((observation.victims,), loss)},
         )
 
-    def _collect(self, observation: Observation, public: Images, hashing: _Hash) -> tuple[Tensor, Tensor | None]:
+    def _collect(
+        self, observation: Observation, public: Images, hashing: _Hash, stream: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
         """Hashed messages [M, features] of random batches, and their images [M, B, C, H, W]; None if time ran out."""
         assert observation.view is not None
         network, defense, size = observation.network, observation.view.defense, observation.batch_size
-        stream = seeds.generator("lti", "messages")
         rows, truths = [], []
         for _ in range(self.messages):
             if observation.compute.expired:
@@ -100,24 +100,30 @@ class LTI(Attack):
             if known is None:
                 known = defense.public(network.parameters, size, stream)
             inputs, targets = defense.encode(images, targets, stream)
+            buffers = defense.private_buffers(network.module, inputs, stream)
             update = local_update(
                 network,
                 inputs,
                 targets,
                 observation.training,
                 per_example=partial(defense.per_example, public=known) if defense.per_example_gradients else None,
-                buffers=defense.private_buffers(network.module, inputs, stream),
+                buffers=buffers,
             )
             update = {name: tensor.detach() for name, tensor in update.items()}
-            rows.append(hashing(stack([defense.protect(update, known, stream)])))
+            loss = partial(_loss_after, network, inputs, targets, buffers)
+            message, _ = defense.release_next(update, known, stream, loss, None)
+            rows.append(hashing(stack([message])))
             truths.append(images.float())
         return torch.cat(rows), torch.stack(truths)
 
-    def _learn(self, rows: Tensor, images: Tensor, observation: Observation) -> tuple[float, nn.Module | None]:
+    def _learn(
+        self, rows: Tensor, images: Tensor, observation: Observation, generator: Generators
+    ) -> tuple[float, nn.Module | None]:
         """Train the network; it is None if time ran out."""
-        network = _perceptron(rows.shape[1], self.hidden, images[0].numel()).to(rows.device)
+        sizes = [rows.shape[1], self.hidden, self.hidden, images[0].numel()]
+        network = _perceptron(sizes, generator.shared("weights")).to(rows.device)
         optimiser = torch.optim.Adam(network.parameters(), lr=self.lr)
-        stream = seeds.generator("lti", "order")
+        stream = generator.shared("order")
         loss = float("nan")
         for epoch in range(self.epochs):
             if observation.compute.expired:
@@ -147,13 +153,12 @@ class LTI(Attack):
 class _Hash:
     """Flattens messages [M, ...] to at most `features` entries: sums of entries with random signs."""
 
-    def __init__(self, messages: Message, features: int) -> None:
+    def __init__(self, messages: Message, features: int, stream: torch.Generator) -> None:
         length = sum(tensor[0].numel() for tensor in messages.values())
         device = next(iter(messages.values())).device
         self.features = features
         self.bucket: Tensor | None = None
         if length > features:
-            stream = seeds.generator("lti", "hash")
             self.bucket = torch.randint(features, (length,), generator=stream).to(device)
             self.sign = (torch.randint(2, (length,), generator=stream) * 2.0 - 1).to(device)
 
@@ -164,10 +169,8 @@ class _Hash:
         return rows.new_zeros(len(rows), self.features).index_add_(1, self.bucket, rows * self.sign)
 
 
-def _perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Two hidden layers; initial weights depend on the sizes alone."""
-    sizes = [inputs, hidden, hidden, outputs]
-    stream = seeds.generator("lti", "weights", *sizes)
+def _perceptron(sizes: list[int], stream: torch.Generator) -> nn.Sequential:
+    """Linear layers with ReLU between them and a sigmoid at the end."""
     layers: list[nn.Module] = []
     for width, out in itertools.pairwise(sizes):
         linear = nn.utils.skip_init(nn.Linear, width, out)
@@ -186,6 +189,13 @@ def _ordered(images: Tensor, guess: Tensor) -> Tensor:
     cost = (guess[:, :, None] - images[:, None]).square().flatten(3).sum(-1).cpu().numpy()
     order = torch.as_tensor(np.stack([linear_sum_assignment(table)[1] for table in cost]), device=images.device)
     return images.gather(1, order.view(*order.shape, 1, 1, 1).expand_as(images))
+
+
+def _loss_after(network: Network, images: Tensor, targets: Tensor, buffers: dict[str, Tensor], step: Update) -> Tensor:
+    """A client's loss after a step, which some defenses ask for."""
+    with torch.no_grad():
+        parameters = {name: tensor + step[name] for name, tensor in network.parameters.items()}
+        return network.loss(images, targets, parameters, buffers)
 
 
 def _tell(compute: Compute, share: float, loss: float) -> None:

@@ -54,6 +54,11 @@ class Diff2(Defense):
         """Return the model with a loss whose gradient is the difference."""
         return _Difference(module, self.distance, self.seed)
 
+    @property
+    def additive(self) -> bool:
+        """Clipped gradients and their noise add up."""
+        return True
+
     def per_example(self, gradient: Update, public: Public) -> Update:
         """Scale one example's difference down to its bound."""
         return self._noise.per_example(gradient, public)

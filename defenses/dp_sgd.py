@@ -51,6 +51,11 @@ class DPSGD(Defense):
         """Clipping needs each example's own gradient."""
         return True
 
+    @property
+    def additive(self) -> bool:
+        """Clipped gradients and their noise add up."""
+        return True
+
     def per_example(self, gradient: Update, public: Public) -> Update:
         """Scale one example's gradient down to norm `clip`."""
         if self.mechanism == "gaussian":
@@ -66,6 +71,8 @@ class DPSGD(Defense):
 
     def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
         """Add the noise."""
+        if self.sigma == 0:
+            return update
         return {
             name: tensor + public["scale"] * self._noise(tensor.shape, generator).to(tensor)
             for name, tensor in update.items()

@@ -40,6 +40,11 @@ class GaussianNoise(Defense):
         """Clipping needs each example's own gradient."""
         return self.clip is not None
 
+    @property
+    def additive(self) -> bool:
+        """Clipped gradients and their noise add up."""
+        return True
+
     def per_example(self, gradient: Update, public: Public) -> Update:
         """Scale one example's gradient down to norm `clip`."""
         if self.clip is None:
@@ -54,6 +59,8 @@ class GaussianNoise(Defense):
 
     def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
         """Add the noise."""
+        if self.sigma == 0:
+            return update
         noise = {
             name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
             for name, tensor in update.items()

@@ -39,6 +39,11 @@ class GradientNoise(Defense):
         """Standard deviation of the noise in this round."""
         return math.sqrt(self.eta / (1 + self.round) ** self.gamma)
 
+    @property
+    def additive(self) -> bool:
+        """Noise adds up."""
+        return True
+
     def at_round(self, index: int, epoch: int) -> GradientNoise:
         """Return the defense of that round."""
         return replace(self, round=index)

@@ -51,6 +51,11 @@ class Sketch(Defense):
         return self.sigma == 0 and self.clip is None
 
     @property
+    def additive(self) -> bool:
+        """Sketches and their noise add up."""
+        return True
+
+    @property
     def per_example_gradients(self) -> bool:
         """Clipping needs each example's own sketch."""
         return self.clip is not None

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from . import labels as label_rules
 from . import matching, parametrisations, priors
 from .defense import Defense, View
-from .errors import unknown
+from .errors import GradleakError, unknown
 from .matching import Plan, Status
 from .model import Normalise
 from .objectives import OBJECTIVES, weigh
@@ -118,6 +118,8 @@ class GradientMatching(Attack):
     """Iterations over which the rate rises linearly to what the schedule says."""
     iterations: Annotated[int, Ge(1)] = 1000
     restarts: Annotated[int, Ge(1)] = 1
+    halving: tuple[Annotated[float, Gt(0), Lt(1)], ...] = field(default=(), metadata={"later": True})
+    """Shares of the iterations after which the worse half of a victim's restarts, by matching loss, is given up."""
     signed: bool | Literal["soft"] = False
     """Replace the image gradient by its sign; soft: by tanh(s g) / s with s falling from 1 to 0."""
     boxed: bool = True
@@ -144,6 +146,11 @@ class GradientMatching(Attack):
     """A restart whose loss falls below this is finished."""
     patience: Annotated[int, Ge(1)] | None = None
     """A restart that has not improved for so many iterations is finished."""
+
+    def __post_init__(self) -> None:
+        """Refuse to give up restarts where they are searched in another way than the template's."""
+        if self.halving and type(self).reconstruct is not GradientMatching.reconstruct:
+            raise GradleakError(f"halving: {type(self).__name__} needs all of its restarts; leave the option out")
 
     # What a plugin overrides, all for one victim.
 
@@ -327,6 +334,7 @@ class GradientMatching(Attack):
             iterations=self.iterations,
             tolerance=self.tolerance,
             patience=self.patience,
+            halving=self.halving,
             project=lambda variables: self.project(variables, mean, std),
         )
 

@@ -7,6 +7,8 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.func import grad_and_value, vmap
 from . import __version__
 from .errors import unknown
 from .layerwise import Layerwise
+from .memory import is_out_of_memory
 from .optimisers import Variables
 from .problem import Backend, Direct, Facts, Problem, Values, take
 from .process import default_cache
@@ -47,19 +50,61 @@ class Sequential(Backend):
 class Vmap(Backend):
     """All trials at once through torch.func.vmap."""
 
+    def __init__(self) -> None:
+        self._problem: Problem | None = None
+        self._compiles = False
+
+    def compile(self) -> bool:
+        """Compile from now on; the first call of every width takes a minute."""
+        self._compiles = True
+        self._problem = None
+        return True
+
     def applies(self, problem: Problem, variables: Variables, facts: Facts) -> bool:
         """Anything torch.func can stack."""
         return True
 
     def __call__(self, problem: Problem, variables: Variables, facts: Facts) -> Values:
         """Losses and gradients of W stacked trials."""
+        if self._problem is not problem:
+            self._problem, self._plain = problem, _stacked(problem)
+            self._compiled = torch.compile(self._plain, dynamic=False) if self._compiles else None
+            self._tested: set[int] = set()
+        if self._compiled is not None and (answer := self._try(variables, facts)) is not None:
+            return answer
+        return _values(self._plain(variables, facts))
 
-        def one(row: Variables, known: Facts) -> tuple[Tensor, Tensor]:
-            return problem.loss(row, known, by_transform)
+    def _try(self, variables: Variables, facts: Facts) -> Values | None:
+        """Run compiled; the first answer of every width is compared, and what fails is not tried again."""
+        assert self._compiled is not None
+        width = _width(variables)
+        try:
+            answer = _values(self._compiled(variables, facts))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        else:
+            if width in self._tested or _agrees(answer, _values(self._plain(variables, facts)), width):
+                self._tested.add(width)
+                return answer
+            reason = "it answers something else than without"
+        log.warning("torch.compile cannot be used here, going on without (%s)", reason)
+        self._compiled = None
+        return None
 
-        # Randomness is refused by vmap's default: a loss draws nothing, so that it can be repeated.
-        gradients, (total, matching) = vmap(grad_and_value(one, has_aux=True))(variables, facts)
-        return Values(total.detach(), matching.detach(), {n: g.detach() for n, g in gradients.items()})
+
+def _stacked(problem: Problem) -> Callable[[Variables, Facts], Any]:
+    def one(row: Variables, known: Facts) -> tuple[Tensor, Tensor]:
+        return problem.loss(row, known, by_transform)
+
+    # Randomness is refused by vmap's default: a loss draws nothing, so that it can be repeated.
+    return cast(Callable[[Variables, Facts], Any], vmap(grad_and_value(one, has_aux=True)))
+
+
+def _values(answer: tuple[Variables, tuple[Tensor, Tensor]]) -> Values:
+    gradients, (total, matching) = answer
+    return Values(total.detach(), matching.detach(), {n: g.detach() for n, g in gradients.items()})
 
 
 BACKENDS: dict[str, type[Backend]] = {"sequential": Sequential, "vmap": Vmap, "layerwise": Layerwise}
@@ -90,7 +135,7 @@ def _remembered(problem: Problem, variables: Variables, facts: Facts, iterations
     """Time the backends once for each kind of problem on a machine: later runs must give the same digits."""
     if _width(variables) * iterations < _WORTH_TIMING:
         return "sequential", Sequential()
-    path = default_cache() / "backends" / _kind(problem, variables, facts)
+    path = default_cache() / "backends" / kind_of(problem, variables, facts, _width(variables))
     if not path.exists():
         chosen, backend = _fastest(problem, variables, facts)
         log.debug("backend %r was chosen for %d trials", chosen, _width(variables))
@@ -106,8 +151,8 @@ def _remembered(problem: Problem, variables: Variables, facts: Facts, iterations
     return (name, backend) if backend.applies(problem, variables, facts) else ("vmap", Vmap())
 
 
-def _kind(problem: Problem, variables: Variables, facts: Facts) -> str:
-    """Hash of what decides a problem's speed: architecture, shapes, objective, protocol, device and versions."""
+def kind_of(problem: Problem, variables: Variables, facts: Facts, width: int = 0) -> str:
+    """Hash of what decides speed and memory: architecture, shapes, objective, protocol, device, versions, width."""
 
     def shapes(value: object) -> object:
         if isinstance(value, dict):
@@ -119,7 +164,7 @@ def _kind(problem: Problem, variables: Variables, facts: Facts) -> str:
         repr(problem.network.module),
         problem.network.module.training,
         {name: tuple(tensor.shape) for name, tensor in problem.network.parameters.items()},
-        _width(variables),
+        width,
         shapes(variables),
         shapes(facts),
         repr(match) if isinstance(match, Direct) else getattr(match, "__qualname__", type(match).__qualname__),
@@ -175,11 +220,12 @@ def _seconds(backend: Backend, problem: Problem, variables: Variables, facts: Fa
     return clock() - started
 
 
-def _agrees(answer: Values, truth: Values) -> bool:
-    """Whether the first trial's gradients are the same up to rounding; what is not finite says nothing."""
+def _agrees(answer: Values, truth: Values, rows: int = 1) -> bool:
+    """Whether the first trials' gradients are the same up to rounding; what is not finite says nothing."""
     for name, expected in truth.gradients.items():
-        error, size = (answer.gradients[name][:1] - expected).norm(), expected.norm()
-        if bool(error.isfinite() & (error > 1e-2 * size)):
+        wanted = expected[:rows].flatten(1)
+        error, size = (answer.gradients[name][:rows].flatten(1) - wanted).norm(dim=1), wanted.norm(dim=1)
+        if bool((error.isfinite() & (error > 1e-2 * size)).any()):
             return False
     return True
 

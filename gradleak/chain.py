@@ -23,7 +23,8 @@ class Chain(Defense):
     a noisy mean. A guarantee holds for the chain, as all that follows the noise is post-processing.
 
     Raises:
-        GradleakError: a defense that is not linear comes before one that acts on each example's gradient.
+        GradleakError: a defense that is not linear comes before one that acts on each example's gradient; secure
+            aggregation is not the last, or follows one whose messages do not add up.
     """
 
     defenses: tuple[Defense, ...]
@@ -33,6 +34,13 @@ class Chain(Defense):
             if not defense.linear:
                 first, then = type(defense).__name__, type(self.defenses[self._start]).__name__
                 raise GradleakError(f"chain: {first} is not linear, so it cannot come before {then}, which clips")
+        *before, last = self.defenses
+        for defense in before:
+            first, then = type(defense).__name__, type(last).__name__
+            if defense.cohort > 1:
+                raise GradleakError(f"chain: {first} must be the last, as {then} would be the server's own")
+            if last.cohort > 1 and not defense.additive:
+                raise GradleakError(f"chain: messages of {first} do not add up, so it cannot come before {then}")
 
     @property
     def family(self) -> str:  # type: ignore[override]
@@ -43,6 +51,11 @@ class Chain(Defense):
     def reference(self) -> str:  # type: ignore[override]
         """The references, in order."""
         return " + ".join(defense.reference for defense in self.defenses)
+
+    @property
+    def version(self) -> str:  # type: ignore[override]
+        """The versions, in order."""
+        return " + ".join(defense.version for defense in self.defenses)
 
     @property
     def counter_attacks(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -63,6 +76,16 @@ class Chain(Defense):
     def linear(self) -> bool:
         """Whether all members are."""
         return all(defense.linear for defense in self.defenses)
+
+    @property
+    def additive(self) -> bool:
+        """Whether all members are."""
+        return all(defense.additive for defense in self.defenses)
+
+    @property
+    def cohort(self) -> int:
+        """The last member's, which alone may aggregate."""
+        return self.defenses[-1].cohort
 
     @property
     def has_likelihood(self) -> bool:
@@ -145,8 +168,9 @@ class Chain(Defense):
         return self.defenses[self._last].nll(message, simulated, _own(public, self._last))
 
     def pack(self, message: Message, public: Public) -> bytes:
-        """As the last member that changes messages."""
-        return self.defenses[self._last].pack(message, _own(public, self._last))
+        """As the last member that changes messages, or as the shares of a sum."""
+        index = self._last if self.cohort == 1 else len(self.defenses) - 1
+        return self.defenses[index].pack(message, _own(public, index))
 
     def guarantee(self, setting: Setting) -> Guarantee | None:
         """Return the strongest member's."""
@@ -176,11 +200,15 @@ class Chain(Defense):
 
     @property
     def _last(self) -> int:
-        """The last member that changes messages: one that is linear with the default `simulate` does not."""
+        """The last member that changes messages: one that is linear with the default `simulate` does not.
+
+        A sum only rounds them, so that the likelihood is that of what comes before.
+        """
         changing = [
             index
             for index, defense in enumerate(self.defenses)
-            if not defense.linear or defense.has_likelihood or type(defense).simulate is not Defense.simulate
+            if (not defense.linear or defense.has_likelihood or type(defense).simulate is not Defense.simulate)
+            and defense.cohort == 1
         ]
         return max(changing, default=len(self.defenses) - 1)
 

@@ -103,9 +103,15 @@ def _run(
     store: Annotated[
         Path | None, typer.Option("--store", metavar="FILE", help="Where results go [default: SUITE's name.sqlite].")
     ] = None,
-    executor: Annotated[str, typer.Option(metavar="NAME", help="processes or local.")] = "processes",
+    executor: Annotated[str, typer.Option(metavar="NAME", help="processes, local or ray.")] = "processes",
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Worker processes [default: one a core, or one a GPU].")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address", metavar="ADDRESS", help="A Ray cluster: auto, ray://HOST:PORT [default: starts one here]."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
     data_root: Annotated[
@@ -121,7 +127,7 @@ def _run(
     from .evaluate import Resources
 
     target = store or Path(f"{suite.stem}.sqlite")
-    engine = executors.build(executor, workers)
+    engine = executors.build(executor, workers, ray_address)
     resources = Resources(data_root=data_root, download=download, device=device)
     plugins = tuple(plugin or ())
     if dry_run:
@@ -260,6 +266,26 @@ def _verify(
         raise typer.Exit(1)
     unchecked = sum(each.ok is None for each in found)
     _say(f"{bundle}: verified" + (f", {unchecked} of {len(found)} checks not possible here" if unchecked else ""))
+
+
+@app.command("check")
+def _check(
+    plugin: Annotated[Path, typer.Argument(metavar="PLUGIN", help="A file with an attack, defense, model or dataset.")],
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", metavar="DIR", help="Where the data of a dataset is.")
+    ] = None,
+) -> None:
+    """Check what a plugin must promise, on a small case; exit with 1 if it does not keep it."""
+    from .contract import check_file
+
+    found = check_file(plugin, data_root)
+    for each in found:
+        state = {True: "ok", False: "BROKEN", None: "not checked"}[each.ok]
+        print(f"{state:11}  {each.check}{': ' if each.detail else ''}{each.detail}")
+    broken = sum(each.ok is False for each in found)
+    if broken:
+        _say(f"{plugin}: {broken} of {len(found)} promises are broken")
+        raise typer.Exit(1)
 
 
 @app.command("doctor")

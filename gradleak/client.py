@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -48,6 +48,17 @@ class Sent:
     """Mean time of a client, defense included."""
     memories: list[Memory]
     """What each client keeps for its next message; private."""
+    drew: bool
+    """Whether any client drew private randomness: another draw would have made another message."""
+
+    def of_first(self, size: int) -> Sent:
+        """Return it as if only the first `size` images of each row had made the message."""
+        return replace(
+            self,
+            buffers={name: tensor[:, :size] for name, tensor in self.buffers.items()},
+            images=self.images[:, :size],
+            targets=self.targets[:, :size],
+        )
 
 
 def client_network(module: nn.Module, defense: Defense, setting: Setting) -> Network:
@@ -141,18 +152,52 @@ def send(
         dense_bytes=4 * sum(tensor.numel() for tensor in template.values()),
         seconds=seconds,
         memories=kept,
+        drew=any(_drew(generator, seed) for generator, seed in zip(generators, client_seeds, strict=True)),
     )
 
 
-def seeds_for(victims: list[int], *context: object) -> list[int]:
-    """Seed of each client's private randomness; the attack is not part of it, so all attacks see one message."""
-    return [seeds.derive("client", *context, victim) for victim in victims]
+def aggregated(sent: Sent, clients: int) -> Sent:
+    """Return what secure aggregation leaves: of every `clients` consecutive messages their mean, as one.
+
+    Images, targets and buffers of the clients are put one after another, so that a row is one of N / clients
+    victims with a batch of all their images; bytes and memories are those of the first client.
+    """
+    if clients == 1:
+        return sent
+
+    def groups(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, clients, *tensor.shape[1:])
+
+    return replace(
+        sent,
+        message={name: groups(tensor).mean(1) for name, tensor in sent.message.items()},
+        update={name: groups(tensor).mean(1) for name, tensor in sent.update.items()},
+        statistics={name: groups(tensor).mean(1) for name, tensor in sent.statistics.items()},
+        buffers={name: groups(tensor).flatten(1, 2) for name, tensor in sent.buffers.items()},
+        images=groups(sent.images).flatten(1, 2),
+        targets=groups(sent.targets).flatten(1, 2),
+        bytes=sent.bytes[::clients],
+        memories=sent.memories[::clients],
+    )
+
+
+def seeds_for(victims: list[int], *context: object, clients: int = 1) -> list[int]:
+    """Seed of each client's private randomness; the attack is not part of it, so all attacks see one message.
+
+    With `clients` above 1 a victim's seed is followed by those of the others in its sum.
+    """
+    own = [seeds.derive("client", *context, victim) for victim in victims]
+    return [seeds.derive("other client", seed, other) if other else seed for seed in own for other in range(clients)]
 
 
 def _loss_after(network: Network, images: Tensor, targets: Tensor, buffers: dict[str, Tensor], step: Update) -> Tensor:
     with torch.no_grad():
         parameters = {name: tensor + step[name] for name, tensor in network.parameters.items()}
         return network.loss(images, targets, parameters, buffers)
+
+
+def _drew(generator: torch.Generator, seed: int) -> bool:
+    return not torch.equal(generator.get_state(), torch.Generator().manual_seed(seed).get_state())
 
 
 def _mixes(module: nn.Module) -> bool:

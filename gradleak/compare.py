@@ -37,7 +37,7 @@ def compare(before: Results, after: Results) -> Board:
     if not len(shared):
         raise GradleakError("nothing to compare: no attack on a defense and victim is in both")
     first, second = (Panel(_only(results, shared)) for results in (before, after))
-    resamples = Resamples(first.clusters)
+    resamples = Resamples(first.clusters, overlaps=first.overlaps)
     lines = [*_worst_cases(first, second, resamples), *_attacks(first, second, resamples)]
     lines.sort(key=lambda line: (line["attack"] != WORST, -abs(line["change"])))
     lines += [*_alone(before, after, "only before"), *_alone(after, before, "only after")]

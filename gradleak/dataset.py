@@ -128,15 +128,32 @@ class Data:
         indices = self.victim_indices(count, batch_size, tuning)
         return self.split.test.images[indices], self.split.test.labels[indices]
 
-    def candidates(self, count: int) -> Tensor:
+    def cohorts(self, count: int, batch_size: int, clients: int, tuning: bool = False) -> tuple[Tensor, Tensor]:
+        """Images and labels of each victim and the `clients` - 1 others in its sum, [count * clients, batch_size, ...].
+
+        The victim comes first; others come from the back of the victims' half, so that no image is met twice and
+        a victim's others do not depend on how many victims there are.
+
+        Raises:
+            GradleakError: more images are asked for than half of the test split holds.
+        """
+        victims = self.victim_indices(count, batch_size, tuning)
+        self.victim_indices(count * clients, batch_size, tuning)
+        half = self.victim_indices(len(self.split.test) // 2 // batch_size, batch_size, tuning)
+        others = half.flip(0)[: count * (clients - 1)].reshape(count, clients - 1, batch_size)
+        indices = torch.cat([victims[:, None], others], dim=1).flatten(0, 1)
+        return self.split.test.images[indices], self.split.test.labels[indices]
+
+    def candidates(self, count: int, tuning: bool = False) -> Tensor:
         """Rivals of the true image for re-identification among `count`, [count - 1, C, H, W].
 
-        They come from the test split's tuning half, then from the train split: never a victim.
+        They come from the half of the test split that holds the other victims (of tuning for evaluation, of
+        evaluation for tuning), then from the train split: never a victim.
 
         Raises:
             GradleakError: the dataset is too small.
         """
-        order = self._order()
+        order = self._order().flip(0) if tuning else self._order()
         half = len(self.split.test) // 2
         pool = torch.cat([self.split.test.images[order[-half:]], self.split.train.images])
         if count - 1 > len(pool):

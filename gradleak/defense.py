@@ -82,6 +82,16 @@ class Defense:
         """Whether `protect` is `simulate` and linear, so that it may act on each example before averaging."""
         return type(self).protect is Defense.protect
 
+    @property
+    def additive(self) -> bool:
+        """Whether the mean of several clients' messages is the message of their mean update, up to noise."""
+        return self.linear
+
+    @property
+    def cohort(self) -> int:
+        """Number of clients whose messages reach the server as one mean."""
+        return 1
+
     def per_example(self, gradient: Update, public: Public) -> Update:
         """Change one example's gradient before averaging; differentiable. Used if `per_example_gradients`."""
         return gradient

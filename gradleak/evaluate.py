@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 import platform
 import time
 import traceback
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import grad, vmap
 
 from . import __version__, batch_statistics, client, metrics, priors_training, registry, seeds, training, utility
 from .attack import Attack, Reconstruction
@@ -31,11 +32,15 @@ from .defense import Defense, View
 from .errors import GradleakError
 from .generators import Generator, load_generator
 from .model import Model, initialise
+from .paths import conceal
+from .process import default_cache
 from .seeds import Generators
 from .store import CellResult, ImageRow
-from .suite import UTILITY, Cell, Utility, attack_and_defense, build_defense_of, build_setting, unnamed
+from .suite import UTILITY, Cell, Utility, attack_and_defense, build_defense_of, build_setting, check_files, unnamed
 from .threat import BatchNorm, Compute, Knowledge, Level, Observation, Setting, rank
 from .update import LocalTraining, Network
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
 
     Raises:
         GradleakError: an attack needs knowledge that its setting does not grant, cannot run on a model or
-            under a defense at all, or more victims are asked for than the dataset holds.
+            under a defense at all, more victims are asked for than the dataset holds, or a prior's generator cannot
+            be had or makes other images than the victims'.
     """
     seen: dict[str, bool] = {}
     kept: list[Cell] = []
@@ -90,7 +96,7 @@ def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
             kept.append(cell)
             continue
         relevant = {key: config[key] for key in ("attack", "defense", "model", "dataset", "setting", "knowledge")}
-        mark = json.dumps([relevant, config["victims"], config["candidates"]], sort_keys=True)
+        mark = json.dumps([relevant, config["victims"], config["candidates"], config.get("prior")], sort_keys=True)
         if mark in seen:
             if seen[mark]:
                 kept.append(cell)
@@ -99,19 +105,25 @@ def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
         attack, defense = attack_and_defense(config)
         setting = build_setting(config["setting"])
         data = _data(config["dataset"], resources)
-        data.victim_indices(config["victims"], setting.batch_size, config["tuning"])
-        data.candidates(config["candidates"])
+        data.victim_indices(config["victims"] * defense.cohort, setting.batch_size, config["tuning"])
+        data.candidates(config["candidates"], config["tuning"])
         missing = attack.needs.missing(_granted(attack, setting, config["knowledge"]))
         if missing:
             raise GradleakError(
                 f"attack {config['attack']['label']!r} needs {', '.join(missing)}, which setting "
                 f"{setting.name!r} does not grant; add it to the setting's `grants`"
             )
+        if "prior" in config:
+            _fitting_prior(config["prior"], data, resources)
         if attack.observes_other_victim and config["victims"] < 2:
             raise GradleakError(f"attack {config['attack']['label']!r} needs at least 2 victims")
         module = _untrained(json.dumps(config["model"], sort_keys=True), data.shape, data.classes)
         network = client.client_network(module, defense, setting)
-        reason = attack.unsuited(network.module, setting, defense)
+        level = Level(config["knowledge"])
+        faced = replace(setting, batch_size=_batch_size(attack, defense, setting, level))
+        reason = attack.unsuited(network.module, faced, defense)
+        if defense.cohort > 1 and setting.local_batch_size is not None:
+            reason = "a sum of clients with local batches is no update of one batch; leave local_batch_size out"
         if reason is not None and cell.optional:
             seen[mark] = False
             continue
@@ -133,12 +145,10 @@ def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     clock = time.perf_counter()
     try:
+        check_files(cell.config)
         result = (_train if cell.is_utility else _evaluate)(cell, resources, progress)
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}:{last.lineno}"
-        known = isinstance(error, GradleakError)
-        message = str(error) if known else f"{type(error).__name__}: {error} ({where})"
+        message = _described(error, resources)
         facts = {} if cell.is_utility else identity(cell.config)
         result = CellResult(key=cell.key, config=cell.config, status="failed", error=message, provenance=facts)
     return replace(
@@ -148,6 +158,14 @@ def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None)
         device=_device_name(resources.device),
         versions=_versions(),
     )
+
+
+def _described(error: Exception, resources: Resources) -> str:
+    """Say what was raised and where, without the folders of this machine: stores are published."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(last.filename).name}:{last.lineno}"
+    text = str(error) if isinstance(error, GradleakError) else f"{type(error).__name__}: {error} ({where})"
+    return conceal(text, {"<cache>": resources.cache or default_cache(), "<data root>": resources.data_root})
 
 
 def victims_of(cell: Cell, resources: Resources) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
@@ -165,13 +183,15 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
     setting = build_setting(config["setting"])
     data = _data(config["dataset"], resources)
     module, accuracy = _network(config, setting, resources)
-    images, labels = data.victims(config["victims"], setting.batch_size, config["tuning"])
+    images, labels = data.cohorts(config["victims"], setting.batch_size, defense.cohort, config["tuning"])
     images, labels = images.to(resources.device, setting.dtype), labels.to(resources.device)
     network = client.freeze(module, defense, setting).to(resources.device, setting.dtype)
     # The attack is no part of these seeds: every attack faces the same messages.
-    # Names are no part of them either, nor is what is granted: equal choices, equal draws.
+    # Names are no part of them either, nor is what is granted or a file's wording: equal choices, equal draws.
     bare = unnamed(config)
     bare["setting"].pop("grants")
+    for part in ("dataset", "model", "defense"):
+        bare[part].pop("file", None)
     context = [json.dumps(bare[key], sort_keys=True) for key in ("dataset", "model", "setting")]
     guard = json.dumps(bare["defense"], sort_keys=True)
     sent = client.send(
@@ -182,29 +202,38 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
         defense,
         setting,
         seeds.derive("round", config["seed"], *context, guard),
-        client.seeds_for(list(range(len(images))), config["seed"], *context, guard),
+        client.seeds_for(list(range(config["victims"])), config["seed"], *context, guard, clients=defense.cohort),
     )
+    sent = client.aggregated(sent, defense.cohort)
+    images, labels = (tensor.unflatten(0, (-1, defense.cohort)).flatten(1, 2) for tensor in (images, labels))
     generator = _generator(config, data, resources).to(resources.device, setting.dtype) if "prior" in config else None
     # Taken from the module: a network in train mode has forgotten them.
     running = {
         name: tensor.to(resources.device, setting.dtype) for name, tensor in batch_statistics.running(module).items()
     }
     observation = _observe(config, attack, defense, setting, data, network, sent, running, labels, generator, progress)
+    # An attacker who takes a sum for one client's message guesses, and is held to, the victim's images only.
+    size = observation.batch_size
+    images, labels, sent = images[:, :size], labels[:, :size], sent.of_first(size)
     # Numbers that say nothing of whose they are.
     names = [seeds.derive(config["seed"], "attack", config["attack"]["name"], *context, i) for i in range(len(images))]
+    shared = seeds.derive(config["seed"], "attack", config["attack"]["name"], *context)
     clock = time.perf_counter()
     try:
-        answer = attack.reconstruct(observation, Generators(names, resources.device, setting.dtype))
+        streams = Generators(names, resources.device, setting.dtype, shared)
+        answer = attack.reconstruct(observation, streams)
         status = [state.value for state in answer.status] or ["ok"] * len(images)
     except torch.OutOfMemoryError:
         answer, status = None, ["oom"] * len(images)
     seconds = (time.perf_counter() - clock) / len(images)
+    rows = _rows(config, attack, data, observation, sent, images, labels, answer, status, seconds, resources)
+    rows, guesses = _of_victims(rows, None if answer is None else answer.images, setting.batch_size)
     return CellResult(
         key=cell.key,
         config=config,
         provenance=_provenance(config, attack, defense, setting, sent, accuracy, answer),
-        rows=_rows(config, attack, data, observation, sent, images, labels, answer, status, seconds),
-        reconstructions={} if answer is None else dict(enumerate(answer.images.float().cpu().numpy())),
+        rows=rows,
+        reconstructions={} if guesses is None else dict(enumerate(guesses.float().cpu().numpy())),
         traces={} if answer is None or answer.trace is None else dict(enumerate(answer.trace.cpu().numpy())),
     )
 
@@ -256,6 +285,8 @@ def _observe(
         message = {name: tensor[other] for name, tensor in message.items()}
         private = {name: tensor[other] for name, tensor in private.items()}
         statistics = {name: tensor[other] for name, tensor in statistics.items()}
+    size = _batch_size(attack, defense, setting, granted.defense)
+    labels = labels[:, :size]
     known = {"known": labels, "counts": labels.sort(-1).values}.get(granted.labels.value)
     view = None
     if granted.defense is not Level.OBLIVIOUS:
@@ -270,7 +301,7 @@ def _observe(
         view=view,
         shape=data.shape,
         classes=data.classes,
-        batch_size=setting.batch_size,
+        batch_size=size,
         training=setting.local_training if granted.local_training else LocalTraining(),
         weight_difference=setting.local_lr is not None,
         labels=known,
@@ -282,6 +313,7 @@ def _observe(
         compute=Compute(
             backend=engine["backend"],
             width=engine["width"],
+            compile=engine.get("compile", False),
             deadline=None if timeout is None else time.monotonic() + timeout,
             progress=progress,
         ),
@@ -292,6 +324,28 @@ def _granted(attack: Attack, setting: Setting, level: str) -> Knowledge:
     """What a setting grants; controls are yardsticks and always have the public images."""
     auxiliary = setting.grants.auxiliary or attack.family == "control"
     return replace(setting.grants, defense=Level(level), auxiliary=auxiliary)
+
+
+def _batch_size(attack: Attack, defense: Defense, setting: Setting, level: Level) -> int:
+    """Images that an attacker takes a message to be of.
+
+    Those of all clients in a sum, unless the attack could adapt to the defense and is not told of it.
+    """
+    adapts = attack.adaptive and attack.family != "control"
+    return setting.batch_size * (1 if adapts and level is Level.OBLIVIOUS else defense.cohort)
+
+
+def _of_victims(rows: list[ImageRow], guesses: Tensor | None, size: int) -> tuple[list[ImageRow], Tensor | None]:
+    """Keep of a sum's images the victim's own, the first `size`, and of its guesses [N, B, ...] those matched to them.
+
+    The assignment was one of all images of the sum, so a guess at another client's image is no guess at the victim's.
+    """
+    rows = [row for row in rows if row.image < size]
+    if guesses is None or guesses.shape[1] == size:
+        return rows, guesses
+    matched = torch.tensor([row.matched for row in rows], device=guesses.device).view(-1, size)
+    victims = torch.arange(len(guesses), device=guesses.device)[:, None]
+    return [replace(row, matched=row.image) for row in rows], guesses[victims, matched]
 
 
 def _rows(
@@ -305,6 +359,7 @@ def _rows(
     answer: Reconstruction | None,
     status: list[str],
     seconds: float,
+    resources: Resources,
 ) -> list[ImageRow]:
     norms = _norms(sent.message)
     shared = [
@@ -316,19 +371,25 @@ def _rows(
             for victim in range(len(images))
             for image in range(images.shape[1])
         ]
-    candidates = data.candidates(config["candidates"])
+    candidates = data.candidates(config["candidates"], config["tuning"])
     scored = metrics.score(answer.images, answer.labels, images, labels, candidates)
-    truth = None
+    truth, notes = None, {}
     if not attack.observes_other_victim:
-        truth = attack.loss(observation, sent.images, sent.targets, sent.buffers)
+        try:
+            truth = attack.loss(observation, sent.images, sent.targets, sent.buffers)
+        except Exception as error:
+            # A diagnostic: without it the answer still counts, so the rows say what is missing, and why.
+            notes["note"] = f"no loss at the truth: {_described(error, resources)}"
+            log.warning("%s: %s", config["attack"]["label"], notes["note"])
     oracle = _oracle(answer, images)
+    matched = torch.tensor([row["matched"] for row in scored]).view(len(images), -1)
     columns = {
         "loss": answer.loss,
         "loss_at_truth": truth,
         "iterations": answer.iterations,
         "gradient_evaluations": answer.gradient_evaluations,
         **answer.details,
-        **_guessed(answer, sent, torch.tensor([row["matched"] for row in scored]).view(len(images), -1)),
+        **_guessed(answer, sent, observation.network, matched),
     }
     values = {name: column.tolist() for name, column in columns.items() if column is not None}
     rows = []
@@ -336,7 +397,7 @@ def _rows(
         victim, image = row["victim"], row["image"]
         own = {name: column[victim] for name, column in values.items()}
         best = {} if oracle is None else {"oracle_psnr": oracle[victim][image]}
-        rows.append(ImageRow.of({**row, **shared[victim], **own, **best}))
+        rows.append(ImageRow.of({**row, **shared[victim], **own, **best, **notes}))
     return rows
 
 
@@ -355,20 +416,26 @@ def _oracle(answer: Reconstruction, images: Tensor) -> list[list[float]] | None:
     return best
 
 
-def _guessed(answer: Reconstruction, sent: client.Sent, matched: Tensor) -> dict[str, Tensor]:
-    """Accuracy [N] of recovered private randomness (dropout masks, a row an image), rounded, over all of it.
+def _guessed(answer: Reconstruction, sent: client.Sent, network: Network, matched: Tensor) -> dict[str, Tensor]:
+    """Accuracy [N] of recovered private randomness (dropout masks, a row an image), rounded, over its live units.
 
-    `matched` [N, B] is the reconstruction of each true image, whose order the rows follow.
+    A unit is live if the client's loss depends on its mask: of others (silent ones, and those that only feed such) no
+    message can tell it. NaN where there is none. `matched` [N, B] is the reconstruction of each true image, whose
+    order the rows follow.
     """
     shared = [name for name in answer.guessed if name in sent.buffers]
     if not shared:
         return {}
     victims = torch.arange(len(matched))[:, None]
     hits = [
-        (answer.guessed[name].cpu()[victims, matched].round() == sent.buffers[name].cpu().round()).flatten(1).float()
+        (answer.guessed[name].cpu()[victims, matched].round() == sent.buffers[name].cpu().round()).flatten(1)
         for name in shared
     ]
-    return {"mask_accuracy": torch.cat(hits, dim=1).mean(1)}
+    slopes = vmap(grad(lambda drawn, batch, targets: network.loss(batch, targets, buffers=drawn)))(
+        sent.buffers, sent.images, sent.targets
+    )
+    live = torch.cat([slopes[name].cpu().flatten(1) != 0 for name in shared], dim=1)
+    return {"mask_accuracy": (torch.cat(hits, dim=1) & live).sum(1) / live.sum(1)}
 
 
 def _norms(message: dict[str, Tensor]) -> list[float]:
@@ -408,7 +475,7 @@ def _provenance(
     guarantee = defense.guarantee(setting)
     return {
         **identity(config),
-        "stochastic": _stochastic(defense, sent),
+        "stochastic": sent.drew,
         "bytes": float(np.mean(sent.bytes)),
         "dense_bytes": sent.dense_bytes,
         "epsilon": None if guarantee is None else asdict(guarantee),
@@ -416,15 +483,6 @@ def _provenance(
         "model_accuracy": accuracy,
         "backend": "" if answer is None else answer.backend,
     }
-
-
-def _stochastic(defense: Defense, sent: client.Sent) -> bool:
-    """Whether two messages of one client differ."""
-    if sent.buffers:
-        return True
-    update = {name: tensor[0] for name, tensor in sent.update.items()}
-    first, second = (defense.protect(update, sent.public, torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    return any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def _data(config: Mapping[str, Any], resources: Resources) -> Data:
@@ -479,16 +537,25 @@ class _Changed(Model):
 def _generator(config: Mapping[str, Any], data: Data, resources: Resources) -> Generator:
     """Return a copy of the granted generator; its labels mean something only if it learned the same classes."""
     prior = config["prior"]
+    fitting = _fitting_prior(prior, data, resources)
+    if isinstance(fitting, Generator):
+        return fitting
+    generator = copy.deepcopy(_trained_prior(json.dumps(prior, sort_keys=True), resources))
+    generator.labelled = fitting.split.classes == data.split.classes
+    return generator
+
+
+def _fitting_prior(prior: Mapping[str, Any], data: Data, resources: Resources) -> Generator | Data:
+    """Return the user's generator, or the dataset whose train split one learns; checked against the victims'."""
     if "source" in prior:
-        return load_generator(prior["source"], prior["weights"] and Path(prior["weights"]), data.shape)
+        weights = prior["weights"] and (resources.data_root or Path()) / prior["weights"]
+        return load_generator(prior["source"], weights, data.shape)
     public = _data(prior["dataset"], resources)
     if public.shape != data.shape:
         raise GradleakError(
             f"prior: dataset {public.name!r} has images {public.shape}; those of {data.name!r} are {data.shape}"
         )
-    generator = copy.deepcopy(_trained_prior(json.dumps(prior, sort_keys=True), resources))
-    generator.labelled = public.split.classes == data.split.classes
-    return generator
+    return public
 
 
 @functools.lru_cache(maxsize=4)

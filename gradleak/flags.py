@@ -57,7 +57,7 @@ def flag_unanswered_randomness(results: Results) -> list[Flag]:
     for labels, group in entries[~entries["control"]].groupby([*CONTEXT, "defense"]):
         undefended = (group["defense_family"] == UNDEFENDED).all()
         if group["stochastic"].any() and not group["adaptive"].any() and not undefended:
-            why = "two messages of one update differ, and no attack that knows the defense has been run"
+            why = "two messages of one client differ, and no attack that knows the defense has been run"
             found.append(Flag("randomness unanswered", _where(labels), why))
     return found
 

@@ -36,6 +36,7 @@ from .statistics import (
     RESAMPLES,
     Floats,
     Interval,
+    Pairs,
     Resamples,
     bradley_terry,
     detectable_difference,
@@ -74,7 +75,7 @@ def defense_board(results: Results) -> Board:
     worst attack. Over several contexts worst cases are averaged context by context.
     """
     panel = results.panel
-    resamples = Resamples(panel.clusters)
+    resamples = Resamples(panel.clusters, overlaps=panel.overlaps)
     attacks = panel.entries[~panel.entries["control"] & panel.entries["knowledge"].isin(KNOWLEDGE)]
     lines, samples, profiles = [], dict[str, list[Floats]]((axis, []) for axis in AXES), []
     for defense, faced in attacks.groupby("defense"):
@@ -99,7 +100,8 @@ def defense_board(results: Results) -> Board:
         line |= _utility(results, str(defense))
         line |= _extent(results, faced)
         untested = line["family"] != UNDEFENDED and line["adaptive_contexts"] < line["contexts"]
-        line["badges"] = "not adaptively tested" if untested else ""
+        badges = {"not adaptively tested": untested, "unequal victims": _is_unequal(panel, str(defense))}
+        line["badges"] = ", ".join(badge for badge, given in badges.items() if given)
         lines.append(line)
         profiles.append(mean_over_known(panel.profiles(headline.winners)))
     table = pd.DataFrame(lines)
@@ -113,7 +115,7 @@ def defense_board(results: Results) -> Board:
         f"worst case over attacks and knowledge {', '.join(KNOWLEDGE)}; mean over victims; "
         "failed trials score the floor",
         *_protocol(results, resamples),
-        *_detectable(profiles),
+        *_detectable(profiles, panel.overlaps),
         *_trainings(results),
         *_doubts(table),
     ]
@@ -127,7 +129,7 @@ def attack_board(results: Results, ratings: bool = False) -> Board:
     Controls stand below, unranked. With `ratings`, a Bradley-Terry rating is added, every victim a game.
     """
     panel = results.panel
-    resamples = Resamples(panel.clusters)
+    resamples = Resamples(panel.clusters, overlaps=panel.overlaps)
     counted = panel.entries[panel.entries["knowledge"].isin(KNOWLEDGE) | panel.entries["control"]]
     condition = counted.groupby([*CONTEXT, "defense"]).ngroup()
     floors = {
@@ -161,9 +163,11 @@ def attack_board(results: Results, ratings: bool = False) -> Board:
     table = pd.DataFrame(lines)
     ranked = [number for number, line in enumerate(lines) if not line["control"]]
     games = np.array([values[number] for number in ranked]).reshape(len(ranked), *shape)
-    _add_ranks(table, HEADLINE, ranks_from_wins(separable(games)), ranked)
+    _add_ranks(table, HEADLINE, ranks_from_wins(separable(games, panel.overlaps)), ranked)
     if ratings and ranked:
-        rated = pd.DataFrame([_ends("rating", rating) for rating in bradley_terry(games)], index=ranked)
+        rated = pd.DataFrame(
+            [_ends("rating", rating) for rating in bradley_terry(games, overlaps=panel.overlaps)], index=ranked
+        )
         table = table.join(rated)
     if lines:
         order = {"control": True, "above": False, "psnr": False}
@@ -172,7 +176,7 @@ def attack_board(results: Results, ratings: bool = False) -> Board:
         "dB above the floor, mean over the cells an attack ran on; ranks by paired tests on common cells "
         "(over victims, Holm)",
         *_protocol(results, resamples),
-        *_detectable([mean_over_known(values[number]) for number in ranked]),
+        *_detectable([mean_over_known(values[number]) for number in ranked], panel.overlaps),
     ]
     return Board("attacks", f"Attacks: {_where(results)}", table, tuple(notes), _strong(table))
 
@@ -231,6 +235,12 @@ def _quartiles(results: Results, winners: tuple[int, ...]) -> dict[str, float]:
     }
 
 
+def _is_unequal(panel: Panel, defense: str) -> bool:
+    """Whether the attacks and controls on a defense have not all faced the same victims, in any context."""
+    faced = panel.entries[(panel.entries["defense"] == defense) & (panel.entries["knowledge"] != "oracle")]
+    return bool((faced.groupby(list(CONTEXT))["victims"].nunique() > 1).any())
+
+
 def _ladder(panel: Panel, resamples: Resamples, faced: pd.DataFrame, defense: str) -> dict[str, Any]:
     """Return the headline by what the attacker knows: oblivious, adaptive, and an oracle as the ceiling."""
     entries = panel.entries
@@ -254,7 +264,7 @@ def _success(panel: Panel, worst: Worst, name: str) -> Interval:
         return _UNKNOWN
     rates = mean_over_known(panel.profiles(worst.winners, name))
     images = int(panel.entries.loc[list(worst.winners), "images"].sum())
-    return wilson(worst.estimate, effective_trials(rates, images))
+    return wilson(worst.estimate, effective_trials(rates, images, panel.overlaps))
 
 
 def _mean_of_means(panel: Panel, entries: pd.DataFrame, name: str) -> float:
@@ -346,6 +356,7 @@ def _protocol(results: Results, resamples: Resamples) -> list[str]:
     suites = ", ".join(sorted(" ".join(filter(None, names)) for names in named)) or "unnamed"
     seeds = ", ".join(map(str, sorted(cells["seed"].unique())))
     victims = ", ".join(f"{count} of {stratum}" for stratum, count in sorted(resamples.clusters.items()))
+    shared = ["lists of one dataset share images; intervals and tests count what that makes them share"]
     few = min(resamples.clusters.values(), default=0) < ENOUGH
     warning = [f"fewer than {ENOUGH} victims in a list: intervals are too narrow"] if few else []
     return [
@@ -354,12 +365,13 @@ def _protocol(results: Results, resamples: Resamples) -> list[str]:
         f"victims (dataset/images a batch): {victims}; seeds: {seeds}",
         f"[low, high]: {100 * LEVEL:.0f} % interval, bootstrap over victim batches with all their images and "
         f"seeds, {RESAMPLES} resamples",
+        *(shared if len(results.panel.overlaps) else []),
     ]
 
 
-def _detectable(profiles: list[Floats]) -> list[str]:
+def _detectable(profiles: list[Floats], overlaps: Pairs) -> list[str]:
     pairs = itertools.combinations(profiles, 2)
-    differences = [detectable_difference(first - second) for first, second in pairs]
+    differences = [detectable_difference(first - second, overlaps=overlaps) for first, second in pairs]
     known = [difference for difference in differences if math.isfinite(difference)]
     if not known:
         return []
@@ -387,6 +399,12 @@ def _doubts(table: pd.DataFrame) -> list[str]:
         notes.append("no control was run: there is no floor, and failed trials score the scale's worst value")
     if table["contexts"].nunique() > 1:
         notes.append("not every defense was run in every context: their means are over different contexts")
+    unequal = table.loc[table["badges"].str.contains("unequal victims"), "defense"]
+    if len(unequal):
+        notes.append(
+            f"unequal victims: not all attacks on {', '.join(unequal)} faced the same victims, so a worst case or a "
+            "floor may be that of a few; run the suites with equal `victims`"
+        )
     bare = table[table["family"] == UNDEFENDED]
     if (bare["above_low"] <= 0).any():
         notes.append("inconclusive: without a defense no attack is separably above the floor")

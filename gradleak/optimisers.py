@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Variables = dict[str, Tensor]
 """What an attack searches over, each tensor [W, ...] with a row a trial."""
@@ -45,6 +46,19 @@ class Optimiser(ABC):
     @abstractmethod
     def restart(self, rows: Tensor) -> None:
         """Clear the state of some rows (int64 indices), which now hold new trials."""
+
+    def state(self, row: int) -> list[Tensor]:
+        """Copy the state of one row, to go on from it later."""
+        return [tensor[row].clone() for tensor in self._stacked()]
+
+    def resume(self, row: int, state: list[Tensor]) -> None:
+        """Go on in a row from a copied state."""
+        for tensor, kept in zip(self._stacked(), state, strict=True):
+            tensor[row] = kept
+
+    def _stacked(self) -> list[Tensor]:
+        """All state: every tensor of an optimiser has a row a trial."""
+        return [leaf for leaf in tree_leaves(vars(self)) if isinstance(leaf, Tensor)]
 
     @abstractmethod
     def step(self, variables: Variables, gradients: Variables, rate: Tensor, done: Tensor | None = None) -> Tensor:

@@ -17,10 +17,10 @@ def default_cache() -> Path:
 
 
 def tune(threads: int = 1) -> None:
-    """Set torch's threads and how the process waits and allocates; changes no result of one thread's work.
+    """Set torch's threads, how the process waits and allocates, and full precision on GPUs.
 
-    Call it first thing in a worker: OpenMP reads how to wait when it starts. What the user has set in the
-    environment stays. Without glibc the allocator is left alone.
+    Changes no result of one CPU thread's work. Call it first thing in a worker: OpenMP reads how to wait when it
+    starts. What the user has set in the environment stays. Without glibc the allocator is left alone.
     """
     # Spinning threads of several workers on the same cores cost more than the work itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,6 +28,15 @@ def tune(threads: int = 1) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    full_precision()
+
+
+def full_precision() -> None:
+    """Let float32 products on CUDA be float32: TF32 keeps ten bits, of gradients whose small differences count."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def keep_memory() -> bool:

@@ -7,6 +7,7 @@ hyphens for underscores; a file holds exactly one public class. Nothing is impor
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -26,6 +27,8 @@ GROUPS = {"attacks": "attack", "datasets": "dataset", "defenses": "defense", "mo
 """Registry groups and the noun of one member."""
 
 _files: dict[tuple[str, str], Path] = {}
+_FINGERPRINT = "__fingerprint__"
+"""Attribute of a plugin file's module."""
 
 
 def names(group: str) -> list[str]:
@@ -121,6 +124,12 @@ def add_file(path: Path) -> list[tuple[str, str]]:
     return [(group, name)]
 
 
+def fingerprint(group: str, name: str) -> str:
+    """Return the SHA-256 of the code of a plugin that `add_file` added; empty for every other."""
+    path = _files.get((group, name))
+    return "" if path is None else str(getattr(_import_path(path), _FINGERPRINT))
+
+
 def _sources(group: str) -> dict[str, Callable[[], type[Any]]]:
     if group not in GROUPS:
         raise unknown("registry", group, GROUPS)
@@ -167,9 +176,12 @@ def _import_path(path: Path) -> ModuleType:
         raise GradleakError(f"--plugin {path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[full] = module
-    loader = spec.loader
+    # Run from the bytes that are hashed, and not from a cache of compiled code, which may be older.
+    content = path.read_bytes()
+    setattr(module, _FINGERPRINT, hashlib.sha256(content).hexdigest())
     try:
-        _importing(f"--plugin {path}", lambda: loader.exec_module(module))
+        run = lambda: exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)  # noqa: E731
+        _importing(f"--plugin {path}", run)
     except GradleakError:
         del sys.modules[full]
         raise

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .errors import GradleakError, unknown
 from .scales import METRICS, THRESHOLDS
-from .statistics import Floats, Resamples, mean_over_known
+from .statistics import APART, Floats, Pairs, Resamples, mean_over_known
 from .store import Store
 from .suite import UTILITY
 
@@ -158,7 +158,7 @@ def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= {inner: json.dumps(item, sort_keys=True) for inner, item in value.items()}
         else:
-            flat[name] = value[:8] if name == "digest" else json.dumps(value, sort_keys=True)
+            flat[name] = value[:8] if name in ("digest", "file") else json.dumps(value, sort_keys=True)
     return flat
 
 
@@ -221,9 +221,10 @@ def _score_failures(rows: pd.DataFrame) -> pd.DataFrame:
 class Panel:
     """Entries (one attack with one knowledge against one defense in one context) by victims.
 
-    `entries` has one line an entry, with the headline's `mean` and its distance `above` the best control,
+    `entries` has one line an entry, with the headline's `victims`, `mean` and distance `above` the best control,
     in dB; `values[name]` is [entries, victims], the mean over a victim's images and seeds, NaN where the
-    victim was not attacked.
+    victim was not attacked. `overlaps` are the victims of lists of one dataset that share images, by their
+    columns in `profiles`.
     """
 
     def __init__(self, results: Results):
@@ -251,6 +252,7 @@ class Panel:
         self.entry_of_row = grouped.ngroup().to_numpy()
         names = [name for name in (*AXES, *SUCCESSES) if rows[name].notna().any()]
         ranks = rows.groupby("stratum")["victim"].rank(method="dense").astype(int) - 1
+        self.overlaps = _overlaps(rows, self._starts(), ranks)
         means = rows[names].groupby([self.entry_of_row, ranks.to_numpy()]).mean()
         entry, victim = (means.index.get_level_values(level).to_numpy() for level in (0, 1))
         self.values: dict[str, Floats] = {}
@@ -259,6 +261,8 @@ class Panel:
             table = np.full((len(self.entries), width), np.nan)
             table[entry, victim] = means[name].to_numpy()
             self.values[name] = table
+        headline = self.values.get(HEADLINE, np.full((len(self.entries), width), np.nan))
+        self.entries["victims"] = np.isfinite(headline).sum(axis=1)
         self.entries["mean"] = mean_over_known(self.values[HEADLINE].T) if HEADLINE in names else np.nan
         place = [*CONTEXT, "defense"]
         floors = self.entries[self.entries["control"]].groupby(place)["mean"].max().rename("floor")
@@ -274,14 +278,29 @@ class Panel:
 
     def profiles(self, entries: Sequence[int], name: str = HEADLINE) -> Floats:
         """Return the values of entries of any strata, all strata's victims side by side, [entries, victims]."""
-        ends = itertools.accumulate(self.clusters.values(), initial=0)
-        start = dict(zip(self.clusters, ends, strict=False))
+        start = self._starts()
         wide = np.full((len(entries), sum(self.clusters.values())), np.nan)
         for line, entry in enumerate(entries):
             values = self.of(name, [entry])[0]
             first = start[self.stratum(entry)]
             wide[line, first : first + len(values)] = values
         return wide
+
+    def _starts(self) -> dict[str, int]:
+        """Return the first column of each list of victims, all lists side by side."""
+        return dict(zip(self.clusters, itertools.accumulate(self.clusters.values(), initial=0), strict=False))
+
+
+def _overlaps(rows: pd.DataFrame, starts: Mapping[str, int], ranks: pd.Series[int]) -> Pairs:
+    """Return the pairs of victims that share images: lists of all batch sizes are cut from one order of images."""
+    if rows["stratum"].nunique() == rows["dataset"].nunique():
+        return APART
+    columns = rows["stratum"].map(starts) + ranks
+    places = rows["victim"] * rows["batch_size"] + rows["image"]
+    seen = pd.DataFrame({"dataset": rows["dataset"], "place": places, "column": columns}).drop_duplicates()
+    pairs = seen.merge(seen, on=["dataset", "place"])[["column_x", "column_y"]]
+    found: Pairs = pairs[pairs["column_x"] < pairs["column_y"]].drop_duplicates().to_numpy()
+    return found
 
 
 @dataclass(frozen=True)

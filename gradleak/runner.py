@@ -68,7 +68,7 @@ def plan(path: Path, store: Path, resources: Resources, plugins: Sequence[Path] 
         with Store(store) as found:
             statuses = found.statuses()
     try:
-        cells = suite.expand(chosen, evaluate.digest(resources))
+        cells = suite.expand(chosen, evaluate.digest(resources), resources.data_root)
         cells = evaluate.check(cells, resources)
     except GradleakError as error:
         raise GradleakError(f"suite {path}: {error}") from error

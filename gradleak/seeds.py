@@ -26,9 +26,19 @@ class Generators:
     Draws are made on the CPU and moved, so that a seed means the same on every device.
     """
 
-    def __init__(self, names: Sequence[object], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-        """Make one stream for each name (a victim's full identity: suite seed, cell, victim id)."""
+    def __init__(
+        self,
+        names: Sequence[object],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        context: object = "",
+    ):
+        """Make one stream for each name (a victim's full identity: suite seed, cell, victim id).
+
+        `context` is what all victims share (suite seed, cell); `shared` draws from it.
+        """
         self.names = tuple(names)
+        self.context = context
         self.device = torch.device(device)
         self.dtype = dtype
         self._streams = [generator(name) for name in self.names]
@@ -38,11 +48,16 @@ class Generators:
 
     def child(self, *components: object) -> Generators:
         """Fresh independent streams, one a victim, e.g. `child("restart", 2)`."""
-        return Generators([(name, *components) for name in self.names], self.device, self.dtype)
+        names = [(name, *components) for name in self.names]
+        return Generators(names, self.device, self.dtype, (self.context, *components))
+
+    def shared(self, *components: object) -> torch.Generator:
+        """CPU generator for what serves all victims alike, such as a network to be trained: no victim is part of it."""
+        return generator(self.context, "shared", *components)
 
     def select(self, indices: Sequence[int]) -> Generators:
         """Fresh streams of a subset of the victims."""
-        return Generators([self.names[index] for index in indices], self.device, self.dtype)
+        return Generators([self.names[index] for index in indices], self.device, self.dtype, self.context)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers, [N, *shape]."""

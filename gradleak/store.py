@@ -141,14 +141,15 @@ CREATE TABLE victims (
 
 
 def victim_list(config: Mapping[str, Any]) -> str:
-    """Return the name of the list of victims that a cell attacks: dataset, its digest, images a victim.
+    """Return the name of the list of victims that a cell attacks: dataset, its version and digest, images a victim.
 
     Cells with equal names attack the same images, victim by victim; tuning victims are a list of their own.
     """
     dataset = config["dataset"]
     purpose = "tuning" if config.get("tuning") else "evaluation"
     size = config["setting"].get("batch_size", 1)
-    return f"{dataset['name']}/{dataset.get('digest', '')}/{purpose}/{size}"
+    # The version is part of the seed that picks victims, whatever the images.
+    return f"{dataset['name']}/{dataset.get('version', '')}/{dataset.get('digest', '')}/{purpose}/{size}"
 
 
 class Store:

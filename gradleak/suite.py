@@ -9,14 +9,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
 from annotated_types import Ge, Gt, MinLen
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer
 
 from . import registry
 from .errors import GradleakError, unknown
+from .paths import RelativeFile
 from .scales import METRICS
 
 if TYPE_CHECKING:
@@ -60,15 +61,29 @@ class Entry(_Strict):
         return f"{self.name}({', '.join(f'{key}={_short(value)}' for key, value in self.options.items())})"
 
 
+def _width(value: Any) -> Any:
+    if value != "auto" and not (type(value) is int and value >= 1):
+        raise ValueError("a number of trials (1 or more), or auto")
+    return value
+
+
 class Engine(_Strict):
     """How attacks compute; part of the key, because it can change the last digits."""
 
     backend: str = "layerwise"
     """`auto` times what there is, once a machine: the last digits may differ between machines."""
-    width: Annotated[int, Ge(1)] = 32
-    """Trials optimised together."""
+    width: Annotated[int | Literal["auto"], BeforeValidator(_width)] = 32
+    """Trials optimised together, at most; `auto`: as many as memory is measured to hold, which other machines need not
+    repeat to the last digit."""
+    compile: bool = False
+    """Compile the backend `vmap` with torch, which takes a minute for every cell: for long attacks."""
     timeout: Annotated[float, Gt(0)] | None = None
     """Seconds an attack may take on one cell's victims; those not done are marked."""
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, plain: Callable[[Engine], dict[str, Any]]) -> dict[str, Any]:
+        """Leave out what came later while it is not used: cells keep their keys."""
+        return {key: value for key, value in plain(self).items() if key != "compile" or value}
 
 
 def _entry(value: Any) -> Any:
@@ -96,8 +111,8 @@ class Prior(_Strict):
     """Fields of `gradleak.priors_training.Recipe`."""
     source: str | None = None
     """`module:function` of a user's generator instead (`gradleak.generators.load_generator`)."""
-    weights: Path | None = None
-    """Its safetensors file."""
+    weights: RelativeFile | None = None
+    """Its safetensors file, relative to the data root."""
 
 
 class Utility(_Strict):
@@ -259,13 +274,18 @@ def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
     return setting
 
 
-def expand(suite: Suite, digest: Digest) -> list[Cell]:
+def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]:
     """Return every cell of the grid once, in a stable order, then the cells that measure utility.
 
     Levels of knowledge that make no difference (the attack or the defense ignores them) are one cell.
 
+    Args:
+        suite: what to expand.
+        digest: reads the datasets.
+        root: the data root, where a prior's weights are.
+
     Raises:
-        GradleakError: no level of the suite's `knowledge` is enough for an attack.
+        GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
     """
     from .threat import Level
 
@@ -304,7 +324,7 @@ def expand(suite: Suite, digest: Digest) -> list[Cell]:
                 "suite": {"name": suite.name, "version": suite.version},
             }
             if attack.needs.generator and setting.grants.generator:
-                config["prior"] = _prior(suite.prior, dataset, digest)
+                config["prior"] = _prior(suite.prior, dataset, digest, root)
             cell = Cell(key_of(config), config, entry.optional)
             cells.setdefault(cell.key, cell)
     for config in _utilities(suite, datasets, models, defenses):
@@ -343,8 +363,26 @@ def _utilities(
 
 
 def _guard(entry: Entry, defense: Defense) -> dict[str, Any]:
-    options = _defense_options(defense)
-    return {"name": entry.name, "label": entry.title, "options": options, "version": defense.version}
+    config = {"name": entry.name, "label": entry.title, "options": _defense_options(defense)}
+    return {**config, "version": defense.version, **_file("defenses", entry.name)}
+
+
+def _file(group: str, name: str) -> dict[str, str]:
+    """Return the hash of the code that a plugin file brought, of all parts of a chain; nothing for other plugins."""
+    codes = [registry.fingerprint(group, part.strip()) for part in name.split("+")]
+    code = codes[0] if len(codes) == 1 else hashlib.sha256("+".join(codes).encode()).hexdigest()
+    return {"file": code} if any(codes) else {}
+
+
+def check_files(config: Mapping[str, Any]) -> None:
+    """Refuse to compute a cell with other plugin files than those that it was made of.
+
+    Raises:
+        GradleakError: a file was changed, or another of the same name was given.
+    """
+    for group, noun in registry.GROUPS.items():
+        if config[noun].get("file", "") != _file(group, config[noun]["name"]).get("file", ""):
+            raise GradleakError(f"{noun} {config[noun]['name']!r}: its plugin file is not the one of this cell")
 
 
 def key_of(config: Mapping[str, Any]) -> str:
@@ -452,8 +490,18 @@ def _wanted(entry: Entry, here: Mapping[str, str]) -> bool:
 
 def _plugin(group: str, entry: Entry) -> dict[str, Any]:
     plugin = registry.build(group, entry.name, entry.options)
-    config = {"name": entry.name, "label": entry.title, "options": _plain(registry.options_of(plugin))}
-    return {**config, "version": plugin.version}
+    config = {"name": entry.name, "label": entry.title, "options": _plain(_chosen(plugin))}
+    return {**config, "version": plugin.version, **_file(group, entry.name)}
+
+
+def _chosen(plugin: Any) -> dict[str, Any]:
+    """Every hyper-parameter but the `later` ones that are not used: cells keep the keys that they had before these."""
+    unused = {
+        field.name
+        for field in dataclasses.fields(plugin)
+        if field.metadata.get("later") and getattr(plugin, field.name) == field.default
+    }
+    return {name: value for name, value in registry.options_of(plugin).items() if name not in unused}
 
 
 def _definitions() -> dict[str, Any]:
@@ -469,11 +517,16 @@ def _dataset(entry: Entry, digest: Digest) -> dict[str, Any]:
     return {**config, "version": version, "digest": value}
 
 
-def _prior(prior: Prior, dataset: dict[str, Any], digest: Digest) -> dict[str, Any]:
+def _prior(prior: Prior, dataset: dict[str, Any], digest: Digest, root: Path | None) -> dict[str, Any]:
     """Everything that decides a generator; of a user's, the hash of its weights."""
     if prior.source is not None:
-        content = b"" if prior.weights is None else prior.weights.read_bytes()
-        weights = None if prior.weights is None else str(prior.weights)
+        content, weights = b"", None
+        if prior.weights is not None:
+            path = (root or Path()) / prior.weights
+            try:
+                content, weights = path.read_bytes(), str(prior.weights)
+            except OSError as error:
+                raise GradleakError(f"prior: weights: no file {path} ({error.strerror}); see --data-root") from error
         return {"source": prior.source, "weights": weights, "digest": hashlib.sha256(content).hexdigest()}
     from .priors_training import Recipe
 
@@ -486,8 +539,6 @@ def _check_prior(prior: Prior, where: str) -> None:
         raise GradleakError(f"{where}: source: a user's generator takes no dataset and no options")
     if prior.source is None and prior.weights is not None:
         raise GradleakError(f"{where}: weights: needs source, the module:function that builds the generator")
-    if prior.weights is not None and not prior.weights.is_file():
-        raise GradleakError(f"{where}: weights: no file {prior.weights}")
     if prior.dataset is not None:
         registry.build("datasets", prior.dataset.name, prior.dataset.options, f"{where}: dataset")
     if not prior.options:
@@ -505,7 +556,7 @@ def _check_prior(prior: Prior, where: str) -> None:
 
 
 def _defense_options(defense: Defense) -> Any:
-    parts = getattr(defense, "parts", None)
+    parts = getattr(defense, "defenses", None)
     if parts is None:
         return _plain(registry.options_of(defense))
     return [_plain(registry.options_of(part)) for part in parts]

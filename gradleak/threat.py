@@ -127,14 +127,20 @@ class Setting:
         return LocalTraining(steps=self.local_steps, batch_size=self.local_batch_size, lr=self.local_lr)
 
 
+Width = int | Literal["auto"]
+"""Trials computed together: a number, or as many as memory is measured to hold."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compute:
     """How an attack may compute; changes no result beyond rounding."""
 
     backend: str = "auto"
     """Engine backend: auto, sequential, vmap, …"""
-    width: int = 32
-    """Victims (times restarts) optimised together."""
+    width: Width = 32
+    """Victims (times restarts) optimised together, at most; fewer where memory runs out."""
+    compile: bool = False
+    """Whether to compile backends that can be."""
     deadline: float | None = None
     """`time.monotonic()` after which an attack stops; its victims are marked as timed out."""
     progress: Callable[[float, float], None] | None = None

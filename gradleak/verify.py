@@ -22,7 +22,7 @@ from .errors import GradleakError
 from .evaluate import Resources
 from .publish import unpack
 from .store import Store, victim_list
-from .suite import UTILITY, Cell, attack_and_defense, key_of
+from .suite import UTILITY, Cell, attack_and_defense, check_files, key_of
 
 TOLERANCE = {"mse": 1e-6, "psnr": 0.05, "ssim": 1e-3, "ms_ssim": 1e-3, "lpips": 5e-3, "reidentified": 0.0}
 """How far a recomputed metric may be off: reconstructions are kept as float32, and machines round differently."""
@@ -99,6 +99,7 @@ def _plugins(cells: pd.DataFrame) -> Finding:
         try:
             attack, defense = attack_and_defense(config)
             true = evaluate.identity(config)
+            check_files(config)
         except GradleakError as error:
             unknown.append(str(error))
             continue
@@ -176,7 +177,7 @@ def _metrics(store: Store, cells: pd.DataFrame, rows: pd.DataFrame, data: dict[s
     for key, config in zip(cells["key"], cells["config"], strict=True):
         if _mark(config) not in data:
             continue
-        candidates = data[_mark(config)].candidates(config["candidates"])
+        candidates = data[_mark(config)].candidates(config["candidates"], config["tuning"])
         for victim, part in groups.get(key, rows[:0]).groupby("victim"):
             try:
                 images = store.reconstruction(key, int(str(victim)))

@@ -165,6 +165,14 @@ def test_linear_leakage_is_exact_for_one_image(name: str, model: str) -> None:
     assert answer.loss is not None and answer.loss.max() < 1e-8
 
 
+def test_linear_leakage_leaves_out_a_layer_on_encoded_images() -> None:
+    defense = registry.build("defenses", "quantum-encoding", {"encoding": "fourier"})
+    module = initialise(registry.build("models", "mlp"), (1, 8, 8), 10, 0)
+    assert attack("linear-leakage").unsuited(module, Setting(), defense) is None
+    said = attack("linear-leakage").unsuited(defense.prepare_model(module), Setting(), defense)
+    assert said is not None and "first layer" in said
+
+
 def test_linear_leakage_follows_a_weight_difference() -> None:
     images, labels, _ = victims("digits", 3, 1)
     answer = solve("linear-leakage", observe(images, labels, "mlp", precision="float32", local_lr=0.1))
@@ -275,6 +283,22 @@ def test_cocktail_party_without_bias_is_right_up_to_sign_and_scale() -> None:
         assert both.amax(0).median() > 0.98
 
 
+# TrAct
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_tract_inversion_is_exact(batch_size: int, precision: str) -> None:
+    images, labels, _ = victims("digits", 3, batch_size)
+    guard = registry.build("defenses", "tract", {"damping": 0.3})
+    observation = observe(images, labels, "mlp", {"widths": (256,)}, defense=guard, precision=precision)
+    answer = solve("tract-inversion", observation)
+    assert decibels(answer, images).min() > (200 if precision == "float64" else 90)
+    assert answer.loss is not None and answer.loss.max() < 1e-12
+    # Whoever takes the rows for images is wrong.
+    assert attack("linear-leakage").unsuited(observation.network.module, Setting(batch_size=batch_size), guard)
+
+
 # APRIL
 
 
@@ -314,6 +338,7 @@ def test_april_takes_any_size(channels: int, height: int, width: int, patch: int
         ("spear", "mlp", {"widths": (3,)}, 4, "3 neurons face a batch of 4"),
         ("linear-leakage", "lenet", {}, 1, "linear with a bias"),
         ("linear-leakage", "mlp", {"bias": False}, 1, "linear with a bias"),
+        ("tract-inversion", "mlp", {}, 1, "needs defense tract"),
         ("cocktail-party", "convnet", {}, 2, "first layer is linear"),
         ("cocktail-party", "mlp", {"widths": (3,)}, 4, "3 neurons face a batch of 4"),
         ("april", "mlp", {}, 1, "learned positions"),

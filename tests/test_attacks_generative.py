@@ -237,8 +237,23 @@ def test_control_samples_the_right_class(prior: Generator) -> None:
     nearest = torch.cdist(answer.images.flatten(0, 1).flatten(1), means.flatten(1)).argmin(1)
     assert observation.labels is not None
     assert (nearest == observation.labels.flatten()).double().mean() > 0.7
-    inferred = reconstruct("generator-sample", replace(observe(prior, victims=4), labels=None))
-    assert torch.equal(inferred.labels, observe(None, victims=4).labels)  # type: ignore[arg-type]
+
+
+def test_control_reads_nothing_of_the_message(prior: Generator) -> None:
+    seen = observe(prior, victims=20, batch_size=2)
+    for labels in (seen.labels, None):
+        answers = []
+        for factor in (0.0, 1.0):
+            spoilt = {name: factor * tensor for name, tensor in seen.message.items()}
+            answers.append(reconstruct("generator-sample", replace(seen, message=spoilt, update=spoilt, labels=labels)))
+        assert torch.equal(answers[0].images, answers[1].images)
+        assert answers[0].labels is not None and answers[1].labels is not None
+        assert torch.equal(answers[0].labels, answers[1].labels)
+    # Drawn, and from all classes.
+    drawn, truth = answers[0].labels, seen.labels
+    assert drawn is not None and truth is not None
+    assert torch.eq(drawn, truth).double().mean() < 0.4
+    assert len(drawn.unique()) == 10
 
 
 @pytest.mark.parametrize("name", ["gifd", "gias", "ggl", "generator-sample"])

@@ -211,9 +211,10 @@ def test_a_store_of_another_schema(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "test"):
         (tmp_path / "images" / split / "cat").mkdir(parents=True)
-    for root in (tmp_path / "images", tmp_path / "absent"):
-        suite = _suite(tmp_path, datasets=[{"folder": {"path": str(root)}}])
-        _refused(["run", suite, "--store", tmp_path / "s.sqlite"], capsys, f"suite {suite}: ", str(root))
+    for name in ("images", "absent"):
+        suite = _suite(tmp_path, datasets=[{"folder": {"path": name}}])
+        command = ["run", suite, "--store", tmp_path / "s.sqlite", "--data-root", tmp_path]
+        _refused(command, capsys, f"suite {suite}: ", str(tmp_path / name))
 
 
 @pytest.mark.parametrize(

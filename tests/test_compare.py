@@ -92,7 +92,7 @@ def test_seeds_are_averaged_before_pairing(tmp_path: Path) -> None:
 
 def test_other_victims_are_refused(tmp_path: Path) -> None:
     before = results_of(tmp_path / "a", cell("dlg", [20.0]))
-    with pytest.raises(GradleakError, match=r"victims are 'digits/0/.*after"):
+    with pytest.raises(GradleakError, match=r"victims are 'digits//0/.*after"):
         compare(before, results_of(tmp_path / "b", cell("dlg", [20.0], digest="1")))
     with pytest.raises(GradleakError, match="nothing to compare"):
         compare(before, results_of(tmp_path / "c", cell("ig", [20.0])))

@@ -222,7 +222,7 @@ def test_folder_with_splits(tmp_path: Path, second: str) -> None:
     write_png(tmp_path / "train" / "cat" / "0.png", np.zeros((4, 4), np.uint8))
     write_png(tmp_path / "train" / "dog" / "deep" / "1.png", np.full((4, 4), 255, np.uint8))
     write_png(tmp_path / second / "dog" / "2.png", np.full((4, 4), 255, np.uint8))
-    part = data("folder", path=str(tmp_path), size=4, channels=1)
+    part = data("folder", tmp_path.parent, path=tmp_path.name, size=4, channels=1)
     check_contract(part)
     assert part.shape == (1, 4, 4)
     assert part.split.train.images.mean(dim=(1, 2, 3)).tolist() == [0, 1]
@@ -235,15 +235,15 @@ def test_folder_takes_the_centre_of_a_wide_image(tmp_path: Path) -> None:
     wide[:, 16:32] = 255
     for index in range(3):
         write_png(tmp_path / "only" / f"{index}.png", wide)
-    part = data("folder", path=str(tmp_path), size=4, channels=1)
+    part = data("folder", tmp_path.parent, path=tmp_path.name, size=4, channels=1)
     assert part.split.train.images.mean() > 0.95
 
 
 def test_folder_limit_is_a_prefix_of_one_draw(tmp_path: Path) -> None:
     for index in range(30):
         write_png(tmp_path / "only" / f"{index:02}.png", np.full((2, 2), index, np.uint8))
-    whole = data("folder", path=str(tmp_path), size=2, channels=1, limit=20).split.train
-    some = data("folder", path=str(tmp_path), size=2, channels=1, limit=5).split.train
+    whole = data("folder", tmp_path.parent, path=tmp_path.name, size=2, channels=1, limit=20).split.train
+    some = data("folder", tmp_path.parent, path=tmp_path.name, size=2, channels=1, limit=5).split.train
     assert len(some) == 5
     assert some.images.equal(whole.images[:5])
     values = (whole.images[:, 0, 0, 0] * 255).tolist()

@@ -45,8 +45,8 @@ def build(name: str, **options: Any) -> nn.Module:
     return initialise(registry.build("models", name, options), SHAPE, 10, 0)
 
 
-def digits(victims: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    images, labels = Data(registry.build("datasets", "digits"), "digits").victims(victims, batch_size)
+def digits(victims: int, batch_size: int, tuning: bool = False) -> tuple[Tensor, Tensor]:
+    images, labels = Data(registry.build("datasets", "digits"), "digits").victims(victims, batch_size, tuning)
     return images.double(), labels
 
 
@@ -338,10 +338,10 @@ def test_bottlenecks_fall_behind_a_linear_layer(defense: Defense) -> None:
 
 
 def test_precode_falls_in_front_of_convolutions() -> None:
-    """Oblivious about 4 dB; searching for the noise too, above 25 dB."""
+    """Oblivious about 4 dB; searching for the noise too, about 23 dB."""
     defense = Precode(width=16)
-    oblivious = quality(defense)
-    adaptive = quality(defense, known=True, attack="bottleneck-inversion", iterations=800, tv=0.0)
+    oblivious = quality(defense, victims=4)
+    adaptive = quality(defense, known=True, attack="bottleneck-inversion", iterations=800, tv=0.0, victims=4)
     assert adaptive > 20 and adaptive > oblivious + 15
 
 
@@ -356,12 +356,11 @@ def test_tract_falls() -> None:
     assert adaptive > 40 and adaptive > oblivious + 20
 
 
-@pytest.mark.parametrize(
-    "defense, batch_size, gain", [(Augmentation(), 1, 12), (Mixup(), 2, 1.5), (InstaHide(), 2, 0.3)]
-)
+@pytest.mark.parametrize("defense, batch_size, gain", [(Augmentation(), 1, 12), (Mixup(), 2, 5), (InstaHide(), 2, 0.1)])
 def test_encodings_leak_more_to_who_searches_through_them(defense: Defense, batch_size: int, gain: float) -> None:
-    oblivious = quality(defense, batch_size=batch_size)
-    adaptive = quality(defense, known=True, batch_size=batch_size, attack="encoding-inversion", iterations=300, tv=1e-4)
+    size: dict[str, Any] = {"batch_size": batch_size, "victims": 4}
+    oblivious = quality(defense, **size)
+    adaptive = quality(defense, known=True, attack="encoding-inversion", iterations=300, tv=1e-4, **size)
     assert adaptive > oblivious + gain
 
 
@@ -381,12 +380,12 @@ def quality(
     batch_size: int = 1,
     model: tuple[str, dict[str, Any]] = ("lenet", {}),
     attack: str = "inverting-gradients",
+    victims: int = 8,
     **options: Any,
 ) -> float:
-    """Mean PSNR of two victims' images."""
+    """Mean PSNR of the images of tuning victims."""
     torch.set_num_threads(1)
-    victims = 2
-    images, labels = digits(victims, batch_size)
+    images, labels = digits(victims, batch_size, tuning=True)
     setting, module = Setting(precision="float64", batch_size=batch_size), build(model[0], **model[1])
     network = client.client_network(module, defense, setting)
     sent = client.send(network, images, labels, 10, defense, setting, 1, [*range(victims)])

@@ -18,8 +18,6 @@ from gradleak.defenses.diff2 import Diff2
 from gradleak.defenses.dp_sgd import DPSGD
 from gradleak.defenses.gradient_noise import GradientNoise
 from gradleak.defenses.outpost import Outpost
-from gradleak.defenses.secure_aggregation import SecureAggregation
-from gradleak.errors import GradleakError
 from gradleak.model import initialise
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Observation, Setting
@@ -212,16 +210,6 @@ def test_client_lets_a_defense_ask_for_its_loss() -> None:
     assert 0 < sum(row[0] > 0.5 for row in angles) < 4
 
 
-def test_sum_in_fixed_point() -> None:
-    defense = SecureAggregation(clients=3, fraction=10)
-    message = defense.protect(update(), defense.public(update(), 6, seeded()), seeded())
-    assert float((flatten(message) - flatten(update())).abs().max()) <= 2.0**-11 / 3 * (1 + 1e-4)
-    whole = np.frombuffer(defense.pack(message, {}), np.int32)
-    np.testing.assert_allclose(whole / (3 * 2.0**10), flatten(message).numpy(), rtol=1e-6)
-    with pytest.raises(GradleakError, match="multiple of clients = 3"):
-        defense.public(update(), 4, seeded())
-
-
 # The attack: who knows the defense recovers more.
 
 
@@ -257,18 +245,10 @@ def test_additive_noise_of_known_scale_tells_nothing_more() -> None:
 
 
 def test_censor_leaks_where_it_falls_back_only() -> None:
-    defense = Censor()
-    assert not defense.is_adaptive_target
-    found = quality(defense, 1, True, victims=4)
-    assert sorted(bool(value > 25) for value in found) == [False, False, True, True]
-    assert float(found.min()) < 8
-
-
-def test_a_sum_leaks_like_one_batch() -> None:
-    summed, plain = (
-        quality(registry.build("defenses", name), 2, False, victims=1) for name in ("secure-aggregation", "none")
-    )
-    assert float(summed.mean()) > 30 and float(plain.mean()) > 30
+    for known in (False, True):
+        found = quality(Censor(), 1, known, victims=4)
+        assert sorted(bool(value > 25) for value in found) == [False, False, True, True]
+        assert float(found.min()) < 11
 
 
 def quality(defense: Defense, batch_size: int, known: bool, victims: int = 2) -> Tensor:

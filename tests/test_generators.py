@@ -209,7 +209,7 @@ def test_suite_grants_the_generator_to_those_that_need_it(prior: Generator, cach
         ({"dataset": "digit"}, "digits"),
         ({"weights": "w.safetensors"}, "needs source"),
         ({"source": "a:b", "dataset": "digits"}, "takes no dataset"),
-        ({"source": "a:b", "weights": "/no/such/file"}, "no file"),
+        ({"source": "a:b", "weights": "/no/such/file"}, "relative to --data-root"),
     ],
 )
 def test_suite_refuses_a_wrong_prior(prior_of_suite: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -221,5 +221,7 @@ def test_out_of_distribution_prior_is_told_no_class_and_must_fit(tmp_path: Path)
     faces = {"dataset": "faces", "options": {"latent": 2, "width": 2, "epochs": 1}}
     resources = Resources(cache=tmp_path)
     cells = suite.expand(suite.read(written(tmp_path, prior=faces)), digest(resources))
+    with pytest.raises(GradleakError, match=r"\(1, 25, 25\)"):
+        check(cells, resources)
     result = evaluate(cells[0], resources)
     assert result.status == "failed" and result.error is not None and "(1, 25, 25)" in result.error

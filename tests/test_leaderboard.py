@@ -265,6 +265,39 @@ def test_the_badge_needs_an_attack_that_uses_what_it_knows(results_of: Fixture) 
     assert badged == {"oblivious-only", "control-only", "blind", "oracle-only", "half"}
 
 
+def test_lists_of_several_batch_sizes_widen_what_spans_them(results_of: Fixture) -> None:
+    images = np.random.default_rng(3).normal(20, 5, 64)
+    blocks = np.repeat(images.reshape(16, 4).mean(axis=1), 4)
+    one = cell(images[:16].tolist(), setting="single")
+    four = cell(blocks.tolist(), setting="batch", batch_size=4)
+    elsewhere = cell(blocks.tolist(), setting="batch", batch_size=4, dataset="photos")
+    both, apart = results_of([one, four]), results_of([one, elsewhere])
+    # Columns of the lists side by side: victims 0 to 15 of digits/1, then 16 to 31 of digits/4.
+    assert sorted(map(tuple, both.panel.overlaps.tolist())) == [(image, 16 + image // 4) for image in range(16)]
+    assert len(apart.panel.overlaps) == 0 and len(both.where(setting="batch").panel.overlaps) == 0
+    wide, narrow = (line(defense_board(each).table, defense="noise") for each in (both, apart))
+    assert wide["psnr"] == pytest.approx(narrow["psnr"])
+    assert wide["psnr_high"] - wide["psnr_low"] > 1.03 * (narrow["psnr_high"] - narrow["psnr_low"])
+    assert any("share images" in note for note in defense_board(both).notes)
+    assert not any("share images" in note for note in defense_board(apart).notes)
+
+
+def test_worst_cases_over_unequal_victims_are_flagged(results_of: Fixture) -> None:
+    cells = [floor(), cell(about(20)), cell(about(40)[:4], attack="ig", victims=4)]
+    cells += [floor(defense="fair"), cell(about(20), defense="fair"), cell(about(15), defense="fair", attack="ig")]
+    # A timeout is a victim like any other.
+    cells += [floor(defense="slow"), cell([math.nan, *about(20)[1:]], defense="slow")]
+    board = defense_board(results_of(cells))
+    badged = board.table.set_index("defense")["badges"].to_dict()
+    assert badged == {
+        "noise": "not adaptively tested, unequal victims",
+        "fair": "not adaptively tested",
+        "slow": "not adaptively tested",
+    }
+    (note,) = [note for note in board.notes if note.startswith("unequal victims")]
+    assert "attacks on noise faced" in note
+
+
 def test_prices_and_guarantees(results_of: Fixture) -> None:
     weak = {"epsilon": 8.0, "delta": 1e-5, "accountant": "rdp", "unit": "one example"}
     cells = [

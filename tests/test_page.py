@@ -321,6 +321,7 @@ def reported(**changes: Any) -> Reported:
     [
         ({"statistic": "median", "value": 30.45}, "agrees"),
         ({"statistic": "best", "value": 30.9}, "agrees"),
+        ({"statistic": "worst", "value": 30.9, "tolerance": 0.3}, "lower"),
         ({"value": 40.0}, "lower"),
         ({"value": 3.0}, "higher"),
         ({"value": 3.0, "relation": "at least"}, "agrees"),
@@ -335,6 +336,15 @@ def reported(**changes: Any) -> Reported:
 def test_verdicts(store: Store, changes: dict[str, Any], verdict: str) -> None:
     (line,) = reproduction_board(read(store), [reported(**changes)]).table.to_dict("records")
     assert line["verdict"] == verdict, line
+
+
+def test_intervals_of_published_numbers_are_paired(store: Store) -> None:
+    results = read(store)
+    alone = reproduction_board(results, [reported()]).table.iloc[0]
+    assert alone.ours_low < alone.ours < alone.ours_high
+    minus = {"defense": "none"}  # the same cells: every difference is 0, whatever is drawn
+    (line,) = reproduction_board(results, [reported(minus=minus)]).table.to_dict("records")
+    assert line["ours"] == line["ours_low"] == line["ours_high"] == 0
 
 
 @pytest.mark.usefixtures("quick")

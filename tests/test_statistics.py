@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from gradleak.statistics import (
+    APART,
     Floats,
     Resamples,
     bradley_terry,
@@ -21,6 +23,7 @@ from gradleak.statistics import (
     ranks_from_draws,
     ranks_from_wins,
     separable,
+    widening,
     wilson,
 )
 
@@ -84,6 +87,59 @@ def test_intervals_over_strata_cover_the_mean_of_their_means() -> None:
         interval = resamples.interval((digits + photos) / 2)
         covered += interval.low <= 0 <= interval.high
     assert 0.93 <= covered / TRIALS <= 0.97
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (1, 4), (1, 2, 4)])
+def test_lists_that_share_images_cover_only_if_that_counts(sizes: tuple[int, ...]) -> None:
+    # A victim's outcome is the mean difficulty of its images; the lists of all batch sizes start at one image.
+    random = np.random.default_rng(5)
+    clusters = {str(size): 32 for size in sizes}
+    starts = {size: 32 * place for place, size in enumerate(sizes)}
+    pairs = {
+        (starts[small] + image // small, starts[large] + image // large)
+        for small, large in itertools.combinations(sizes, 2)
+        for image in range(32 * small)
+    }
+    naive = Resamples(clusters, count=1000)
+    aware = Resamples(clusters, count=1000, overlaps=np.array(sorted(pairs)))
+    covered = np.zeros(2)
+    for _ in range(600):
+        images = draw("normal", random, 32 * max(sizes))
+        lists = [images[: 32 * size].reshape(32, size).mean(axis=1) for size in sizes]
+        for place, resamples in enumerate((naive, aware)):
+            samples = [resamples.means(str(size), values) for size, values in zip(sizes, lists, strict=True)]
+            interval = resamples.interval(np.mean(samples, axis=0))
+            covered[place] += interval.low <= 0 <= interval.high
+    assert covered[0] / 600 < 0.925
+    assert 0.93 <= covered[1] / 600 <= 0.98
+
+
+def test_widening_is_the_covariance_of_what_is_shared() -> None:
+    random = np.random.default_rng(6)
+    first, second = random.normal(size=(2, 200_000))
+    shared = np.concatenate([first, (first + second) / math.sqrt(2)])
+    pairs = np.stack([np.arange(200_000), np.arange(200_000) + 200_000], axis=1)
+    # Variances 1 and 1, covariance sqrt(1/2): of the sum 2 + sqrt(2) instead of 2.
+    assert widening(shared, pairs) == pytest.approx(math.sqrt(1 + math.sqrt(0.5)), abs=0.01)
+    assert widening(shared, APART) == 1
+    assert widening(np.concatenate([first, -first]), pairs) == 1
+    assert widening(np.array([np.nan, 1.0]), np.array([[0, 1]])) == 1
+
+
+def test_paired_tests_of_lists_that_share_images_keep_their_level() -> None:
+    random = np.random.default_rng(7)
+    images = draw("normal", random, 4000, 20)
+    pairs = np.stack([np.arange(20), np.arange(20) + 20], axis=1)
+    twice = np.concatenate([images, images + 0.1 * random.normal(size=images.shape)], axis=1)
+    assert np.mean(paired_p_values(twice) < 0.05) > 0.1
+    assert 0.03 <= np.mean(paired_p_values(twice, pairs) < 0.05) <= 0.07
+    once, copied = images[0] / 5 + 1, np.concatenate([images[0], images[0]]) / 5 + 1
+    assert detectable_difference(copied, overlaps=pairs) == pytest.approx(detectable_difference(once), rel=0.06)
+    rates = random.random(20)
+    assert effective_trials(np.tile(rates, 2), 400, pairs) == pytest.approx(effective_trials(rates, 400), rel=0.06)
+    games = np.stack([images[:1] + 1, images[1:2]])
+    apart, joined = (bradley_terry(np.tile(games, 2), overlaps=each) for each in (APART, pairs))
+    assert joined[0].high - joined[0].low > 1.1 * (apart[0].high - apart[0].low)
 
 
 def test_ignoring_clusters_would_not_cover() -> None:

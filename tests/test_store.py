@@ -34,7 +34,7 @@ CONFIG = {
     "attack": {"name": "dlg", "label": "dlg(lr=1)", "options": {"lr": 1.0}},
     "defense": {"name": "none", "options": {}},
     "model": {"name": "mlp", "options": {}},
-    "dataset": {"name": "digits", "options": {}, "digest": "abc"},
+    "dataset": {"name": "digits", "options": {}, "version": "3", "digest": "abc"},
     "setting": {"name": "batch", "batch_size": 2},
     "knowledge": "public",
     "victims": 1,
@@ -162,7 +162,8 @@ def test_a_status_outside_the_list_is_refused(path: Path) -> None:
 
 def test_victims_are_kept_once(path: Path) -> None:
     name = victim_list(CONFIG)
-    assert name == "digits/abc/evaluation/2"
+    assert name == "digits/3/abc/evaluation/2"
+    assert victim_list({**CONFIG, "dataset": {"name": "digits", "version": "4", "digest": "abc"}}) != name
     labels = np.array([[4, 2]])
     with Store(path, create=True) as store:
         store.write_victims(name, IMAGES[None], labels)

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge
 
 from ..dataset import Dataset, Split
+from ..paths import RelativePath
 from ._tree import read_tree
 
 
@@ -22,7 +23,7 @@ class Folder(Dataset):
 
     reference: ClassVar[str] = "the user's own images"
 
-    path: str
+    path: RelativePath
     size: Annotated[int, Ge(1)] = 32
     channels: Literal[1, 3] = 3
     limit: Annotated[int, Ge(1)] | None = None

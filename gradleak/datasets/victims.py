@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..dataset import Dataset, Images, Split
 from ..errors import GradleakError
+from ..paths import RelativePath
 from ._images import from_bytes
 from ._tree import read_tree
 
@@ -31,10 +32,10 @@ class Victims(Dataset):
 
     reference: ClassVar[str] = "the user's own file"
 
-    path: str
+    path: RelativePath
     """The .npz file, relative to the data root."""
-    train: str | None = None
-    """A tree of class folders whose train split is public; its classes number the file's labels."""
+    train: RelativePath | None = None
+    """A tree of class folders, relative too, whose train split is public; its classes number the file's labels."""
     public: Annotated[int, Ge(1)] = 16
 
     def read(self, root: Path | None, download: bool) -> Split:

@@ -190,7 +190,7 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
     ),
     "reproduction": (
         _label("claim", "claim"),
-        _plain("ours", "ours", digits=2),
+        _interval("ours", "ours", digits=2),
         _label("relation", "relation", rank=2),
         _plain("reported", "reported", digits=2),
         _plain("tolerance", "tolerance", digits=2, rank=2),

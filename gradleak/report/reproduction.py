@@ -17,9 +17,13 @@ from ..errors import GradleakError
 from ..leaderboard import Board
 from ..results import CONTEXT, Results
 from ..scales import METRICS
+from ..statistics import LEVEL
 
 LABELS = ("attack", "knowledge", "defense", *CONTEXT)
 """What a reported number may be restricted to."""
+
+RESAMPLES = 1000
+"""Bootstrap draws of an interval."""
 
 
 class Reported(BaseModel):
@@ -35,7 +39,7 @@ class Reported(BaseModel):
     """The published number, in the units of `metric`; rates in [0, 1]."""
     metric: str = "psnr"
     """A column of the rows: a name of `gradleak.scales.METRICS`, or one of the attack's own numbers."""
-    statistic: Literal["mean", "median", "best"] = "mean"
+    statistic: Literal["mean", "median", "best", "worst"] = "mean"
     """Over the images."""
     relation: Literal["about", "at least", "at most"] = "about"
     """What agreement means."""
@@ -78,41 +82,73 @@ def reproduction_board(results: Results, reported: Sequence[Reported]) -> Board:
     """
     lines = []
     for item in reported:
-        ours, images = _measure(results, item, item.where)
+        values = [_values(results, item, item.where)]
         if item.minus:
-            other, _ = _measure(results, item, {**item.where, **item.minus})
-            ours -= other
+            values.append(_values(results, item, {**item.where, **item.minus}))
+        ours = _estimate(item, values)
+        low, high = _interval(item, values)
         lines.append(
             {
                 "claim": item.claim,
                 "ours": ours,
+                "ours_low": low,
+                "ours_high": high,
                 "relation": item.relation,
                 "reported": item.value,
                 "tolerance": item.tolerance,
                 "metric": f"{item.statistic} {item.metric}",
-                "images": images,
+                "images": len(values[0]),
                 "verdict": _verdict(item, ours),
                 "source": item.source,
             }
         )
-    columns = ["claim", "ours", "relation", "reported", "tolerance", "metric", "images", "verdict", "source"]
+    names = ["claim", "ours", "ours_low", "ours_high", "relation", "reported", "tolerance", "metric", "images"]
     agree = sum(line["verdict"] == "agrees" for line in lines)
-    note = f"{agree} of {len(lines)} published numbers agree within their stated tolerance"
-    return Board("reproduction", "Published numbers", pd.DataFrame(lines, columns=columns), (note,))
+    notes = (
+        f"{agree} of {len(lines)} published numbers agree within their stated tolerance",
+        "[low, high]: 95 % interval, bootstrap over victim batches; of a difference, over the batches both were run on",
+    )
+    return Board("reproduction", "Published numbers", pd.DataFrame(lines, columns=[*names, "verdict", "source"]), notes)
 
 
-def _measure(results: Results, item: Reported, where: dict[str, str]) -> tuple[float, int]:
-    """Return the statistic over the images with these labels, and how many images there are."""
+def _values(results: Results, item: Reported, where: dict[str, str]) -> pd.Series[float]:
+    """Return the metric of the images with these labels, indexed by the victim batch; empty if there are none."""
     rows = results.rows
     if item.metric not in rows or (item.metric not in METRICS and rows[item.metric].dtype == object):
-        return math.nan, 0
-    chosen = np.logical_and.reduce([rows[name] == label for name, label in where.items()])
-    values = rows.loc[chosen, item.metric].dropna().astype(float)
-    if not len(values):
-        return math.nan, 0
+        return pd.Series(dtype=float)
+    chosen = rows[np.logical_and.reduce([rows[name] == label for name, label in where.items()])]
+    batches = [f"{stratum}/{victim}" for stratum, victim in zip(chosen["stratum"], chosen["victim"], strict=True)]
+    return pd.Series(chosen[item.metric].to_numpy(dtype=float), index=batches).dropna()
+
+
+def _estimate(item: Reported, values: Sequence[pd.Series[float]]) -> float:
+    """Return the statistic over the images, or its difference."""
+    if any(part.empty for part in values):
+        return math.nan
+    found = [float(getattr(part, _statistic(item))()) for part in values]
+    return found[0] - found[1] if len(found) == 2 else found[0]
+
+
+def _statistic(item: Reported) -> str:
+    """Return the name of a method of pandas."""
     lower = item.metric in METRICS and not METRICS[item.metric].higher_is_better
-    best = values.min if lower else values.max
-    return float({"mean": values.mean, "median": values.median, "best": best}[item.statistic]()), len(values)
+    extremes = {"best": "min" if lower else "max", "worst": "max" if lower else "min"}
+    return extremes.get(item.statistic, item.statistic)
+
+
+def _interval(item: Reported, values: Sequence[pd.Series[float]]) -> tuple[float, float]:
+    """Return a percentile bootstrap interval over the victim batches that all parts share; NaN below two."""
+    batches = sorted(set.intersection(*(set(part.index) for part in values)))
+    if len(batches) < 2:
+        return math.nan, math.nan
+    grouped = [part.groupby(level=0).agg(list) for part in values]
+    random = np.random.default_rng(0)
+    draws = []
+    for chosen in random.integers(len(batches), size=(RESAMPLES, len(batches))):
+        parts = [pd.Series(np.concatenate([part[batches[index]] for index in chosen])) for part in grouped]
+        draws.append(_estimate(item, parts))
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def _verdict(item: Reported, ours: float) -> str:

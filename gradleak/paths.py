@@ -1,0 +1,46 @@
+"""Paths: which of them a suite may name, and how those of this machine stay out of what is stored."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
+
+_Given = TypeVar("_Given", str, Path)
+
+
+def _relative(path: _Given) -> _Given:
+    text = str(path)
+    if PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute() or text.startswith("~"):
+        raise PydanticCustomError("relative_path", "absolute paths name a machine; give it relative to --data-root")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_relative)]
+"""An option that is a path below the data root: keys, labels and bundles carry it, so no machine may be in it."""
+RelativeFile = Annotated[Path, AfterValidator(_relative)]
+"""The same, as a `Path`."""
+
+
+def conceal(text: str, places: Mapping[str, Path | None]) -> str:
+    """Return text with the paths of some places, and of this machine's usual ones, replaced by names.
+
+    Args:
+        text: an error, say, that is going to be stored.
+        places: folders by the names that stand for them, e.g. `{"<data root>": Path("/data")}`.
+    """
+    usual = {"<temporary>": Path(tempfile.gettempdir()), "<here>": Path.cwd(), "~": Path.home()}
+    known: dict[str, str] = {}
+    for name, place in {**usual, **places}.items():
+        for path in () if place is None else (place, place.resolve()):
+            if path.is_absolute() and path != Path(path.anchor):
+                known[str(path)] = name
+    # A folder inside another comes first, or its name would never be used.
+    for path_text in sorted(known, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.-]){re.escape(path_text)}(?![\w-])", lambda _, name=known[path_text]: name, text)  # type: ignore[misc]
+    return text

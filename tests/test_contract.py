@@ -1,0 +1,168 @@
+"""The contract's checks: plugins that keep it pass, and each promise has a plugin that breaks it."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from gradleak import contract, registry
+from gradleak.cli import main
+
+HEAD = """
+    from dataclasses import dataclass
+    import torch
+    from gradleak.attack import Attack, Reconstruction
+    from gradleak.dataset import Dataset, Images, Split
+    from gradleak.defense import Defense
+    from gradleak.model import Model, Normalise
+
+    @dataclass(frozen=True, kw_only=True)
+"""
+ATTACK = (
+    HEAD
+    + """
+    class Thing(Attack):
+        family = "analytic"
+        reference = "test"
+
+        def reconstruct(self, observation, generator):
+            images = generator.uniform(observation.batch_size, *observation.shape)
+            LINE
+            return Reconstruction(images=images)
+"""
+)
+DEFENSE = (
+    HEAD
+    + """
+    class Thing(Defense):
+        family = "compression"
+        reference = "test"
+
+        def protect(self, update, public, generator):
+            LINE
+            return {name: tensor / 2 for name, tensor in update.items()}
+
+        def simulate(self, update, public):
+            return {name: tensor / 2 for name, tensor in update.items()}
+"""
+)
+MODEL = (
+    HEAD
+    + """
+    class Thing(Model):
+        reference = "test"
+
+        def build(self, shape, classes):
+            size = shape[0] * shape[1] * shape[2]
+            LINE
+            return torch.nn.Sequential(
+                torch.nn.Flatten(), torch.nn.Linear(size, 4), torch.nn.Sigmoid(), torch.nn.Linear(4, classes)
+            )
+"""
+)
+DATASET = (
+    HEAD
+    + """
+    class Thing(Dataset):
+        reference = "test"
+
+        def read(self, root, download):
+            stream = torch.Generator().manual_seed(0)
+            images = torch.rand(12, 1, 4, 4, generator=stream)
+            labels = torch.arange(12) % 2
+            LINE
+            return Split(Images(images[:6], labels[:6]), Images(images[6:].contiguous(), labels[6:]), ("a", "b"))
+"""
+)
+KEPT = {"attacks": ATTACK, "defenses": DEFENSE, "models": MODEL, "datasets": DATASET}
+
+# The plugin, what is done to it, and the beginning of the promise that it breaks.
+BROKEN = [
+    ("attacks", "images = images[:, :, :1, :2]", "answers every victim"),
+    ("attacks", "images = 2 * images", "answers every victim"),
+    ("attacks", "images = images.float()", "answers every victim"),
+    ("attacks", "images = images / len(images)", "answers no victim differently"),
+    ("attacks", "images = torch.rand(images.shape, dtype=torch.float64)", "changes nothing it is handed"),
+    ("attacks", "next(iter(observation.message.values())).zero_()", "changes nothing it is handed"),
+    ("attacks", "import os; images = images * 0 + int.from_bytes(os.urandom(4), 'big') / 2**32", "gives the same"),
+    ("attacks", "from gradleak import client", "does not reach the truth"),
+    ("attacks", "from gradleak.datasets import digits", "does not reach the truth"),
+    ("attacks", "from gradleak.contract import Case", "does not reach the truth"),
+    ("defenses", "return {name: tensor for name, tensor in update.items()}", "changes what is sent"),
+    ("defenses", "return {name: tensor / 3 for name, tensor in update.items()}", "simulates victims in a stack"),
+    ("defenses", "return {name: tensor / 0 for name, tensor in update.items()}", "sends finite messages"),
+    ("defenses", "return {name: tensor.flatten() for name, tensor in update.items()}", "sends finite messages"),
+    ("defenses", "return {name: torch.rand_like(tensor) for name, tensor in update.items()}", "sends finite messages"),
+    ("defenses", "return {name: tensor.mul_(0.5) for name, tensor in update.items()}", "changes neither the update"),
+    ("defenses", "return {name: torch.ones_like(tensor) for name, tensor in update.items()}", "packs messages"),
+    ("models", "return torch.nn.Flatten()", "gives finite logits"),
+    ("models", "torch.manual_seed(0)", "draws its weights"),
+    (
+        "models",
+        "return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(size, classes), torch.nn.ReLU(inplace=True))",
+        "can be differentiated twice",
+    ),
+    ("datasets", "images = images * 255", "holds images of one shape"),
+    ("datasets", "labels = labels + 1", "holds images of one shape"),
+    ("datasets", "images[6:] = images[:6]", "shows no private image"),
+    ("datasets", "images = torch.rand(12, 1, 4, 4)", "reads the same images"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_files", {})
+
+
+def plugin(folder: Path, code: str, line: str = "pass", name: str = "thing") -> Path:
+    path = folder / f"{name}.py"
+    path.write_text(textwrap.dedent(code).replace("LINE", line))
+    return path
+
+
+@pytest.mark.parametrize("group", KEPT)
+def test_a_plugin_that_keeps_its_promises_passes(
+    group: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(plugin(tmp_path, KEPT[group]))]) == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert len(lines) == len(contract.CHECKS[group]) + (group in ("attacks", "defenses"))
+    assert all(line.startswith("ok  ") for line in lines) and said.err == ""
+
+
+@pytest.mark.parametrize(("group", "line", "promise"), BROKEN)
+def test_each_promise_can_be_broken(group: str, line: str, promise: str, tmp_path: Path) -> None:
+    found = contract.check_file(plugin(tmp_path, KEPT[group], line))
+    broken = [each for each in found if each.ok is False]
+    assert promise in [each.check[: len(promise)] for each in broken], found
+    assert all(each.detail and "\n" not in each.detail for each in broken)
+
+
+def test_the_exit_code_says_whether_a_promise_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(plugin(tmp_path, DEFENSE, "raise ValueError('a'\n'b')"))]) == 1
+    said = capsys.readouterr()
+    assert "BROKEN       sends finite messages" in said.out and ": ValueError: ab\n" in said.out
+    assert re.search(r"thing\.py: \d of 8 promises are broken\n$", said.err)
+    assert main(["check", str(tmp_path / "absent.py")]) == 2
+    assert capsys.readouterr().err.endswith("absent.py: no such file\n")
+
+
+def test_what_cannot_be_checked_is_said(tmp_path: Path) -> None:
+    needy = plugin(tmp_path, ATTACK.replace("reference", "amount: float\n        reference"), name="needy")
+    assert contract.check_file(needy)[1:] == [
+        contract.Finding("can be built with its defaults", None, "no default for amount")
+    ]
+    assert {each.ok for each in contract.check("attacks", "gifd")[1:]} == {None}
+    (found,) = contract.check("datasets", "folder")
+    assert (found.ok, found.detail) == (None, "no default for path")
+
+
+def test_the_readme_s_defense_keeps_its_promises(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n# rounding\.py.*?\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "rounding.py").write_text(code)
+    assert [each for each in contract.check_file(tmp_path / "rounding.py") if not each.ok] == []
