@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
 # Before torch loads: idle OpenMP threads must not spin while other processes compute.
@@ -15,3 +16,7 @@ os.environ["GRADLEAK_CACHE"] = tempfile.mkdtemp(prefix="gradleak-tests-")
 import torch
 
 torch.set_num_threads(1)
+
+# Started in the background, this process ignores Ctrl-C, and so would the programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

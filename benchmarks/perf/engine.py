@@ -8,7 +8,8 @@
 Contenders take turns in one process, one step each; a line shows the median and its ratio to `sequential`'s.
 A step is what an attack does: matching loss and total variation, their gradient, signed Adam, the box. The
 unit is one step of one victim. Images are real (dataset `photos`), guesses start from noise. Peak memory is
-that of a process of its own, over what the problem takes. Use it on a machine that does nothing else.
+that of a process of its own, over what the problem takes. Every contender has one thread, as gradleak's workers
+have, or `--threads N`. Use it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -267,7 +268,8 @@ def measure(case: Case, repetitions: int, peers: bool, memory: bool, peak: float
                 "peak_megabytes": peak_memory(case, name) if memory and name != "breaching" else math.nan,
                 "must_reach": "" if case.least is None else f"{case.least[0]} / {case.least[1]}",
                 "repetitions": repetitions,
-                "machine": f"{platform.machine()}, 1 thread of {os.cpu_count()}, torch {torch.__version__}",
+                "threads": torch.get_num_threads(),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
             }
         )
     return rows
@@ -335,32 +337,39 @@ def plot(path: Path, suite: str) -> None:
     figure.savefig(path.with_suffix(".svg"))
 
 
-def quality(iterations: int, victims: int, output: Path) -> None:
+def quality(iterations: int, victims: int, threads: int, output: Path, name: str) -> None:
     """Whole attacks in processes of their own: breaching's quality, and our seconds to within 0.5 dB of it."""
-    theirs = _whole("breaching", iterations, victims)
-    rows = [theirs]
+    rows = [_whole("breaching", iterations, victims, threads)]
+    enough = rows[0]["psnr"] - 0.5
+
+    def reached(budget: int) -> bool:
+        rows.append(_whole("gradleak", budget, victims, threads))
+        return bool(rows[-1]["psnr"] >= enough)
+
     budget = max(1, iterations // 64)
-    while True:
-        rows.append(_whole("gradleak", budget, victims))
-        if rows[-1]["psnr"] >= theirs["psnr"] - 0.5 or budget >= iterations:
-            break
+    while not reached(budget) and budget < iterations:
         budget = min(iterations, 2 * budget)
+    for share in (0.625, 0.75, 0.875):  # the last doubling was coarse
+        if reached(int(share * budget)):
+            break
     table = pd.DataFrame(rows)
-    table["seconds_ratio"] = theirs["seconds"] / table["seconds"]
+    table["seconds_ratio"] = rows[0]["seconds"] / table["seconds"]
+    table["within_half_a_decibel"] = table["psnr"] >= enough
     output.mkdir(parents=True, exist_ok=True)
-    table.to_csv(output / "engine-quality.csv", index=False, float_format="%.4g")
+    table.to_csv(output / f"engine-{name}.csv", index=False, float_format="%.4g")
     print(table.to_string(index=False, float_format="{:.4g}".format))
 
 
-def _whole(contender: str, iterations: int, victims: int) -> dict[str, Any]:
+def _whole(contender: str, iterations: int, victims: int, threads: int) -> dict[str, Any]:
     started = time.perf_counter()
-    command = [sys.executable, __file__, "_whole", contender, str(iterations), str(victims)]
+    command = [sys.executable, __file__, "_whole", contender, str(iterations), str(victims), str(threads)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     seconds = time.perf_counter() - started
     return {
         "contender": contender,
         "iterations": iterations,
         "victims": victims,
+        "threads": threads,
         "seconds": seconds,
         **json.loads(done.stdout.splitlines()[-1]),
     }
@@ -394,27 +403,30 @@ def main() -> None:
         case = json.loads(sys.argv[2])
         _memory(Case(**case), sys.argv[3])
         return
-    process.tune()
     if sys.argv[1:2] == ["_whole"]:
+        process.tune(int(sys.argv[5]))
         _attack(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=[*CASES, "quality"])
     parser.add_argument("--only", help="cases whose model has this name")
     parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads, for every contender")
     parser.add_argument("--no-peers", action="store_true", help="leave breaching out")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--iterations", type=int, default=1000, help="breaching's steps for `quality`")
     parser.add_argument("--victims", type=int, default=64, help="victims for `quality`")
     parser.add_argument("--output", type=Path, default=Path("results/perf"))
     given = parser.parse_args()
+    process.tune(given.threads)
+    name = given.suite if given.threads == 1 else f"{given.suite}-{given.threads}-threads"
     peers = has_breaching() and not given.no_peers
     if not peers:
         print("breaching is not compared with; install gradleak[peers]", file=sys.stderr)
     if given.suite == "quality":
         if not peers:
             sys.exit("quality is that of breaching, which is not installed")
-        quality(given.iterations, given.victims, given.output)
+        quality(given.iterations, given.victims, given.threads, given.output, name)
         return
     peak = gemm_peak()
     print(f"peak of a matrix product: {peak / 1e9:.1f} GFLOP/s")
@@ -422,8 +434,8 @@ def main() -> None:
     for case in CASES[given.suite]:
         if given.only in (None, case.model):
             rows += measure(case, given.repetitions, peers, not given.no_memory, peak)
-            show(rows, given.suite, given.output)
-    plot(given.output / f"engine-{given.suite}.csv", given.suite)
+            show(rows, name, given.output)
+    plot(given.output / f"engine-{name}.csv", given.suite)
 
 
 if __name__ == "__main__":
