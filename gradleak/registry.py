@@ -7,6 +7,7 @@ hyphens for underscores; a file holds exactly one public class. Nothing is impor
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -14,7 +15,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -69,7 +70,7 @@ def build(group: str, name: str, options: Mapping[str, Any] | None = None, where
         if option not in fields:
             raise unknown(f"option of {GROUPS[group]} {name!r}", option, fields, where)
     try:
-        return _adapter(cls).validate_python(options)
+        return _adapter(cls).validate_python(options)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
@@ -145,12 +146,18 @@ def _sources(group: str) -> dict[str, Callable[[], type[Any]]]:
         if not module.name.startswith("_"):
             full = f"gradleak.{group}.{module.name}"
             add(_name(module.name), lambda full=full: _import_module(full), full)  # type: ignore[misc]
-    for entry in entry_points(group=f"gradleak.{group}"):
+    for entry in _installed(group, tuple(sys.path)):
         add(entry.name, lambda entry=entry: _import_entry(entry), f"entry point {entry.value}")  # type: ignore[misc]
     for (owner, name), path in _files.items():
         if owner == group:
             add(name, lambda path=path: _public_class(_import_path(path), str(path)), str(path))  # type: ignore[misc]
     return found
+
+
+@functools.cache
+def _installed(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Entry points of what is installed on the path; reading them takes as long as all else."""
+    return tuple(entry_points(group=f"gradleak.{group}"))
 
 
 def _name(stem: str) -> str:
@@ -241,6 +248,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
+@functools.cache
 def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
     cls.__pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
     return TypeAdapter(cls)

@@ -108,6 +108,7 @@ def run(
     ran, interrupted = 0, False
     with Store(store, create=True) as target:
         try:
+            target.rename({cell.key: cell.config for cell in found.cells})
             _write_victims(target, found.cells, resources)
             with _Display(console or Console(stderr=True), found, waiting) as display:
                 results = executor.run(waiting, resources, plugins, display.progress)

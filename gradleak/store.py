@@ -230,6 +230,22 @@ class Store:
                 [(cell, victim, kind, *_pack(array)) for kind, arrays in blobs for victim, array in arrays.items()],
             )
 
+    def rename(self, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """Give stored cells the labels of these configurations, by key; return how many had others.
+
+        A key does not depend on labels, so whoever changes one in a suite need not compute its cells again.
+        """
+        with self._transaction() as database:
+            changed = []
+            for key, text in database.execute("SELECT key, config FROM cells").fetchall():
+                config = json.loads(text)
+                if key in configs:
+                    names = {part: {**config[part], **_names(configs[key][part])} for part in _NAMED}
+                    if _dump({**config, **names}) != _dump(config):
+                        changed.append((_dump({**config, **names}), key))
+            database.executemany("UPDATE cells SET config = ? WHERE key = ?", changed)
+            return len(changed)
+
     def write_victims(self, name: str, images: Array, labels: Array) -> None:
         """Keep the truth of a victim list, once: images [N, B, C, H, W] in [0, 1], labels [N, B].
 
@@ -423,10 +439,17 @@ _DESCRIBED: dict[str, type] = {
 }
 
 
+_NAMED = ("attack", "defense", "model", "dataset", "setting")
+"""Parts of a configuration that have a label, or as a setting a name of the user's."""
+
+
+def _names(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a part is only a label: plugins have a name of their own beside it."""
+    return {"label": part["label"]} if "label" in part else {"name": part["name"]}
+
+
 def _describe(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> tuple[Any, ...]:
-    part: dict[str, Mapping[str, Any]] = {
-        group: config[group] for group in ("attack", "defense", "model", "dataset", "setting")
-    }
+    part: dict[str, Mapping[str, Any]] = {group: config[group] for group in _NAMED}
     label = {group: str(values.get("label") or values["name"]) for group, values in part.items()}
     suite = config.get("suite") or {}
     return (

@@ -194,3 +194,16 @@ def test_names_of_executors() -> None:
         executors.build("process")
     with pytest.raises(GradleakError, match="one worker"):
         executors.build("local", 2)
+
+
+def test_a_new_label_is_taken_over_and_computes_nothing(tmp_path: Path) -> None:
+    content = yaml.safe_load(SMOKE.read_text())
+    path, store = tmp_path / "named.yaml", tmp_path / "s.sqlite"
+    for label in ("before", "after"):
+        content["attacks"] = [{"name": "mean-image", "label": label}]
+        content["settings"] = [{"name": f"setting {label}"}]
+        path.write_text(yaml.safe_dump(content))
+        summary = runner.run(path, store, Local(), Resources())
+        assert summary.ran == (summary.cells if label == "before" else 0)
+    with Store(store) as found:
+        assert set(found.cells()["attack"]) == {"after"} and set(found.cells()["setting"]) == {"setting after"}

@@ -1,0 +1,47 @@
+"""The suites that come along: they can be read, cover what they say, and their claims name what they run."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from gradleak import registry, suite
+from gradleak.report.reproduction import read_reported
+from gradleak.suite import Cell
+
+ROOT = Path(__file__).parents[1] / "benchmarks"
+SUITES = sorted(ROOT.rglob("*.yaml"))
+
+
+@functools.cache
+def cells(path: Path) -> list[Cell]:
+    return suite.expand(suite.read(path), lambda name, options: ("1", "0"))
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_claims_name_what_the_suite_runs(path: Path) -> None:
+    content = suite.read(path)
+    found = [cell.config for cell in cells(path) if not cell.is_utility]
+    labels = {axis: {config[axis]["label"] for config in found} for axis in ("attack", "defense", "model", "dataset")}
+    labels |= {"setting": {config["setting"]["name"] for config in found}, "knowledge": set(content.knowledge)}
+    for item in read_reported(path):
+        for where in (item.where, {**item.where, **item.minus}):
+            for axis, label in where.items():
+                assert label in labels[axis], f"{item.claim}: {axis} {label}"
+
+
+@pytest.mark.parametrize("name", ["small", "standard"])
+def test_boards_cover_every_family_of_attacks_and_every_defense(name: str) -> None:
+    found = [cell.config for cell in cells(ROOT / f"{name}.yaml") if not cell.is_utility]
+    attacks = {config["attack"]["name"] for config in found}
+    families = {registry.build("attacks", attack).family for attack in registry.names("attacks")}
+    assert {registry.build("attacks", attack).family for attack in attacks} == families
+    single = {part for config in found for part in config["defense"]["name"].split(" + ")}
+    assert single == set(registry.names("defenses"))
+
+
+def test_the_standard_board_runs_every_attack() -> None:
+    found = {cell.config["attack"]["name"] for cell in cells(ROOT / "standard.yaml") if not cell.is_utility}
+    assert set(registry.names("attacks")) - found == set()
