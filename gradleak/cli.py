@@ -308,7 +308,7 @@ def _doctor() -> None:
         "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
         "cache": f"{cache}, {'writable' if os.access(nearest, os.W_OK) else 'NOT writable'} (GRADLEAK_CACHE)",
         "lpips weights": str(weights) if weights.exists() else f"missing, LPIPS will be NaN: {weights}",
-        "extras": ", ".join(f"{name} {_installed(name)}" for name in ("pennylane", "breaching")),
+        "extras": ", ".join(f"{name} {_installed(name)}" for name in ("pennylane", "breaching", "ray")),
     }
     width = max(map(len, facts))
     for name, text in facts.items():
