@@ -60,6 +60,8 @@ class LTI(Attack):
         """It has to do what the client does."""
         if setting.local_lr is not None and not setting.grants.local_training:
             return "needs to know the client's local training (grants: {local_training: true})"
+        if defense.cohort > 1:
+            return "learns from the messages of single clients, which secure aggregation does not show"
         return None
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:

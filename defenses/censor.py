@@ -35,6 +35,7 @@ class Censor(Defense):
     """
 
     family = "noise"
+    version = "2"
     reference = "arXiv:2501.15718"
 
     trials: Annotated[int, Ge(1)] = 20

@@ -25,7 +25,8 @@ class SecureAggregation(Defense):
     A FedSGD round of n clients with B images is, up to rounding, one of a client with all n * B, so the adaptive
     answer matches a batch of these (with local steps, or batch normalisation in train mode, that is approximate).
     All guesses are assigned to all images of the sum, and the victim's own count. Labels are granted of all clients.
-    The oblivious attacker takes the sum for the victim's message. There is no guarantee by itself.
+    The oblivious attacker takes the sum for the victim's message; closed forms and controls, which model no defense,
+    are told how many images the sum holds. There is no guarantee by itself.
     """
 
     family = "aggregation"

@@ -27,6 +27,7 @@ class TrAct(Defense):
 
     family = "representation"
     reference = "arXiv:2410.23970"
+    version = "2"
     counter_attacks = ("tract-inversion",)
 
     damping: Annotated[float, Gt(0)] = 0.1

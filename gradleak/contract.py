@@ -146,6 +146,8 @@ def imports(path: Path, package: tuple[str, ...] = ()) -> set[str]:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             return
         if isinstance(node, ast.Import):
+            if any(alias.name == "gradleak" for alias in node.names):
+                found.add("registry")  # with the package at hand, everything is
             found.update(alias.name.removeprefix("gradleak.") for alias in node.names if "gradleak." in alias.name)
         if isinstance(node, ast.ImportFrom):
             base = (node.module or "").split(".") if node.module else []
@@ -212,8 +214,9 @@ def keeps_away_from_the_truth(path: Path, package: tuple[str, ...] = ()) -> None
     targets = imports(path, package)
     plain = {owner for target in targets if (owner := owner_of(target, known))}
     reached = {name for name in reachable(plain, known) if name.partition(".")[0] in TRUTH - {"datasets"}}
-    # The core reads datasets to train models and priors; a plugin has no business with them.
-    reached |= {name for name in plain if name.partition(".")[0] == "datasets"}
+    # The core reads datasets to train models and priors; a plugin has no business with them, nor with what builds them.
+    reached |= {name for name in plain if name.partition(".")[0] in ("datasets", "registry")}
+    reached |= {target for target in targets if target.partition(".")[0] == "dataset"} - {"dataset.Images"}
     _require(not reached, f"{path.name} reaches {', '.join(sorted(reached))}")
 
 

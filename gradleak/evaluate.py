@@ -25,8 +25,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from . import __version__, batch_statistics, client, metrics, priors_training, registry, seeds, training, utility
+from . import (
+    __version__,
+    batch_statistics,
+    client,
+    matching,
+    memory,
+    metrics,
+    priors_training,
+    registry,
+    seeds,
+    training,
+    utility,
+)
 from .attack import Attack, Reconstruction
+from .chain import Chain
 from .dataset import Data
 from .defense import Defense, View
 from .errors import GradleakError
@@ -144,6 +157,7 @@ def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None)
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     clock = time.perf_counter()
+    matching.forget_widths()
     try:
         check_files(cell.config)
         result = (_train if cell.is_utility else _evaluate)(cell, resources, progress)
@@ -223,7 +237,9 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
         streams = Generators(names, resources.device, setting.dtype, shared)
         answer = attack.reconstruct(observation, streams)
         status = [state.value for state in answer.status] or ["ok"] * len(images)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
         answer, status = None, ["oom"] * len(images)
     seconds = (time.perf_counter() - clock) / len(images)
     rows = _rows(config, attack, data, observation, sent, images, labels, answer, status, seconds, resources)
@@ -452,7 +468,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     attack, defense = attack_and_defense(config)
     level = Level(config["knowledge"])
-    blind = level is Level.PARAMETERS and type(defense).public is not Defense.public
+    parts = defense.defenses if isinstance(defense, Chain) else (defense,)
+    blind = level is Level.PARAMETERS and any(type(part).public is not Defense.public for part in parts)
     answers = attack.family == "learned" or config["attack"]["name"] in defense.counter_attacks
     adapts = answers or (defense.is_adaptive_target and not blind)
     return {

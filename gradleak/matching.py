@@ -39,7 +39,13 @@ _LOOK = {"cuda": 16}
 
 _halved: dict[tuple[str, str], int] = {}
 _measured: dict[tuple[str, str], int] = {}
-"""Widths that this process had to go down to, or measured, by kind of problem and backend."""
+"""Widths that had to be gone down to, or were measured, since `forget_widths`, by kind of problem and backend."""
+
+
+def forget_widths() -> None:
+    """Forget what was measured or halved: what one cell could not hold must not change another's last digits."""
+    _halved.clear()
+    _measured.clear()
 
 
 class Status(StrEnum):

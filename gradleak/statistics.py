@@ -28,6 +28,9 @@ RESAMPLES = 2000
 ENOUGH = 16
 """Clusters below which intervals are too narrow."""
 
+_FEW = 8
+"""Groups of clusters below which resampling them says nothing."""
+
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Pairs = npt.NDArray[np.int_]
@@ -189,16 +192,17 @@ def over_seeds(values: Floats) -> Interval:
 def effective_trials(rates: Floats, trials: int, overlaps: Pairs = APART) -> float:
     """Number of independent trials that tell as much as `trials` trials in clusters with success `rates` [K].
 
-    Never more than `trials`; the number of clusters where all rates are 0 or all are 1. Korn and Graubard
-    (1998).
+    Never more than `trials`; the number of clusters where all rates are 0 or all are 1, those that share images
+    counted as one. Korn and Graubard (1998).
     """
     factor = float(widening(rates - mean_over_known(rates), overlaps))
-    rates = rates[np.isfinite(rates)]
+    known = np.isfinite(rates)
+    rates = rates[known]
     if len(rates) < 2:
         return float(len(rates))
     rate, variance = float(rates.mean()), factor**2 * float(rates.var(ddof=1)) / len(rates)
     if rate in (0.0, 1.0):
-        return float(len(rates))
+        return float(_joined(overlaps, known)[0])
     return min(float(trials), rate * (1 - rate) / variance) if variance > 0 else float(trials)
 
 
@@ -306,7 +310,7 @@ def bradley_terry(values: Floats, resamples: int = 200, seed: int = 0, overlaps:
     Every condition in every cluster is a game that the higher value wins and equal values draw; NaN does
     not play. 400 points are ten to one. Half a won and half a lost game between every two players keeps an
     unbeaten player finite. Bradley and Terry (1952); percentile interval over resampled clusters, those that
-    share images together.
+    share images together. Where that leaves fewer than 8 there is no interval.
     """
     items, _, clusters = values.shape
     points = np.zeros((items, items, clusters))
@@ -314,13 +318,22 @@ def bradley_terry(values: Floats, resamples: int = 200, seed: int = 0, overlaps:
         gap = values[first] - values[second]
         points[first, second] = ((gap > 0) + 0.5 * (gap == 0)).sum(axis=0)
     random = np.random.default_rng(seed)
-    linked = sparse.coo_array((np.ones(len(overlaps)), overlaps.T), shape=(clusters, clusters))
-    joined, member = sparse.csgraph.connected_components(linked, directed=False)
+    joined, member = _joined(overlaps, np.ones(clusters, dtype=bool))
     weights = random.multinomial(joined, np.full(joined, 1 / joined), size=resamples)[:, member]
     fitted = np.array([_ratings(points @ weight) for weight in (np.ones(clusters), *weights)])
     low, high = np.quantile(fitted, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     low, high = np.minimum(low, fitted[0]), np.maximum(high, fitted[0])
+    if joined < min(clusters, _FEW):
+        low, high = np.full_like(low, np.nan), np.full_like(high, np.nan)
     return [Interval(*map(float, ends)) for ends in zip(fitted[0], low, high, strict=True)]
+
+
+def _joined(overlaps: Pairs, known: Bools) -> tuple[int, npt.NDArray[np.int_]]:
+    """Number of groups of known clusters that share images, and the group of each."""
+    clusters = len(known)
+    linked = sparse.coo_array((np.ones(len(overlaps)), overlaps.T), shape=(clusters, clusters)).tocsr()
+    count, member = sparse.csgraph.connected_components(linked[known][:, known], directed=False)
+    return int(count), np.asarray(member, dtype=int)
 
 
 def _ratings(wins: Floats) -> Floats:

@@ -166,3 +166,12 @@ def test_the_readme_s_defense_keeps_its_promises(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n# rounding\.py.*?\n(.*?)```", text, re.DOTALL)
     (tmp_path / "rounding.py").write_text(code)
     assert [each for each in contract.check_file(tmp_path / "rounding.py") if not each.ok] == []
+
+
+def test_datasets_are_out_of_reach_through_what_builds_them(tmp_path: Path) -> None:
+    for line in ("from gradleak import registry", "import gradleak", "from gradleak.dataset import Data"):
+        (tmp_path / "spy.py").write_text(line + "\n")
+        with pytest.raises(contract.Broken, match="reaches"):
+            contract.keeps_away_from_the_truth(tmp_path / "spy.py")
+    (tmp_path / "spy.py").write_text("from gradleak.dataset import Images\n")
+    contract.keeps_away_from_the_truth(tmp_path / "spy.py")

@@ -325,3 +325,17 @@ def test_pareto_front_is_what_nothing_beats(points: list[tuple[float, float]]) -
 
 def test_points_with_unknown_costs_are_not_on_the_front() -> None:
     assert pareto_front(np.array([[1.0, 2.0], [0.0, np.nan]])).tolist() == [True, False]
+
+
+def test_success_that_is_certain_counts_shared_images_once() -> None:
+    twice = np.array([[i, i + 16] for i in range(16)])
+    assert effective_trials(np.zeros(32), 32, twice) == effective_trials(np.ones(16), 16) == 16
+    some = np.where(np.arange(32) < 4, np.nan, 0.0)  # of these, four are known through their doubles
+    assert effective_trials(some, 32, twice) == 16
+
+
+def test_ratings_have_no_interval_where_all_clusters_hang_together() -> None:
+    values = np.random.default_rng(0).random((2, 1, 12))
+    chain = np.array([[i, i + 1] for i in range(11)])
+    assert all(np.isfinite(found.low) for found in bradley_terry(values))
+    assert all(np.isnan(found.low) and np.isfinite(found.estimate) for found in bradley_terry(values, overlaps=chain))
