@@ -380,9 +380,12 @@ def check_files(config: Mapping[str, Any]) -> None:
     Raises:
         GradleakError: a file was changed, or another of the same name was given.
     """
-    for group, noun in registry.GROUPS.items():
-        if config[noun].get("file", "") != _file(group, config[noun]["name"]).get("file", ""):
-            raise GradleakError(f"{noun} {config[noun]['name']!r}: its plugin file is not the one of this cell")
+    used = [(group, noun, config[noun]) for group, noun in registry.GROUPS.items()]
+    if config.get("prior", {}).get("dataset"):
+        used.append(("datasets", "dataset", config["prior"]["dataset"]))
+    for group, noun, part in used:
+        if part.get("file", "") != _file(group, part["name"]).get("file", ""):
+            raise GradleakError(f"{noun} {part['name']!r}: its plugin file is not the one of this cell")
 
 
 def key_of(config: Mapping[str, Any]) -> str:
