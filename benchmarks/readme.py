@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def board(folder: Path) -> str:
-    """Return a published report's largest defense board of one context as a Markdown table, the safest defense first."""
+    """Return a published report's largest board of one context as a Markdown table, the safest defense first."""
     table = pd.read_csv(folder / "leaderboard.csv", low_memory=False)
     table = table[(table["board"] == "defenses") & ~table["title"].str.contains("mean over")]
     table = table[table["title"] == table["title"].value_counts().idxmax()]

@@ -49,6 +49,10 @@ TRUTH = frozenset(
 """Modules that an attack or a defense must not reach: they hold victims' images, or what became of them."""
 
 
+_TYPES = {"dataset.Images", "dataset.Dataset", "dataset.Split"}
+"""What of the module that reads datasets says only what images look like."""
+
+
 class Broken(Exception):
     """A promise that a plugin does not keep, in one line."""
 
@@ -216,7 +220,7 @@ def keeps_away_from_the_truth(path: Path, package: tuple[str, ...] = ()) -> None
     reached = {name for name in reachable(plain, known) if name.partition(".")[0] in TRUTH - {"datasets"}}
     # The core reads datasets to train models and priors; a plugin has no business with them, nor with what builds them.
     reached |= {name for name in plain if name.partition(".")[0] in ("datasets", "registry")}
-    reached |= {target for target in targets if target.partition(".")[0] == "dataset"} - {"dataset.Images"}
+    reached |= {target for target in targets if target.partition(".")[0] == "dataset"} - _TYPES
     _require(not reached, f"{path.name} reaches {', '.join(sorted(reached))}")
 
 
