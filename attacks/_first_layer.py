@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gradleak.mechanisms.quantum import AngleEncoded
 from gradleak.model import Normalise
-from gradleak.quantum import AngleEncoded
 from gradleak.threat import Observation
 
 

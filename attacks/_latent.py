@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradleak import matching
 from gradleak.attack import GradientMatching, Reconstruction
+from gradleak.engine import loop
+from gradleak.engine.loop import Final, Outcome, Plan, Status
+from gradleak.engine.optimisers import Schedule, Variables, cosine_decay
+from gradleak.engine.problem import Facts, Guess, Problem, take
 from gradleak.errors import GradleakError
-from gradleak.generators import Features, Generator
-from gradleak.matching import Final, Outcome, Plan, Status
-from gradleak.optimisers import Schedule, Variables, cosine_decay
-from gradleak.problem import Facts, Guess, Problem, take
+from gradleak.search.generators import Features, Generator
 from gradleak.seeds import Generators
 from gradleak.threat import Knowledge, Labels, Observation
 
@@ -85,8 +85,8 @@ class LatentMatching(GradientMatching):
         """Minimise one phase of all trials; `facts` has a row a trial."""
         compute = observation.compute
         rows = torch.arange(len(next(iter(start.values()))), device=observation.device)
-        outcome = matching.minimise(problem, start, facts, rows, plan, compute)
-        return outcome, matching.finish(problem, outcome.variables, facts, compute.width)
+        outcome = loop.minimise(problem, start, facts, rows, plan, compute)
+        return outcome, loop.finish(problem, outcome.variables, facts, compute.width)
 
     def initial(self, observation: Observation, generator: Generators) -> Variables:
         """Random codes, [N, B, ...]."""

@@ -7,11 +7,11 @@ from typing import Literal
 
 from torch import nn
 
-from gradleak import bottleneck
 from gradleak.attack import GradientMatching
 from gradleak.defense import Defense
-from gradleak.optimisers import Variables
-from gradleak.problem import Facts, Guess
+from gradleak.engine.optimisers import Variables
+from gradleak.engine.problem import Facts, Guess
+from gradleak.mechanisms import bottleneck
 from gradleak.seeds import Generators
 from gradleak.threat import Knowledge, Labels, Level, Observation, Setting
 

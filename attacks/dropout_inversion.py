@@ -10,10 +10,10 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from gradleak import dropout
 from gradleak.attack import GradientMatching
-from gradleak.optimisers import Variables
-from gradleak.problem import Facts, Guess
+from gradleak.engine.optimisers import Variables
+from gradleak.engine.problem import Facts, Guess
+from gradleak.mechanisms import dropout
 from gradleak.seeds import Generators
 from gradleak.threat import Knowledge, Labels, Level, Observation
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from gradleak.attack import GradientMatching, Reconstruction
 from gradleak.defense import Defense
-from gradleak.encoding import Encoding
-from gradleak.optimisers import Variables
-from gradleak.problem import Facts, Guess, Problem
+from gradleak.engine.optimisers import Variables
+from gradleak.engine.problem import Facts, Guess, Problem
+from gradleak.mechanisms.encoding import Encoding
 from gradleak.seeds import Generators
 from gradleak.threat import Knowledge, Labels, Level, Observation, Setting
 

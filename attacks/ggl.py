@@ -12,9 +12,9 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from gradleak.matching import Final, Outcome, Plan, Status, finish
-from gradleak.optimisers import Variables
-from gradleak.problem import Facts, Guess, take
+from gradleak.engine.loop import Final, Outcome, Plan, Status, finish
+from gradleak.engine.optimisers import Variables
+from gradleak.engine.problem import Facts, Guess, take
 from gradleak.threat import Observation
 from gradleak.update import Update, squared_norm
 

@@ -11,9 +11,9 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from gradleak.matching import Final, Outcome
-from gradleak.optimisers import SCHEDULES, Variables
-from gradleak.problem import Facts, Guess, Problem
+from gradleak.engine.loop import Final, Outcome
+from gradleak.engine.optimisers import SCHEDULES, Variables
+from gradleak.engine.problem import Facts, Guess, Problem
 from gradleak.threat import Observation
 
 from ._latent import LatentMatching, Trials, granted, tensor_of, tensors_of

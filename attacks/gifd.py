@@ -11,8 +11,8 @@ import torch
 from annotated_types import Ge, Gt, MinLen
 from torch import Tensor
 
-from gradleak.matching import Final, Outcome, Plan
-from gradleak.optimisers import Variables
+from gradleak.engine.loop import Final, Outcome, Plan
+from gradleak.engine.optimisers import Variables
 from gradleak.threat import Observation
 
 from ._latent import LatentMatching, Trials, granted, located, ramp, tensor_of

@@ -13,12 +13,13 @@ from annotated_types import Ge, Le
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from gradleak import batch_statistics, matching
 from gradleak.attack import GradientMatching, Reconstruction
 from gradleak.defense import Defense
-from gradleak.matching import Outcome, Status
-from gradleak.optimisers import Variables
-from gradleak.problem import Facts, Guess, Problem, take
+from gradleak.engine import loop
+from gradleak.engine.loop import Outcome, Status
+from gradleak.engine.optimisers import Variables
+from gradleak.engine.problem import Facts, Guess, Problem, take
+from gradleak.mechanisms import batch_statistics
 from gradleak.seeds import Generators
 from gradleak.threat import BatchNorm, Knowledge, Labels, Observation, Setting, Width
 
@@ -129,14 +130,14 @@ class GradInversion(GradientMatching):
                 schedule=lambda share, done=done, length=length: self._factor_at(done + share * length),  # type: ignore[misc]
                 perturb=self._jitter(streams, done) if self.noise else None,
             )
-            outcome = matching.minimise(problem, current, facts, each, plan, compute)
+            outcome = loop.minimise(problem, current, facts, each, plan, compute)
             outcomes.append(outcome)
             current, done = outcome.variables, done + length
             if done < self.iterations:
                 facts = {**facts, "agreed": self._agreed(problem, current, facts, victims, compute.width)}
             if compute.expired:
                 break
-        final = matching.finish(problem, current, facts, compute.width)
+        final = loop.finish(problem, current, facts, compute.width)
         return self._pick(_joined(outcomes), final, victims)
 
     def _rounds(self) -> list[int]:
@@ -167,7 +168,7 @@ class GradInversion(GradientMatching):
 
     def _agreed(self, problem: Problem, variables: Variables, facts: Facts, victims: int, width: Width) -> Tensor:
         """Mean of every victim's registered seeds, a row a trial, [T, B, C, H, W]."""
-        final = matching.finish(problem, variables, facts, width)
+        final = loop.finish(problem, variables, facts, width)
         shape = (self.restarts, victims)
         images, targets = final.images.unflatten(0, shape), final.targets.unflatten(0, shape)
         best = final.matching.view(shape).nan_to_num(torch.inf).argmin(0)

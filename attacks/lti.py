@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from gradleak.attack import Attack, Reconstruction
 from gradleak.dataset import Images
 from gradleak.defense import Defense, Message
-from gradleak.matching import Status
-from gradleak.optimisers import cosine_decay
+from gradleak.engine.loop import Status
+from gradleak.engine.optimisers import cosine_decay
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Knowledge, Level, Observation, Setting
 from gradleak.update import Network, Update, local_update, one_hot, stack

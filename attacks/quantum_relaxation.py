@@ -10,12 +10,12 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from gradleak import matching
 from gradleak.attack import GradientMatching, Reconstruction
 from gradleak.defense import Defense
-from gradleak.optimisers import Variables
-from gradleak.problem import Facts, Guess, Problem, take
-from gradleak.quantum import TURN, AngleEncoded
+from gradleak.engine import loop
+from gradleak.engine.optimisers import Variables
+from gradleak.engine.problem import Facts, Guess, Problem, take
+from gradleak.mechanisms.quantum import TURN, AngleEncoded
 from gradleak.seeds import Generators
 from gradleak.threat import Knowledge, Labels, Level, Observation, Setting
 
@@ -27,7 +27,7 @@ class QuantumRelaxation(GradientMatching):
     References: this benchmark's answer to Kumar et al., arXiv:2309.13002, whose hardness comes from the high
     frequencies that one feature meets; an angle of its own meets frequency one, and higher frequencies then add
     precision. Heredge et al., arXiv:2405.08801, read the features from the registers in the same way. For
-    models that are `gradleak.quantum.AngleEncoded`. Features are spread over their areas, so images are as
+    models that are `gradleak.mechanisms.quantum.AngleEncoded`. Features are spread over their areas, so images are as
     coarse as the encoding's pooling.
     """
 
@@ -70,14 +70,14 @@ class QuantumRelaxation(GradientMatching):
         starts = [self.initial(observation, generator.child("restart", r)) for r in range(self.restarts)]
         start = {name: torch.cat([row[name] for row in starts]) for name in starts[0]}
         owner = torch.arange(victims, device=observation.device).repeat(self.restarts)
-        outcome = matching.minimise(relaxed, start, facts, owner, self.plan(observation), compute)
+        outcome = loop.minimise(relaxed, start, facts, owner, self.plan(observation), compute)
         known = take(facts, owner)
-        final = matching.finish(relaxed, outcome.variables, known, compute.width)
+        final = loop.finish(relaxed, outcome.variables, known, compute.width)
         angles = TURN * final.images
         images = self._model(observation).images(angles.flatten(0, 1), observation.shape)
         images = images.unflatten(0, angles.shape[:2])
         rows = {"images": images, "targets": final.targets, "buffers": final.buffers}
-        exact = matching.evaluate(problem, rows, known, compute.width)
+        exact = loop.evaluate(problem, rows, known, compute.width)
         return self._pick(outcome, dataclasses.replace(final, images=images, matching=exact), victims)
 
     def _model(self, observation: Observation) -> AngleEncoded:

@@ -13,8 +13,8 @@ from torch.nn import grad
 
 from gradleak.attack import Attack, Reconstruction
 from gradleak.defense import Defense
+from gradleak.engine.objectives import relative_squared
 from gradleak.model import Normalise
-from gradleak.objectives import relative_squared
 from gradleak.seeds import Generators
 from gradleak.threat import Observation, Setting
 from gradleak.update import LocalTraining, Network, Update, by_transform, local_update, one_hot

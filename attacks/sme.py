@@ -10,11 +10,11 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from gradleak import matching
 from gradleak.attack import GradientMatching, single_step
 from gradleak.defense import Defense
-from gradleak.optimisers import Adam, Optimiser, Variables
-from gradleak.problem import Facts, Guess, Problem
+from gradleak.engine import loop
+from gradleak.engine.optimisers import Adam, Optimiser, Variables
+from gradleak.engine.problem import Facts, Guess, Problem
 from gradleak.seeds import Generators
 from gradleak.threat import Observation, Setting
 from gradleak.update import Update
@@ -101,7 +101,7 @@ class SME(GradientMatching):
         assert isinstance(difference, dict)
         surrogates = _between(observation.network.parameters, difference, torch.tensor(self.surrogate).to(images))
         rows: dict[str, Any] = {"images": images, "targets": targets, "buffers": buffers, "parameters": surrogates}
-        return matching.evaluate(self.problem(observation), rows, facts, observation.compute.width)
+        return loop.evaluate(self.problem(observation), rows, facts, observation.compute.width)
 
 
 def _between(start: Update, difference: Update, share: Tensor) -> Update:

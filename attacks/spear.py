@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradleak.attack import Attack, Reconstruction
 from gradleak.defense import Defense
-from gradleak.matching import Status
+from gradleak.engine.loop import Status
 from gradleak.seeds import Generators
 from gradleak.threat import Observation, Setting
 

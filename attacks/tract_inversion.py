@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.defense import Defense
+from gradleak.mechanisms.whitening import WhitenedLayer, restore, whiten
 from gradleak.threat import Knowledge, Level, Observation, Setting
-from gradleak.whitening import WhitenedLayer, restore, whiten
 
 from .linear_leakage import LinearLeakage
 

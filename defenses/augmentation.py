@@ -11,7 +11,7 @@ import torch
 from annotated_types import Gt, Le
 from torch import Tensor
 
-from gradleak.encoding import Encoding, Latents
+from gradleak.mechanisms.encoding import Encoding, Latents
 
 _Transformation = Literal["rotate", "shear", "translate", "flip", "invert", "contrast", "brightness"]
 

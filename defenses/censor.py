@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from gradleak.defense import Defense, Loss, Message, Public
-from gradleak.objectives import relative_squared
+from gradleak.engine.objectives import relative_squared
 from gradleak.update import Update
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from gradleak import dropout
 from gradleak.defense import Defense
+from gradleak.mechanisms import dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Dropout(Defense):
     """Probability that a unit is dropped."""
 
     def prepare_model(self, module: nn.Module) -> nn.Module:
-        """Return a copy with dropout sites; see `gradleak.dropout.insert`."""
+        """Return a copy with dropout sites; see `gradleak.mechanisms.dropout.insert`."""
         return dropout.insert(module, self.rate)
 
     def private_buffers(self, module: nn.Module, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

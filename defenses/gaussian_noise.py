@@ -12,7 +12,7 @@ from opacus.accountants import RDPAccountant
 from torch import Tensor
 
 from gradleak.defense import Defense, Guarantee, Message, Public
-from gradleak.objectives import relative_squared
+from gradleak.engine.objectives import relative_squared
 from gradleak.threat import Setting
 from gradleak.update import Update, flatten, squared_norm
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradleak.defenses.mixup import Mixup
-from gradleak.encoding import Latents
+from gradleak.mechanisms.encoding import Latents
 
 
 @dataclass(frozen=True, kw_only=True)

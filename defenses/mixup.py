@@ -9,8 +9,8 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from gradleak.encoding import Encoding, Latents
 from gradleak.errors import GradleakError
+from gradleak.mechanisms.encoding import Encoding, Latents
 
 
 @dataclass(frozen=True, kw_only=True)

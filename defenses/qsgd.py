@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gradleak.defense import Defense, Message, Public
-from gradleak.objectives import minus_log
-from gradleak.packing import pack_bits, pack_floats
+from gradleak.engine.objectives import minus_log
+from gradleak.mechanisms.packing import pack_bits, pack_floats
 from gradleak.update import Update
 
 _NORMS = " norms"

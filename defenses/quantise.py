@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gradleak.defense import Defense, Message, Public
-from gradleak.objectives import relative_squared
-from gradleak.packing import pack_bits, pack_floats
+from gradleak.engine.objectives import relative_squared
+from gradleak.mechanisms.packing import pack_bits, pack_floats
 from gradleak.update import Update, flatten
 
 

@@ -14,8 +14,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from gradleak import seeds
 from gradleak.defense import Defense
 from gradleak.errors import GradleakError
-from gradleak.model import Normalise
-from gradleak.quantum import (
+from gradleak.mechanisms.quantum import (
     AngleEncoded,
     Entangler,
     Gates,
@@ -31,6 +30,7 @@ from gradleak.quantum import (
     rotate_x,
     unpool,
 )
+from gradleak.model import Normalise
 
 _Quantum = Literal["angle", "product", "exponential", "reupload", "amplitude"]
 _Classical = Literal["fourier", "chebyshev", "angle-patches", "amplitude-patches"]

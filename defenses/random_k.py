@@ -10,7 +10,7 @@ import torch
 from annotated_types import Gt, Le
 
 from gradleak.defense import Defense, Message, Public
-from gradleak.sketching import layout, shapes_of
+from gradleak.mechanisms.sketching import layout, shapes_of
 from gradleak.update import Update, flatten, unflatten
 
 

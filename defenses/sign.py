@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from gradleak.defense import Defense, Message, Public
-from gradleak.packing import pack_bits, pack_floats
+from gradleak.mechanisms.packing import pack_bits, pack_floats
 from gradleak.update import Update
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradleak.defense import Defense, Guarantee, Message, Public
 from gradleak.defenses.gaussian_noise import GaussianNoise
 from gradleak.errors import GradleakError
-from gradleak.sketching import FAMILIES, Operator, layout, shapes_of
+from gradleak.mechanisms.sketching import FAMILIES, Operator, layout, shapes_of
 from gradleak.threat import Setting
 from gradleak.update import Update, flatten, unflatten
 

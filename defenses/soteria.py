@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradleak.defense import Defense, Message, Public
+from gradleak.engine.objectives import cosine
 from gradleak.errors import GradleakError
-from gradleak.objectives import cosine
-from gradleak.packing import pack_bits, pack_floats
+from gradleak.mechanisms.packing import pack_bits, pack_floats
 from gradleak.update import flatten
 
 _CHUNK = 32  # features whose image gradients are computed at once

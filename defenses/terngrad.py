@@ -10,8 +10,8 @@ from annotated_types import Gt
 from torch import Tensor
 
 from gradleak.defense import Defense, Message, Public
-from gradleak.objectives import minus_log
-from gradleak.packing import pack_bits, pack_floats
+from gradleak.engine.objectives import minus_log
+from gradleak.mechanisms.packing import pack_bits, pack_floats
 from gradleak.update import Update
 
 

@@ -11,8 +11,8 @@ from annotated_types import Gt, Le
 from torch import Tensor
 
 from gradleak.defense import Defense, Message, Public
-from gradleak.objectives import cosine
-from gradleak.packing import pack_bits, pack_floats
+from gradleak.engine.objectives import cosine
+from gradleak.mechanisms.packing import pack_bits, pack_floats
 from gradleak.update import Update, flatten, squared_norm, unflatten
 
 

@@ -9,8 +9,8 @@ import torch
 from annotated_types import Gt
 from torch import Tensor, nn
 
-from gradleak import whitening
 from gradleak.defense import Defense, Message, Public
+from gradleak.mechanisms import whitening
 
 
 @dataclass(frozen=True, kw_only=True)

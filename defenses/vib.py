@@ -9,8 +9,8 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from gradleak import bottleneck
 from gradleak.defense import Defense
+from gradleak.mechanisms import bottleneck
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,16 +12,17 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from . import labels as label_rules
-from . import matching, parametrisations, priors
 from .defense import Defense, View
+from .engine import loop
+from .engine.loop import Plan, Status
+from .engine.objectives import OBJECTIVES, weigh
+from .engine.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
+from .engine.problem import Direct, Facts, Guess, Problem, take
 from .errors import GradleakError, unknown
-from .matching import Plan, Status
 from .model import Normalise
-from .objectives import OBJECTIVES, weigh
-from .optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
-from .presets import PRESETS
-from .problem import Direct, Facts, Guess, Problem, take
+from .search import labels as label_rules
+from .search import parametrisations, penalties
+from .search.presets import PRESETS
 from .seeds import Generators
 from .threat import Knowledge, Labels, Observation, Setting
 from .update import LocalTraining, Network, Update, one_hot
@@ -108,7 +109,7 @@ class GradientMatching(Attack):
     """Named option sets; a suite writes `{preset: NAME}`, and cells keep what it stands for."""
 
     objective: str = "cosine"
-    """Name in `gradleak.objectives`."""
+    """Name in `gradleak.engine.objectives`."""
     layer_weights: Literal["equal", "linear", "exp"] = "equal"
     """How much the tensors of an update count, the first most: equally, falling linearly, or by e with each."""
     optimiser: Literal["adam", "lbfgs"] = "adam"
@@ -141,7 +142,7 @@ class GradientMatching(Attack):
     task: Annotated[float, Ge(0)] = 0.0
     """Weight of the model's own loss on the guess."""
     label_rule: str = "auto"
-    """Rule in `gradleak.labels` for labels that are neither granted nor optimised."""
+    """Rule in `gradleak.search.labels` for labels that are neither granted nor optimised."""
     tolerance: Annotated[float, Ge(0)] = 0.0
     """A restart whose loss falls below this is finished."""
     patience: Annotated[int, Ge(1)] | None = None
@@ -165,8 +166,8 @@ class GradientMatching(Attack):
         if not self.tv:
             return images.new_zeros(())
         if self.tv_form == "anisotropic":
-            return self.tv * priors.total_variation(images)
-        return self.tv * priors.smooth_total_variation(images, opponents=self.tv_form == "opponents")
+            return self.tv * penalties.total_variation(images)
+        return self.tv * penalties.smooth_total_variation(images, opponents=self.tv_form == "opponents")
 
     def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
         """Prior on everything guessed, a scalar; by default the penalty on its images."""
@@ -181,7 +182,8 @@ class GradientMatching(Attack):
         def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
             total = self.regularise(guess, variables, facts)
             if self.features:
-                total = total + self.features * priors.feature_distance(network, guess.images, _tensors(facts["seen"]))
+                seen = _tensors(facts["seen"])
+                total = total + self.features * penalties.feature_distance(network, guess.images, seen)
             if self.task:
                 total = total + self.task * network.loss(guess.images, guess.targets, buffers=guess.buffers)
             return total
@@ -254,8 +256,8 @@ class GradientMatching(Attack):
         plan, perturb = self.plan(observation), self.perturbation(observation, streams)
         if perturb is not None:
             plan = dataclasses.replace(plan, perturb=perturb)
-        outcome = matching.minimise(problem, start, facts, owner, plan, compute)
-        final = matching.finish(problem, outcome.variables, take(facts, owner), compute.width)
+        outcome = loop.minimise(problem, start, facts, owner, plan, compute)
+        final = loop.finish(problem, outcome.variables, take(facts, owner), compute.width)
         return self._pick(outcome, final, victims)
 
     def problem(self, observation: Observation) -> Problem:
@@ -313,7 +315,7 @@ class GradientMatching(Attack):
             labels = self.labels(observation)
             facts["targets"] = one_hot(labels, observation.classes, observation.dtype)
             if self.features:
-                facts["seen"] = priors.seen_features(observation.gradient, observation.classes, labels)
+                facts["seen"] = penalties.seen_features(observation.gradient, observation.classes, labels)
         return facts
 
     def labels(self, observation: Observation) -> Tensor:
@@ -357,9 +359,9 @@ class GradientMatching(Attack):
     def loss(self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]) -> Tensor:
         """Matching loss [N] of given batches."""
         rows: dict[str, Any] = {"images": images, "targets": targets, "buffers": buffers}
-        return matching.evaluate(self.problem(observation), rows, self.facts(observation), observation.compute.width)
+        return loop.evaluate(self.problem(observation), rows, self.facts(observation), observation.compute.width)
 
-    def _pick(self, outcome: matching.Outcome, final: matching.Final, victims: int) -> Reconstruction:
+    def _pick(self, outcome: loop.Outcome, final: loop.Final, victims: int) -> Reconstruction:
         by_victim = final.matching.view(self.restarts, victims)
         ranked = torch.where(torch.isfinite(by_victim), by_victim, torch.full_like(by_victim, torch.inf))
         picked = ranked.argmin(0) * victims + torch.arange(victims, device=ranked.device)

@@ -108,9 +108,9 @@ class Prior(_Strict):
     dataset: Plugin | None = None
     """Whose train split it learns; by default the cell's own, another is out of distribution."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Fields of `gradleak.priors_training.Recipe`."""
+    """Fields of `gradleak.training.priors.Recipe`."""
     source: str | None = None
-    """`module:function` of a user's generator instead (`gradleak.generators.load_generator`)."""
+    """`module:function` of a user's generator instead (`gradleak.search.generators.load_generator`)."""
     weights: RelativeFile | None = None
     """Its safetensors file, relative to the data root."""
 
@@ -509,7 +509,7 @@ def _chosen(plugin: Any) -> dict[str, Any]:
 
 def _definitions() -> dict[str, Any]:
     """Versions of what every result depends on beside its plugins."""
-    from .training import RECIPE
+    from .training.networks import RECIPE
 
     return {"core": CORE, "training": RECIPE, "metrics": sorted(metric.id for metric in METRICS.values())}
 
@@ -531,7 +531,7 @@ def _prior(prior: Prior, dataset: dict[str, Any], digest: Digest, root: Path | N
             except OSError as error:
                 raise GradleakError(f"prior: weights: no file {path} ({error.strerror}); see --data-root") from error
         return {"source": prior.source, "weights": weights, "digest": hashlib.sha256(content).hexdigest()}
-    from .priors_training import Recipe
+    from .training.priors import Recipe
 
     recipe = _plain(dataclasses.asdict(Recipe(**prior.options)))
     return {"dataset": dataset if prior.dataset is None else _dataset(prior.dataset, digest), "options": recipe}
@@ -546,7 +546,7 @@ def _check_prior(prior: Prior, where: str) -> None:
         registry.build("datasets", prior.dataset.name, prior.dataset.options, f"{where}: dataset")
     if not prior.options:
         return
-    from .priors_training import Recipe
+    from .training.priors import Recipe
 
     allowed = [field.name for field in dataclasses.fields(Recipe)]
     for key in prior.options:

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak import client, metrics, registry
+from gradleak import registry
 from gradleak.attack import Attack, Reconstruction
 from gradleak.dataset import Data
 from gradleak.defense import Defense
+from gradleak.evaluation import metrics
+from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.seeds import Generators
 from gradleak.threat import Observation, Setting

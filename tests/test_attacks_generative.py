@@ -12,19 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradleak import client, registry
+from gradleak import registry
 from gradleak.attack import Reconstruction
 from gradleak.attacks._latent import Trials, ramp
 from gradleak.attacks.ggl import _Evolution, _transformed
 from gradleak.attacks.gifd import _onto_ball
 from gradleak.dataset import Data
+from gradleak.engine.problem import take
 from gradleak.errors import GradleakError
-from gradleak.generators import Generator
+from gradleak.federation import client
 from gradleak.model import initialise
-from gradleak.priors_training import Recipe, train_prior
-from gradleak.problem import take
+from gradleak.search.generators import Generator
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Knowledge, Observation, Setting
+from gradleak.training.priors import Recipe, train_prior
 from gradleak.update import LocalTraining
 
 DIGITS = Data(registry.build("datasets", "digits"), "digits")

@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak import batch_statistics, client, evaluate, parametrisations, registry, suite
+from gradleak import registry, suite
 from gradleak.attack import Reconstruction
 from gradleak.attacks.gradinversion import _orders, _registered
 from gradleak.dataset import Data
 from gradleak.defense import View
 from gradleak.defenses.censor import _is_gradient
+from gradleak.engine.objectives import angular, masked_cosine, weigh
+from gradleak.engine.optimisers import Adam
 from gradleak.errors import GradleakError
+from gradleak.evaluation import evaluate
+from gradleak.federation import client
+from gradleak.mechanisms import batch_statistics
 from gradleak.model import initialise
-from gradleak.objectives import angular, masked_cosine, weigh
-from gradleak.optimisers import Adam
-from gradleak.presets import PRESETS
+from gradleak.search import parametrisations
+from gradleak.search.presets import PRESETS
 from gradleak.seeds import Generators
 from gradleak.threat import BatchNorm, Compute, Knowledge, Observation, Setting
 from gradleak.update import LocalTraining, one_hot

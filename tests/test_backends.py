@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 import gradleak
-from gradleak import backends, client, registry, seeds
+from gradleak import registry, seeds
 from gradleak.attack import Reconstruction
-from gradleak.backends import BACKENDS, choose
+from gradleak.engine import backends
+from gradleak.engine.backends import BACKENDS, choose
+from gradleak.engine.layerwise import Layerwise
+from gradleak.engine.loop import Status
+from gradleak.engine.objectives import OBJECTIVES
+from gradleak.engine.optimisers import Variables
+from gradleak.engine.problem import Direct, Facts, Guess, Problem, Values
 from gradleak.errors import GradleakError
-from gradleak.layerwise import Layerwise
-from gradleak.matching import Status
+from gradleak.federation import client
 from gradleak.model import initialise
-from gradleak.objectives import OBJECTIVES
-from gradleak.optimisers import Variables
-from gradleak.priors import total_variation
-from gradleak.problem import Direct, Facts, Guess, Problem, Values
+from gradleak.search.penalties import total_variation
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Observation, Setting
 from gradleak.update import LocalTraining, Network, Update, flatten, local_update, squared_norm, stack

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gradleak import client, registry
+from gradleak import registry
 from gradleak.chain import Chain
 from gradleak.defense import Defense
 from gradleak.defenses.gaussian_noise import GaussianNoise
@@ -13,6 +13,7 @@ from gradleak.defenses.random_k import RandomK
 from gradleak.defenses.sketch import Sketch
 from gradleak.defenses.top_k import TopK
 from gradleak.errors import GradleakError
+from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.threat import Setting
 from gradleak.update import Update

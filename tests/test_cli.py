@@ -19,8 +19,8 @@ import torch
 import yaml
 
 from gradleak import __version__, registry
-from gradleak.cli import main
-from gradleak.store import Store
+from gradleak.board.store import Store
+from gradleak.cli.main import main
 
 SMOKE = Path(__file__).parents[1] / "benchmarks" / "smoke.yaml"
 

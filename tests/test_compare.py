@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradleak.cli import main
-from gradleak.compare import WORST, compare, past
+from gradleak.board.compare import WORST, compare, past
+from gradleak.board.results import Results, read
+from gradleak.board.store import CellResult, ImageRow, Store
+from gradleak.cli.main import main
 from gradleak.errors import GradleakError
-from gradleak.results import Results, read
-from gradleak.store import CellResult, ImageRow, Store
 
 NOISE = np.random.default_rng(0).normal(size=16)
 

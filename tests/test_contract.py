@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gradleak import contract, registry
-from gradleak.cli import main
+from gradleak.cli.main import main
 
 HEAD = """
     from dataclasses import dataclass
@@ -88,7 +88,7 @@ BROKEN = [
     ("attacks", "images = torch.rand(images.shape, dtype=torch.float64)", "changes nothing it is handed"),
     ("attacks", "next(iter(observation.message.values())).zero_()", "changes nothing it is handed"),
     ("attacks", "import os; images = images * 0 + int.from_bytes(os.urandom(4), 'big') / 2**32", "gives the same"),
-    ("attacks", "from gradleak import client", "does not reach the truth"),
+    ("attacks", "from gradleak.federation import client", "does not reach the truth"),
     ("attacks", "from gradleak.datasets import digits", "does not reach the truth"),
     ("attacks", "from gradleak.contract import Case", "does not reach the truth"),
     ("defenses", "return {name: tensor for name, tensor in update.items()}", "changes what is sent"),

@@ -15,12 +15,14 @@ import torch
 import yaml
 from torch.utils._pytree import tree_map
 
-from gradleak import evaluate, matching, memory, process, registry, suite
+from gradleak import process, registry, suite
 from gradleak.attack import Reconstruction
-from gradleak.backends import BACKENDS
-from gradleak.matching import Plan, minimise
-from gradleak.optimisers import Adam, Variables, constant
-from gradleak.problem import Facts, Problem, take
+from gradleak.engine import loop, memory
+from gradleak.engine.backends import BACKENDS
+from gradleak.engine.loop import Plan, minimise
+from gradleak.engine.optimisers import Adam, Variables, constant
+from gradleak.engine.problem import Facts, Problem, take
+from gradleak.evaluation import evaluate
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Observation
 
@@ -105,7 +107,7 @@ def test_neighbours_and_order_change_nothing(backend: str) -> None:
 def test_halved_restarts_and_measured_widths() -> None:
     observation = observe(3)
     fixed = reconstruct(observation, [0, 1, 2], Compute(backend="vmap", width=8), restarts=4, halving=[0.5])
-    matching._measured.clear()
+    loop._measured.clear()
     measured = reconstruct(observation, [0, 1, 2], Compute(backend="vmap", width="auto"), restarts=4, halving=[0.5])
     for answer in (fixed, measured):
         assert answer.gradient_evaluations is not None
@@ -130,13 +132,13 @@ def test_few_trials_tell_what_many_take() -> None:
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="another device has another allocator")
 def test_real_shortage_of_memory_halves_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "_halved", {})
+    monkeypatch.setattr(loop, "_halved", {})
     problem, variables, facts = moved(*cpu.problem_of(cpu.network_of("cnn6")))
     rows = torch.arange(2048, device=DEVICE) % cpu.VICTIMS
     start = {name: tensor[rows] for name, tensor in variables.items()}
     plan = Plan(optimiser=Adam, rate=0.1, schedule=constant, iterations=2)
 
-    def run() -> matching.Outcome:
+    def run() -> loop.Outcome:
         return minimise(problem, start, facts, rows, plan, Compute(backend="vmap", width=2048))
 
     needed = memory.peak(run, DEVICE)
@@ -148,7 +150,7 @@ def test_real_shortage_of_memory_halves_the_width(monkeypatch: pytest.MonkeyPatc
         outcome = run()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
-    assert list(matching._halved.values()) in ([1024], [512], [256])
+    assert list(loop._halved.values()) in ([1024], [512], [256])
     assert outcome.iterations.tolist() == [3] * 2048 and bool(outcome.total.isfinite().all())
 
 

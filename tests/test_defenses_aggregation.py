@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak import client, evaluate, metrics, registry, suite
+from gradleak import registry, suite
 from gradleak.chain import Chain
 from gradleak.dataset import Data
 from gradleak.defense import Defense
@@ -25,6 +25,8 @@ from gradleak.defenses.sign import Sign
 from gradleak.defenses.sketch import Sketch
 from gradleak.defenses.top_k import TopK
 from gradleak.errors import GradleakError
+from gradleak.evaluation import evaluate, metrics
+from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.threat import Setting
 from gradleak.update import LocalTraining, Update, flatten, local_update, one_hot

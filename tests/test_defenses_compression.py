@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradleak import client, registry
+from gradleak import registry
 from gradleak.dataset import Data
 from gradleak.defense import Defense, Message, View
 from gradleak.defenses.dgc import DGC
@@ -22,10 +22,11 @@ from gradleak.defenses.sketch import Sketch
 from gradleak.defenses.terngrad import TernGrad
 from gradleak.defenses.top_k import TopK
 from gradleak.errors import GradleakError
+from gradleak.federation import client
+from gradleak.mechanisms.packing import pack_bits, unpack_bits
+from gradleak.mechanisms.sketching import FAMILIES
 from gradleak.model import initialise
-from gradleak.packing import pack_bits, unpack_bits
 from gradleak.seeds import Generators
-from gradleak.sketching import FAMILIES
 from gradleak.threat import Compute, Observation, Setting
 from gradleak.update import LocalTraining, Update, flatten, unflatten
 

@@ -13,7 +13,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from gradleak import backends, bottleneck, client, metrics, registry
+from gradleak import registry
 from gradleak.dataset import Data
 from gradleak.defense import Defense, View
 from gradleak.defenses.augmentation import Augmentation
@@ -24,11 +24,15 @@ from gradleak.defenses.precode import Precode
 from gradleak.defenses.soteria import Soteria
 from gradleak.defenses.tract import TrAct
 from gradleak.defenses.vib import VIB
+from gradleak.engine import backends
+from gradleak.engine.objectives import relative_squared
+from gradleak.engine.problem import Facts, Guess, Problem
 from gradleak.errors import GradleakError
+from gradleak.evaluation import metrics
+from gradleak.federation import client
+from gradleak.mechanisms import bottleneck
+from gradleak.mechanisms.packing import unpack_bits
 from gradleak.model import initialise
-from gradleak.objectives import relative_squared
-from gradleak.packing import unpack_bits
-from gradleak.problem import Facts, Guess, Problem
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Observation, Setting
 from gradleak.update import LocalTraining, Network, local_update, one_hot

@@ -10,7 +10,7 @@ import torch
 from opacus.accountants import PRVAccountant, RDPAccountant
 from torch import Tensor, nn
 
-from gradleak import client, metrics, registry
+from gradleak import registry
 from gradleak.dataset import Data
 from gradleak.defense import Defense, View
 from gradleak.defenses.censor import Censor
@@ -18,6 +18,8 @@ from gradleak.defenses.diff2 import Diff2
 from gradleak.defenses.dp_sgd import DPSGD
 from gradleak.defenses.gradient_noise import GradientNoise
 from gradleak.defenses.outpost import Outpost
+from gradleak.evaluation import metrics
+from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Observation, Setting

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from gradleak import client, registry
+from gradleak import registry
 from gradleak.dataset import Data
+from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.suite import build_defense
 from gradleak.threat import Setting

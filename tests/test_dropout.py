@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import vmap
 
-from gradleak import backends, client, dropout, registry
+from gradleak import registry
 from gradleak.attack import GradientMatching, Reconstruction
 from gradleak.dataset import Data
 from gradleak.defense import Defense, View
+from gradleak.engine import backends
 from gradleak.errors import GradleakError
-from gradleak.metrics import psnr
+from gradleak.evaluation.metrics import psnr
+from gradleak.federation import client
+from gradleak.mechanisms import dropout
 from gradleak.model import initialise
 from gradleak.seeds import Generators, generator
 from gradleak.threat import Compute, Level, Observation, Setting

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from gradleak import executors
 from gradleak.errors import GradleakError
-from gradleak.executors import ATTEMPTS, Queue
+from gradleak.evaluation import executors
+from gradleak.evaluation.executors import ATTEMPTS, Queue
 from gradleak.suite import Cell
 
 
@@ -57,5 +57,6 @@ def test_a_missing_ray_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_a_run_imports_ray() -> None:
-    code = "import sys; sys.modules['ray'] = None; from gradleak import cli, executors; executors.build('processes')"
+    imports = "from gradleak.cli import main; from gradleak.evaluation import executors"
+    code = f"import sys; sys.modules['ray'] = None; {imports}; executors.build('processes')"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from gradleak.leaderboard import attack_board, defense_board, pareto_board
+from gradleak.board.leaderboard import attack_board, defense_board, pareto_board
+from gradleak.board.results import Results, read
+from gradleak.board.store import CellResult, ImageRow, Store, victim_list
 from gradleak.report import figures
 from gradleak.report.gallery import Pictures
-from gradleak.results import Results, read
-from gradleak.store import CellResult, ImageRow, Store, victim_list
 
 PSNR = {
     ("mean-image", "none"): 10.0,

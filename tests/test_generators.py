@@ -15,12 +15,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from gradleak import registry, suite
+from gradleak.cli.prior import app
 from gradleak.dataset import Data, Dataset, Images, Split
 from gradleak.errors import GradleakError
-from gradleak.evaluate import Resources, check, digest, evaluate
-from gradleak.generators import Decoder, Generator, load_generator
-from gradleak.prior_cli import app
-from gradleak.priors_training import Recipe, sample_sheet, train_prior
+from gradleak.evaluation.evaluate import Resources, check, digest, evaluate
+from gradleak.search.generators import Decoder, Generator, load_generator
+from gradleak.training.priors import Recipe, sample_sheet, train_prior
 
 SMALL = Recipe(latent=8, width=8, epochs=10)
 DIGITS = Data(registry.build("datasets", "digits"), "digits")
@@ -116,7 +116,7 @@ def test_user_generator_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_generator("users_file:not_a_generator", None, (1, 8, 8))
 
 
-@pytest.mark.parametrize("source", ["users_file", "no_such_module_here:f", "gradleak.generators:nothing"])
+@pytest.mark.parametrize("source", ["users_file", "no_such_module_here:f", "gradleak.search.generators:nothing"])
 def test_user_generator_that_cannot_be_imported(source: str) -> None:
     with pytest.raises(GradleakError, match="prior"):
         load_generator(source, None, (1, 8, 8))

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak import client, registry
+from gradleak import registry
 from gradleak.attack import Reconstruction
 from gradleak.dataset import Data
 from gradleak.defense import View
+from gradleak.engine.objectives import OBJECTIVES, cosine, relative_squared, squared
+from gradleak.federation import client
 from gradleak.model import initialise
-from gradleak.objectives import OBJECTIVES, cosine, relative_squared, squared
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Observation, Setting
 from gradleak.update import LocalTraining, one_hot

@@ -16,23 +16,24 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from gradleak import evaluate, registry, runner, suite
+from gradleak import registry, suite
 from gradleak.attack import Reconstruction
-from gradleak.client import client_network, send
+from gradleak.board.bundle import publish
+from gradleak.board.results import read
+from gradleak.board.store import Store
 from gradleak.dataset import Data
 from gradleak.errors import GradleakError
-from gradleak.evaluate import Resources
-from gradleak.executors import Local
-from gradleak.generators import Decoder
+from gradleak.evaluation import evaluate, runner
+from gradleak.evaluation.evaluate import Resources
+from gradleak.evaluation.executors import Local
+from gradleak.evaluation.verify import verify
+from gradleak.federation.client import client_network, send
 from gradleak.model import initialise
 from gradleak.paths import conceal
 from gradleak.process import default_cache
-from gradleak.publish import publish
-from gradleak.results import read
-from gradleak.store import Store
+from gradleak.search.generators import Decoder
 from gradleak.suite import Cell
 from gradleak.threat import Setting
-from gradleak.verify import verify
 
 ATTACK = """
     from dataclasses import dataclass

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from gradleak import labels
 from gradleak.errors import GradleakError
+from gradleak.search import labels
 
 CLASSES = 10
 ACTIVATIONS: dict[str, type[nn.Module]] = {

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradleak import flags
+from gradleak.board import flags
+from gradleak.board.leaderboard import attack_board, boards, compute_board, defense_board, pareto_board
+from gradleak.board.results import AXES, Results, read
+from gradleak.board.store import CellResult, ImageRow, Store
 from gradleak.errors import GradleakError
-from gradleak.leaderboard import attack_board, boards, compute_board, defense_board, pareto_board
-from gradleak.results import AXES, Results, read
-from gradleak.store import CellResult, ImageRow, Store
 
 FAMILIES = {"dlg": "optimisation", "ig": "optimisation", "linear-leakage": "analytic"}
 NOISE = np.random.default_rng(0).normal(size=16)

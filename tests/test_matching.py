@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak import client, matching, memory, process, registry, seeds, suite
-from gradleak.backends import BACKENDS, Vmap
+from gradleak import process, registry, seeds, suite
+from gradleak.engine import loop, memory
+from gradleak.engine.backends import BACKENDS, Vmap
+from gradleak.engine.loop import Outcome, Plan, Status, minimise
+from gradleak.engine.optimisers import LBFGS, Adam, Optimiser, Variables, constant
+from gradleak.engine.problem import Direct, Facts, Guess, Problem, Values, take
 from gradleak.errors import GradleakError
-from gradleak.matching import Outcome, Plan, Status, minimise
+from gradleak.federation import client
 from gradleak.model import initialise
-from gradleak.optimisers import LBFGS, Adam, Optimiser, Variables, constant
-from gradleak.problem import Direct, Facts, Guess, Problem, Values, take
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Observation, Setting
 from gradleak.update import LocalTraining, Network, local_update, one_hot, stack
@@ -100,8 +102,8 @@ class Recorder:
                 return answer
 
         monkeypatch.setitem(BACKENDS, name, Limited)
-        monkeypatch.setattr(matching, "_halved", {})
-        monkeypatch.setattr(matching, "_measured", {})
+        monkeypatch.setattr(loop, "_halved", {})
+        monkeypatch.setattr(loop, "_measured", {})
 
 
 SHORT = {
@@ -197,8 +199,8 @@ def test_what_is_decoded_in_the_end_is_halved_too() -> None:
             raise MemoryError
         return toy.decode(row, known)
 
-    expected = matching.finish(toy.problem, toy.start, toy.facts, 4)
-    found = matching.finish(replace(toy.problem, decode=failing), toy.start, toy.facts, 8)
+    expected = loop.finish(toy.problem, toy.start, toy.facts, 4)
+    found = loop.finish(replace(toy.problem, decode=failing), toy.start, toy.facts, 8)
     assert failures and torch.equal(found.images, expected.images)
     torch.testing.assert_close(found.matching, expected.matching, rtol=1e-12, atol=1e-12)
 
@@ -244,7 +246,7 @@ def test_auto_takes_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     measured = {}
     for share in (0.6, 0.3, 0.01):
-        monkeypatch.setattr(matching, "_measured", {})
+        monkeypatch.setattr(loop, "_measured", {})
         monkeypatch.setattr(memory, "available", lambda device, share=share: share * room / memory.SHARE)
         recorder.calls.clear()
         outcome = toy.run("auto", iterations=3)
@@ -263,8 +265,8 @@ def test_auto_measures_a_kind_of_problem_once(monkeypatch: pytest.MonkeyPatch) -
     Toy().run("auto")
     assert before > 0 and recorder.calls.count(1) == before
     toy = Toy()
-    final = matching.finish(toy.problem, toy.start, toy.facts, "auto")
-    assert torch.equal(final.images, matching.finish(toy.problem, toy.start, toy.facts, 3).images)
+    final = loop.finish(toy.problem, toy.start, toy.facts, "auto")
+    assert torch.equal(final.images, loop.finish(toy.problem, toy.start, toy.facts, 3).images)
 
 
 def test_there_is_memory_but_not_more_than_the_machine_has() -> None:
@@ -329,7 +331,7 @@ def test_looking_less_often_changes_nothing(
     toy = Toy(victims=3, restarts=4)
     toy.start["pixels"][1] = torch.nan
     always = toy.run(4, optimiser=optimiser, iterations=25, **options)
-    monkeypatch.setitem(matching._LOOK, "cpu", 7)
+    monkeypatch.setitem(loop._LOOK, "cpu", 7)
     seldom = toy.run(4, optimiser=optimiser, iterations=25, **options)
     assert_same(always, seldom)
     assert always.status == seldom.status
@@ -532,8 +534,8 @@ def test_a_compiled_step_runs_and_is_compared_once_a_width(monkeypatch: pytest.M
         calls.append(rows)
         return True
 
-    monkeypatch.setattr("gradleak.backends._agrees", agrees)
-    monkeypatch.setattr(matching, "_measured", {})
+    monkeypatch.setattr("gradleak.engine.backends._agrees", agrees)
+    monkeypatch.setattr(loop, "_measured", {})
     for width in ("auto", 2):
         outcome = toy.run(width, compute={"compile": True})
         assert outcome.iterations.tolist() == [13] * 3
@@ -541,7 +543,7 @@ def test_a_compiled_step_runs_and_is_compared_once_a_width(monkeypatch: pytest.M
 
 
 def test_backends_that_are_not_compiled_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    matching._say.cache_clear()
+    loop._say.cache_clear()
     toy = Toy()
     for _ in range(2):
         assert_same(toy.run(backend="layerwise", compute={"compile": True}), toy.run(backend="layerwise"))

@@ -19,8 +19,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
-from gradleak import metrics, scales
+from gradleak import scales
 from gradleak.errors import GradleakError
+from gradleak.evaluation import metrics
 
 MEASURES = ("mse", "psnr", "ssim", "ms_ssim", "reidentified")
 

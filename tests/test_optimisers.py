@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradleak import seeds
-from gradleak.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
+from gradleak.engine.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
 
 ROWS = 4
 

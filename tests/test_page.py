@@ -19,15 +19,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from gradleak.cli import main
+from gradleak.board.leaderboard import Board
+from gradleak.board.results import read
+from gradleak.board.store import CellResult, ImageRow, Store, victim_list
+from gradleak.cli.main import main
 from gradleak.errors import GradleakError
-from gradleak.leaderboard import Board
 from gradleak.report import figures, folder, page
 from gradleak.report.columns import interval, number
 from gradleak.report.gallery import QUANTILES, Pictures, picks, picture
 from gradleak.report.reproduction import Reported, read_reported, reproduction_board
-from gradleak.results import read
-from gradleak.store import CellResult, ImageRow, Store, victim_list
 
 VICTIMS = 10
 TRUTH = np.random.default_rng(0).random((VICTIMS, 1, 3, 8, 8)).astype("float32")

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import grad, vmap
 
-from gradleak import priors
+from gradleak.search import penalties
 
 PRIORS: dict[str, Callable[[Tensor], Tensor]] = {
-    "anisotropic": priors.total_variation,
-    "isotropic": priors.smooth_total_variation,
-    "opponents": partial(priors.smooth_total_variation, opponents=True),
-    "powers": partial(priors.smooth_total_variation, inner=2.0, outer=1.25),
-    "norm": priors.l2_norm,
+    "anisotropic": penalties.total_variation,
+    "isotropic": penalties.smooth_total_variation,
+    "opponents": partial(penalties.smooth_total_variation, opponents=True),
+    "powers": partial(penalties.smooth_total_variation, inner=2.0, outer=1.25),
+    "norm": penalties.l2_norm,
 }
 
 
@@ -42,27 +42,27 @@ def test_total_variation_is_the_naive_loop(seed: int, batch: int, channels: int,
                 vertical += [] if down is None else [abs(down)]
                 isotropic.append(((right or 0) ** 2 + (down or 0) ** 2) ** 0.5)
     expected = sum(horizontal) / len(horizontal) + sum(vertical) / len(vertical)
-    assert priors.total_variation(images).item() == pytest.approx(expected)
-    assert priors.smooth_total_variation(images).item() == pytest.approx(sum(isotropic) / len(isotropic))
+    assert penalties.total_variation(images).item() == pytest.approx(expected)
+    assert penalties.smooth_total_variation(images).item() == pytest.approx(sum(isotropic) / len(isotropic))
 
 
 def test_values_by_hand() -> None:
     images = torch.tensor([[[[0.0, 1.0], [0.5, 0.5]]]])
-    assert priors.total_variation(images).item() == pytest.approx((1 + 0) / 2 + (0.5 + 0.5) / 2)
-    assert priors.smooth_total_variation(images).item() == pytest.approx((1.25**0.5 + 0.5 + 0 + 0) / 4)
-    assert priors.l2_norm(images).item() == pytest.approx(1.5**0.5)
+    assert penalties.total_variation(images).item() == pytest.approx((1 + 0) / 2 + (0.5 + 0.5) / 2)
+    assert penalties.smooth_total_variation(images).item() == pytest.approx((1.25**0.5 + 0.5 + 0 + 0) / 4)
+    assert penalties.l2_norm(images).item() == pytest.approx(1.5**0.5)
 
 
 def test_opponents_make_coloured_edges_cost_more_than_grey_ones() -> None:
     edge = torch.zeros(1, 3, 4, 4)
     edge[..., 2:] = 1
     coloured = edge * torch.tensor([1.0, -1.0, 1.0])[:, None, None] + torch.tensor([0.0, 1.0, 0.0])[:, None, None]
-    colour = partial(priors.smooth_total_variation, opponents=True)
-    torch.testing.assert_close(priors.smooth_total_variation(edge), priors.smooth_total_variation(coloured))
+    colour = partial(penalties.smooth_total_variation, opponents=True)
+    torch.testing.assert_close(penalties.smooth_total_variation(edge), penalties.smooth_total_variation(coloured))
     # Grey: three equal planes and three flat ones. Coloured: R - G and G - B step by 2, R - B stays flat.
     assert colour(coloured).item() / colour(edge).item() == pytest.approx(7 / 3, rel=1e-5)
     grey = uniform(1, 1, 4, 4)
-    assert torch.equal(colour(grey), priors.smooth_total_variation(grey))
+    assert torch.equal(colour(grey), penalties.smooth_total_variation(grey))
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -89,4 +89,4 @@ def test_flat_images_have_finite_slopes(name: str, dtype: torch.dtype) -> None:
 
 def test_clamp_to_box() -> None:
     images = torch.tensor([-0.5, 0.0, 0.25, 1.0, 7.0])
-    assert priors.clamp_to_box(images).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
+    assert penalties.clamp_to_box(images).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]

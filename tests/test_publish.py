@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from gradleak import registry
-from gradleak.cli import main
+from gradleak.board.bundle import MANIFEST, STORE, open_all, publish
+from gradleak.board.results import read
+from gradleak.board.store import Store
+from gradleak.cli.main import main
 from gradleak.errors import GradleakError
-from gradleak.evaluate import Resources
-from gradleak.publish import MANIFEST, STORE, open_all, publish
-from gradleak.results import read
-from gradleak.store import Store
-from gradleak.verify import verify
+from gradleak.evaluation.evaluate import Resources
+from gradleak.evaluation.verify import verify
 
 SUITE = {
     "name": "tiny",

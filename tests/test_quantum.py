@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
-from gradleak import client, quantum, registry
+from gradleak import registry
 from gradleak.attack import GradientMatching
-from gradleak.backends import Sequential, Vmap
 from gradleak.defense import View
+from gradleak.engine.backends import Sequential, Vmap
+from gradleak.engine.layerwise import Layerwise
 from gradleak.errors import GradleakError
-from gradleak.layerwise import Layerwise
+from gradleak.federation import client
+from gradleak.mechanisms import quantum
 from gradleak.model import initialise
 from gradleak.seeds import Generators, generator
 from gradleak.threat import Compute, Observation, Setting

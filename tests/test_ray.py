@@ -20,11 +20,13 @@ import pytest
 import yaml
 from rich.console import Console
 
-from gradleak import leaderboard, registry, report, results, runner
+from gradleak import registry, report
+from gradleak.board import leaderboard, results
+from gradleak.board.store import Store
 from gradleak.errors import GradleakError
-from gradleak.evaluate import Resources
-from gradleak.executors import Local, Ray, base
-from gradleak.store import Store
+from gradleak.evaluation import runner
+from gradleak.evaluation.evaluate import Resources
+from gradleak.evaluation.executors import Local, Ray, base
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradleak.board.leaderboard import Board
 from gradleak.errors import GradleakError
-from gradleak.leaderboard import Board
 from gradleak.report import FORMATS, render, terminal
 from gradleak.report.columns import number, rank, shown
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
-from gradleak import executors, registry, runner
+from gradleak import registry
+from gradleak.board.store import CellResult, Store
 from gradleak.errors import GradleakError
-from gradleak.evaluate import Resources
-from gradleak.executors import Executor, Local, Processes, Queue, Report
-from gradleak.store import CellResult, Store
+from gradleak.evaluation import executors, runner
+from gradleak.evaluation.evaluate import Resources
+from gradleak.evaluation.executors import Executor, Local, Processes, Queue, Report
 from gradleak.suite import Cell
 
 SMOKE = Path(__file__).parents[1] / "benchmarks" / "smoke.yaml"

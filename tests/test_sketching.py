@@ -8,7 +8,7 @@ from scipy.linalg import hadamard as scipy_hadamard
 from torch import Tensor
 from torch.func import grad, vmap
 
-from gradleak.sketching import FAMILIES, CountSketch, Operator, hadamard
+from gradleak.mechanisms.sketching import FAMILIES, CountSketch, Operator, hadamard
 
 families = pytest.mark.parametrize("family", sorted(FAMILIES))
 
@@ -133,7 +133,7 @@ def test_precision_does_not_change_the_matrix(family: str) -> None:
 @pytest.mark.parametrize("family", ["gaussian", "ams"])
 def test_dense_families_stream_blocks_of_one_matrix(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Width 7 does not divide 50: the last block is narrower. Adjoint and sketch must see the same blocks.
-    monkeypatch.setattr("gradleak.sketching._BLOCK", 7 * 5)
+    monkeypatch.setattr("gradleak.mechanisms.sketching._BLOCK", 7 * 5)
     drawn, v = operator(family, 50, 5), normal(50)
     matrix = dense(drawn)
     torch.testing.assert_close(drawn.sketch(v), matrix @ v)

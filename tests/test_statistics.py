@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from gradleak.statistics import (
+from gradleak.board.statistics import (
     APART,
     Floats,
     Resamples,

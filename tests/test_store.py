@@ -16,19 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from gradleak.board.store import SCHEMA, Array, CellResult, ImageRow, Store, _pack, _unpack, late_progress, victim_list
 from gradleak.errors import GradleakError
 from gradleak.scales import METRICS
-from gradleak.store import (
-    SCHEMA,
-    Array,
-    CellResult,
-    ImageRow,
-    Store,
-    _pack,
-    _unpack,
-    late_progress,
-    victim_list,
-)
 
 CONFIG = {
     "attack": {"name": "dlg", "label": "dlg(lr=1)", "options": {"lr": 1.0}},
@@ -244,7 +234,7 @@ def test_readers_see_whole_cells_while_a_writer_is_at_work(path: Path) -> None:
 def test_killed_in_the_middle_of_a_cell_it_is_not_there(path: Path) -> None:
     script = f"""
         import os, signal
-        from gradleak.store import CellResult, ImageRow, Store
+        from gradleak.board.store import CellResult, ImageRow, Store
         store = Store({str(path)!r}, create=True)
         config = {CONFIG!r}
         rows = [ImageRow(victim=0, image=0, psnr=1.0)]

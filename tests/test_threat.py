@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 import gradleak.attacks
-from gradleak import client, registry
+from gradleak import registry
 from gradleak.attack import Attack
 from gradleak.dataset import Data
 from gradleak.defense import View
-from gradleak.evaluate import Resources, check, digest, evaluate
+from gradleak.evaluation.evaluate import Resources, check, digest, evaluate
+from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.suite import Suite, expand
 from gradleak.threat import BatchNorm, Knowledge, Labels, Level, Observation, Setting
@@ -107,7 +108,13 @@ def test_auxiliary_images_are_never_a_victims() -> None:
 
 def test_attacks_import_no_module_that_holds_victims() -> None:
     folder = Path(next(iter(gradleak.attacks.__path__)))
-    forbidden = {"gradleak.client", "gradleak.evaluate", "gradleak.store", "gradleak.metrics", "gradleak.runner"}
+    forbidden = {
+        "gradleak.federation.client",
+        "gradleak.evaluation.evaluate",
+        "gradleak.board.store",
+        "gradleak.evaluation.metrics",
+        "gradleak.evaluation.runner",
+    }
     forbidden |= {"gradleak.dataset.Data", "gradleak.datasets", "gradleak.registry"}  # they read the victims
     files = list(folder.glob("*.py"))
     assert len(files) > 5

@@ -14,7 +14,7 @@ from gradleak.dataset import Data, Dataset, Images, Split
 from gradleak.errors import GradleakError
 from gradleak.model import initialise
 from gradleak.process import default_cache
-from gradleak.training import accuracy, prepare, train
+from gradleak.training.networks import accuracy, prepare, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def test_prepare_trains_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     model = registry.build("models", "convnet", {"width": 4})
     first, score = prepare(model, "convnet", FEW, 2, 0, tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
-    monkeypatch.setattr("gradleak.training.train", None)  # a second training would fail
+    monkeypatch.setattr("gradleak.training.networks.train", None)  # a second training would fail
     again, kept = prepare(model, "convnet", FEW, 2, 0, tmp_path)
     assert same(first, again)
     assert score == kept
@@ -205,7 +205,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def refuse(source: Path, target: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("gradleak.training.os.replace", refuse)
+    monkeypatch.setattr("gradleak.training.networks.os.replace", refuse)
     with pytest.raises(GradleakError, match=r"cannot write checkpoint .*disk full.*GRADLEAK_CACHE"):
         prepare(registry.build("models", "linear"), "linear", FEW, 0, 0, tmp_path)
     assert not list(tmp_path.iterdir())

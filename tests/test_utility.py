@@ -16,17 +16,19 @@ import yaml
 from opacus.accountants import RDPAccountant
 from torch import nn
 
-from gradleak import client, registry, runner, suite, utility
+from gradleak import registry, suite
+from gradleak.board.leaderboard import defense_board
+from gradleak.board.results import read
+from gradleak.board.statistics import over_seeds
+from gradleak.board.store import Store
 from gradleak.dataset import Data
 from gradleak.defense import Defense
 from gradleak.errors import GradleakError
-from gradleak.evaluate import Resources
-from gradleak.executors import Local, cost
-from gradleak.leaderboard import defense_board
+from gradleak.evaluation import runner
+from gradleak.evaluation.evaluate import Resources
+from gradleak.evaluation.executors import Local, cost
+from gradleak.federation import client, utility
 from gradleak.model import initialise
-from gradleak.results import read
-from gradleak.statistics import over_seeds
-from gradleak.store import Store
 from gradleak.suite import Utility, build_defense, build_setting
 from gradleak.update import squared_norm
 

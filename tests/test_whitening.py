@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradleak.whitening import restore, whiten
+from gradleak.mechanisms.whitening import restore, whiten
 
 
 @given(st.integers(0, 2**31), st.integers(1, 5), st.integers(0, 7), st.floats(1e-3, 2.0))

@@ -2,8 +2,8 @@
 
     python benchmarks/papers/label_rules.py
 
-Rules of `gradleak.labels` on batches of test images whose labels are distinct (as far as there are classes, then as
-even as possible), uniform with repeats, or all of one class, for untrained and trained networks. The share is that of
+Rules of `gradleak.search.labels` on batches of test images whose labels are distinct (as far as there are classes, then
+as even as possible), uniform with repeats, or all of one class, for untrained and trained networks. The share is of
 the multiset, so order does not count; `chance` draws labels at random. A rule is left out where it cannot serve: for
 more images than classes, or for more than one. Writes a CSV, a PNG and an SVG, and prints the table; intervals are
 Wilson's over images, narrowed to the effective number where images share a batch.
@@ -21,13 +21,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from gradleak import labels as label_rules
-from gradleak import registry, seeds, training
+from gradleak import registry, seeds
+from gradleak.board.statistics import effective_trials, wilson
 from gradleak.dataset import Data
 from gradleak.errors import GradleakError
-from gradleak.metrics import labels_found
+from gradleak.evaluation.metrics import labels_found
 from gradleak.model import initialise
-from gradleak.statistics import effective_trials, wilson
+from gradleak.search import labels as label_rules
+from gradleak.training import networks
 from gradleak.update import LocalTraining, Network, Update, local_update, one_hot, stack
 
 MODELS: dict[str, dict[str, Any]] = {"lenet": {}, "convnet": {"width": 16}, "resnet18": {"width": 16}}
@@ -93,7 +94,7 @@ def measure(options: argparse.Namespace) -> pd.DataFrame:
     for name in options.models:
         module: nn.Module = initialise(registry.build("models", name, MODELS[name]), data.shape, data.classes, 0)
         for trained in (False, True):
-            accuracy = training.train(module, data, options.epochs, 0) if trained else float("nan")
+            accuracy = networks.train(module, data, options.epochs, 0) if trained else float("nan")
             network = Network.of(module.eval(), "eval")
             for kind in KINDS:
                 for batch_size in options.batch_sizes:

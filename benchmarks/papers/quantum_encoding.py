@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from gradleak import client, registry, seeds
+from gradleak import registry, seeds
 from gradleak.attack import Attack
+from gradleak.board.statistics import effective_trials, wilson
 from gradleak.defense import View
+from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.seeds import Generators
-from gradleak.statistics import effective_trials, wilson
 from gradleak.threat import Compute, Observation, Setting
 from gradleak.update import one_hot
 

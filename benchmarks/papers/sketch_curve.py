@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from gradleak.statistics import Interval, Resamples
+from gradleak.board.statistics import Interval, Resamples
 
 PIXELS = 64
 

@@ -36,13 +36,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradleak import process, registry, seeds
-from gradleak.backends import BACKENDS
 from gradleak.dataset import Data
-from gradleak.matching import Plan, finish, minimise
+from gradleak.engine.backends import BACKENDS
+from gradleak.engine.loop import Plan, finish, minimise
+from gradleak.engine.optimisers import SCHEDULES, Adam, Variables
+from gradleak.engine.problem import Backend, Direct, Facts, Guess, Problem, take
 from gradleak.model import Normalise, initialise
-from gradleak.optimisers import SCHEDULES, Adam, Variables
-from gradleak.priors import total_variation
-from gradleak.problem import Backend, Direct, Facts, Guess, Problem, take
+from gradleak.search.penalties import total_variation
 from gradleak.threat import Compute
 from gradleak.update import LocalTraining, Network, local_update, one_hot, stack
 

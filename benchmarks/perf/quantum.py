@@ -18,13 +18,14 @@ import pennylane
 import torch
 from torch import Tensor
 
-from gradleak import quantum, seeds
+from gradleak import seeds
+from gradleak.mechanisms import quantum
 
 Circuit = Callable[[Tensor, Tensor], Tensor]
 
 
 def own(qubits: int) -> Circuit:
-    """RX encoding, ansatz and <Z> of every qubit by `gradleak.quantum`."""
+    """RX encoding, ansatz and <Z> of every qubit by `gradleak.mechanisms.quantum`."""
     order, signs = quantum.entangle(qubits, "chain"), quantum.observable(qubits, "qubits").double()
     return lambda features, weights: quantum.expectations(
         quantum.evolve(quantum.encode_angles(features), weights, order), signs

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gradleak.sketching import FAMILIES
+from gradleak.mechanisms.sketching import FAMILIES
 
 
 def best_of(action: Callable[[], Tensor], repeats: int) -> float:

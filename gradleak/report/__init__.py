@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..board.leaderboard import Board
 from ..errors import unknown
-from ..leaderboard import Board
 from . import csv, json, latex, markdown, terminal
 
 FORMATS: dict[str, Callable[[Sequence[Board]], str]] = {

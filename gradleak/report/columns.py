@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..leaderboard import Board
-from ..results import SUCCESSES
+from ..board.leaderboard import Board
+from ..board.results import SUCCESSES
 from ..scales import METRICS
 
 Line = Mapping[str, Any]

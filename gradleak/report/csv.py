@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ..leaderboard import Board
+from ..board.leaderboard import Board
 
 
 def write(boards: Sequence[Board]) -> str:

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator
 
-from ..leaderboard import Board
-from ..results import CONTEXT, HEADLINE, KNOWLEDGE, Results
+from ..board.leaderboard import Board
+from ..board.results import CONTEXT, HEADLINE, KNOWLEDGE, Results
 from .columns import number
 from .gallery import QUANTILES, Picture, Pictures, picks
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from .. import __version__, leaderboard
+from .. import __version__
+from ..board import leaderboard
+from ..board.flags import flag_board
+from ..board.leaderboard import Board
+from ..board.results import CONTEXT, Results
+from ..board.store import Store
 from ..errors import GradleakError
-from ..flags import flag_board
-from ..leaderboard import Board
-from ..results import CONTEXT, Results
-from ..store import Store
 from . import figures, page
 from . import render as render_boards
 from .gallery import Pictures

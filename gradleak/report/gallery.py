@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from ..board.results import HEADLINE, Results
+from ..board.store import Store, victim_list
 from ..errors import GradleakError
-from ..results import HEADLINE, Results
-from ..store import Store, victim_list
 
 QUANTILES = (0.1, 0.5, 0.9)
 """Where in the order of their PSNR the shown images stand; the nearest image is taken."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..leaderboard import Board
+from ..board.leaderboard import Board
 
 
 def write(boards: Sequence[Board]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..leaderboard import Board
+from ..board.leaderboard import Board
 from .columns import shown
 
 _ESCAPES = str.maketrans(

@@ -23,8 +23,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
-from ..leaderboard import Board
-from ..results import CONTEXT, HEADLINE, KNOWLEDGE, Results
+from ..board.leaderboard import Board
+from ..board.results import CONTEXT, HEADLINE, KNOWLEDGE, Results
 from ..scales import METRICS, THRESHOLDS
 from .columns import shown
 from .gallery import QUANTILES, Picture, Pictures, picks

@@ -13,11 +13,11 @@ import yaml
 from annotated_types import Ge, MinLen
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from ..board.leaderboard import Board
+from ..board.results import CONTEXT, Results
+from ..board.statistics import LEVEL
 from ..errors import GradleakError
-from ..leaderboard import Board
-from ..results import CONTEXT, Results
 from ..scales import METRICS
-from ..statistics import LEVEL
 
 LABELS = ("attack", "knowledge", "defense", *CONTEXT)
 """What a reported number may be restricted to."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..leaderboard import Board
+from ..board.leaderboard import Board
 from .columns import Shown, shown
 
 _GAP = 2

@@ -1,0 +1,1 @@
+"""From finished cells to tables: the store, statistics, leaderboards; no torch."""

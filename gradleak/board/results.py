@@ -1,0 +1,346 @@
+"""Results: everything that stores hold, made ready for tables.
+
+Failed trials get the floor's score, each attack against each defense becomes one number a victim, and the
+worst case over attacks is taken, with everything an interval needs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..errors import GradleakError, unknown
+from ..scales import METRICS, THRESHOLDS
+from ..suite import UTILITY
+from .statistics import APART, Floats, Pairs, Resamples, mean_over_known
+from .store import Store
+
+CONTEXT = ("model", "dataset", "setting")
+"""What must be equal for two defenses or attacks to be compared."""
+ADAPTIVE = ("parameters", "public")
+"""Knowledge of the defense that an adaptive attack has."""
+UTILITY_CONTEXT = ("model", "dataset")
+"""What must be equal for a training to belong to an attacked model; it has a setting of its own."""
+KNOWLEDGE = ("oblivious", *ADAPTIVE)
+"""Knowledge that counts for the worst case; `oracle` is a ceiling."""
+CONTROL = "control"
+"""The family of attacks that make the floor."""
+UNDEFENDED = "none"
+"""The family of defenses that do nothing."""
+AXES = ("psnr", "ssim", "ms_ssim", "lpips", "reidentified", "label_correct")
+"""The measures of leakage. Each has its own worst case, rank and interval; they are never averaged."""
+HEADLINE = "psnr"
+"""The axis that boards are sorted by."""
+SUCCESSES = {f"success_{line.metric}_{line.value:g}": line for line in THRESHOLDS if line.metric != "reidentified"}
+"""Columns of success rates, each with its stated threshold."""
+
+_ENTRY = (*CONTEXT, "defense", "attack", "knowledge")
+_OF_ROWS = ("status", "seconds")
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything measured, ready for tables: one line a cell, one line a true image with failures at the floor."""
+
+    cells: pd.DataFrame
+    """The attacks."""
+    rows: pd.DataFrame
+    """As `Store.rows`, with `adaptive`, `stochastic`, `failed`, `stratum` (the victim list) and `SUCCESSES`."""
+    utility: pd.DataFrame
+    """Cells of models trained under a defense; their `setting` is that training's."""
+
+    def where(self, **labels: str | Iterable[str]) -> Results:
+        """Return the part with the given labels, e.g. `where(dataset="digits", model=["mlp", "lenet"])`.
+
+        Raises:
+            GradleakError: a label is not in the results.
+        """
+        cells, rows, utility = self.cells, self.rows, self.utility
+        for name, wanted in labels.items():
+            wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+            for label in wanted:
+                if label not in set(self.cells[name]):
+                    raise unknown(name, label, set(self.cells[name]), "results")
+            cells, rows = cells[cells[name].isin(wanted)], rows[rows[name].isin(wanted)]
+            if name in ("defense", *UTILITY_CONTEXT):
+                utility = utility[utility[name].isin(wanted)]
+        return Results(*(part.reset_index(drop=True) for part in (cells, rows, utility)))
+
+    @cached_property
+    def contexts(self) -> list[tuple[str, ...]]:
+        """The (model, dataset, setting) combinations, sorted."""
+        return sorted(self.cells[list(CONTEXT)].drop_duplicates().itertuples(index=False, name=None))
+
+    @cached_property
+    def panel(self) -> Panel:
+        """The rows averaged to one number for each attack on each victim."""
+        return Panel(self)
+
+
+def read(*stores: Store) -> Results:
+    """Read stores into one set of results; a cell that is in several counts once.
+
+    Equal labels with different options are told apart by the options that differ.
+
+    Raises:
+        GradleakError: there is no cell at all.
+    """
+    parts = [store.cells() for store in stores]
+    cells = pd.concat(parts, ignore_index=True)
+    rows = pd.concat([store.rows(part) for store, part in zip(stores, parts, strict=True)], ignore_index=True)
+    if not (cells["attack_name"] != UTILITY).any():
+        raise GradleakError(
+            f"store {', '.join(str(store.path) for store in stores)}: holds no cell yet; fill it with `gradleak run`"
+        )
+    # A finished copy of a cell wins over a failed one.
+    cells = cells.sort_values(["key", "status"], ascending=[True, False], kind="stable")
+    cells = cells.drop_duplicates("key", ignore_index=True)
+    rows = rows.drop_duplicates(["key", "victim", "image"], ignore_index=True)
+    for group in ("attack", "defense", *CONTEXT):
+        cells[group] = _distinct_labels(cells, group)
+        rows[group] = rows["key"].map(dict(zip(cells["key"], cells[group], strict=True))).astype(str)
+    for group in ("attack", "defense"):
+        cells[f"{group}_family"] = _families(cells, group)
+    trained = cells["attack_name"] == UTILITY
+    cells, utility = cells[~trained].reset_index(drop=True), cells[trained].reset_index(drop=True)
+    rows = _with_failed_cells(cells, rows)
+    facts = dict(zip(cells["key"], cells["provenance"], strict=True))
+    known = {key: fact.get("adaptive", False) for key, fact in facts.items()}
+    rows["adaptive"] = rows["key"].map(known).astype(bool) & rows["knowledge"].isin(ADAPTIVE)
+    rows["stochastic"] = rows["key"].map({key: fact.get("stochastic", False) for key, fact in facts.items()})
+    rows["stochastic"] = rows["stochastic"].astype(bool)
+    rows["failed"] = rows["status"] != "ok"
+    rows["stratum"] = rows["dataset"] + "/" + rows["batch_size"].astype(str)
+    rows = _score_failures(rows)
+    for name, line in SUCCESSES.items():
+        values = rows[line.metric]
+        reached = values >= line.value if METRICS[line.metric].higher_is_better else values <= line.value
+        rows[name] = reached.astype(float).where(values.notna())
+    return Results(cells, rows, utility)
+
+
+def _distinct_labels(cells: pd.DataFrame, group: str) -> pd.Series[str]:
+    """Return the labels of a group, made distinct where one label stands for different options."""
+    parts = [_options(config, group) for config in cells["config"]]
+    variants: dict[str, list[dict[str, str]]] = {}
+    for label, part in zip(cells[group], parts, strict=True):
+        known = variants.setdefault(label, [])
+        if part not in known:
+            known.append(part)
+    labels = []
+    for label, part in zip(cells[group], parts, strict=True):
+        others = variants[label]
+        names = sorted({name for other in others for name in other})
+        differ = [name for name in names if len({other.get(name) for other in others}) > 1]
+        detail = ", ".join(f"{name}={part.get(name, '-')}" for name in differ)
+        labels.append(f"{label} ({detail})" if detail else label)
+    return pd.Series(labels, index=cells.index, dtype=str)
+
+
+def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
+    """Flatten a part of a configuration to comparable text; what is an axis of its own is left out.
+
+    What applies to every cell alike (candidates of re-identification, the engine) counts as the setting's.
+    """
+    part = {name: value for name, value in config[group].items() if name != "label"}
+    if group == "setting":
+        part |= {"candidates": config.get("candidates"), **config.get("engine", {})}
+        part["grants"] = {name: value for name, value in part.get("grants", {}).items() if name != "defense"}
+    flat: dict[str, str] = {}
+    for name, value in part.items():
+        if isinstance(value, Mapping):
+            flat |= {inner: json.dumps(item, sort_keys=True) for inner, item in value.items()}
+        else:
+            flat[name] = value[:8] if name in ("digest", "file") else json.dumps(value, sort_keys=True)
+    return flat
+
+
+def _families(cells: pd.DataFrame, group: str) -> pd.Series[str]:
+    """Return each cell's family; a failed cell, which may not know it, has that of its namesakes."""
+    names, families = cells[f"{group}_name"], cells[f"{group}_family"]
+    known = dict(zip(names[families != ""], families[families != ""], strict=True))
+    return families.where(families != "", names.map(known)).fillna("")
+
+
+def _with_failed_cells(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Give each victim of a failed cell its rows, so that it counts."""
+    failed = cells[cells["status"] == "failed"]
+    lost = []
+    for cell in failed.to_dict("records"):
+        there = set(rows.loc[rows["key"] == cell["key"], "victim"])
+        labels = {name: cell[name] for name in rows.columns if name in cell and name not in _OF_ROWS}
+        lost += [
+            {**labels, "victim": victim, "image": image, "status": "error"}
+            for victim, image in itertools.product(range(cell["victims"]), range(cell["batch_size"]))
+            if victim not in there
+        ]
+    if not lost:
+        return rows
+    extra = pd.DataFrame(lost).reindex(columns=rows.columns)
+    numbers = [name for name in rows.columns if rows[name].dtype == float]
+    extra = extra.astype(dict.fromkeys(numbers, float))
+    return pd.concat([rows, extra], ignore_index=True) if len(rows) else extra
+
+
+def _score_failures(rows: pd.DataFrame) -> pd.DataFrame:
+    """Give failed trials the score of the best control on the same image, else the nearest thing to it."""
+    failed = rows["failed"]
+    if not failed.any():
+        return rows
+    measured = [name for name in METRICS if rows[name].notna().any()]
+    rows.loc[failed, list(METRICS)] = np.nan
+    controls = rows[~failed & (rows["attack_family"] == CONTROL)]
+    best = controls.groupby([*CONTEXT, "defense", "attack"])[HEADLINE].mean().reset_index()
+    best = best.sort_values(HEADLINE, ascending=False).drop_duplicates([*CONTEXT, "defense"])
+    floor = controls.merge(best[[*CONTEXT, "defense", "attack"]])
+    image = ["victim", "image"]
+    for keys in (
+        [*CONTEXT, "defense", "seed", *image],
+        [*CONTEXT, "defense", *image],
+        [*CONTEXT, *image],
+        [*CONTEXT, "defense"],
+        [*CONTEXT],
+    ):
+        scores = floor.groupby(keys)[measured].mean().reset_index()
+        found = rows.loc[failed, keys].merge(scores, on=keys, how="left")
+        found.index = rows.index[failed]
+        rows.loc[failed, measured] = rows.loc[failed, measured].fillna(found[measured])
+    # Without any control the scale's worst end is the only floor there is.
+    worst = {name: METRICS[name].worst for name in measured}
+    rows.loc[failed, measured] = rows.loc[failed, measured].fillna(worst)
+    return rows
+
+
+class Panel:
+    """Entries (one attack with one knowledge against one defense in one context) by victims.
+
+    `entries` has one line an entry, with the headline's `victims`, `mean` and distance `above` the best control,
+    in dB; `values[name]` is [entries, victims], the mean over a victim's images and seeds, NaN where the
+    victim was not attacked. `overlaps` are the victims of lists of one dataset that share images, by their
+    columns in `profiles`.
+    """
+
+    def __init__(self, results: Results):
+        """Average the rows."""
+        rows = results.rows
+        self.clusters = {
+            str(stratum): len(victims) for stratum, victims in rows.groupby("stratum")["victim"].unique().items()
+        }
+        grouped = rows.groupby(list(_ENTRY), sort=True)
+        self.entries = grouped.agg(
+            family=("attack_family", "first"),
+            defense_family=("defense_family", "first"),
+            stratum=("stratum", "first"),
+            adaptive=("adaptive", "any"),
+            stochastic=("stochastic", "any"),
+            images=("image", "size"),
+            failed=("failed", "sum"),
+            seeds=("seed", "nunique"),
+            seconds=("seconds", "mean"),
+            gradient_evaluations=("gradient_evaluations", "mean"),
+            oracle_pick=("oracle_psnr", "mean"),
+        ).reset_index()
+        self.entries["control"] = self.entries["family"] == CONTROL
+        self._strata: list[str] = self.entries["stratum"].tolist()
+        self.entry_of_row = grouped.ngroup().to_numpy()
+        names = [name for name in (*AXES, *SUCCESSES) if rows[name].notna().any()]
+        ranks = rows.groupby("stratum")["victim"].rank(method="dense").astype(int) - 1
+        self.overlaps = _overlaps(rows, self._starts(), ranks)
+        means = rows[names].groupby([self.entry_of_row, ranks.to_numpy()]).mean()
+        entry, victim = (means.index.get_level_values(level).to_numpy() for level in (0, 1))
+        self.values: dict[str, Floats] = {}
+        width = max(self.clusters.values(), default=0)
+        for name in names:
+            table = np.full((len(self.entries), width), np.nan)
+            table[entry, victim] = means[name].to_numpy()
+            self.values[name] = table
+        headline = self.values.get(HEADLINE, np.full((len(self.entries), width), np.nan))
+        self.entries["victims"] = np.isfinite(headline).sum(axis=1)
+        self.entries["mean"] = mean_over_known(self.values[HEADLINE].T) if HEADLINE in names else np.nan
+        place = [*CONTEXT, "defense"]
+        floors = self.entries[self.entries["control"]].groupby(place)["mean"].max().rename("floor")
+        self.entries["above"] = self.entries["mean"] - self.entries.join(floors, on=place)["floor"]
+
+    def of(self, name: str, entries: Sequence[int]) -> Floats:
+        """Return the values [entries, victims] of entries of one stratum."""
+        return self.values[name][list(entries), : self.clusters[self.stratum(entries[0])]]
+
+    def stratum(self, entry: int) -> str:
+        """Return the victim list of an entry."""
+        return self._strata[entry]
+
+    def profiles(self, entries: Sequence[int], name: str = HEADLINE) -> Floats:
+        """Return the values of entries of any strata, all strata's victims side by side, [entries, victims]."""
+        start = self._starts()
+        wide = np.full((len(entries), sum(self.clusters.values())), np.nan)
+        for line, entry in enumerate(entries):
+            values = self.of(name, [entry])[0]
+            first = start[self.stratum(entry)]
+            wide[line, first : first + len(values)] = values
+        return wide
+
+    def _starts(self) -> dict[str, int]:
+        """Return the first column of each list of victims, all lists side by side."""
+        return dict(zip(self.clusters, itertools.accumulate(self.clusters.values(), initial=0), strict=False))
+
+
+def _overlaps(rows: pd.DataFrame, starts: Mapping[str, int], ranks: pd.Series[int]) -> Pairs:
+    """Return the pairs of victims that share images: lists of all batch sizes are cut from one order of images."""
+    if rows["stratum"].nunique() == rows["dataset"].nunique():
+        return APART
+    columns = rows["stratum"].map(starts) + ranks
+    places = rows["victim"] * rows["batch_size"] + rows["image"]
+    seen = pd.DataFrame({"dataset": rows["dataset"], "place": places, "column": columns}).drop_duplicates()
+    pairs = seen.merge(seen, on=["dataset", "place"])[["column_x", "column_y"]]
+    found: Pairs = pairs[pairs["column_x"] < pairs["column_y"]].drop_duplicates().to_numpy()
+    return found
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The worst case over entries, averaged over contexts."""
+
+    samples: Floats
+    """Sample array, see `Resamples`; all NaN where nothing was measured."""
+    winners: tuple[int, ...]
+    """The entry that attained it in each context."""
+
+    @property
+    def estimate(self) -> float:
+        """The number itself."""
+        return float(self.samples[0])
+
+
+def worst_case(panel: Panel, resamples: Resamples, entries: pd.DataFrame, name: str) -> Worst:
+    """Return the strongest of some entries in each context, on one axis; the maximum is taken in every resample."""
+    nothing = Worst(np.full(resamples.size, np.nan), ())
+    if name not in panel.values:
+        return nothing
+    sign = 1.0 if higher_leaks(name) else -1.0
+    contexts, winners = [], []
+    for _, group in entries.groupby(list(CONTEXT)):
+        values = sign * panel.of(name, list(group.index))
+        with_values = np.isfinite(values).any(axis=1)
+        if not with_values.any():
+            continue
+        index, values = group.index.to_numpy()[with_values], values[with_values]
+        leader = int(np.argmax(mean_over_known(values.T)))
+        # An entry that is no better on any victim can win in no resample.
+        rivals = ~(values <= values[leader]).all(axis=1)
+        rivals[leader] = True
+        means = resamples.means(panel.stratum(index[0]), values[rivals])
+        contexts.append(sign * np.fmax.reduce(means, axis=0))
+        winners.append(int(index[leader]))
+    return Worst(np.mean(contexts, axis=0), tuple(winners)) if contexts else nothing
+
+
+def higher_leaks(name: str) -> bool:
+    """Return whether a higher value of an axis or success rate means more leakage."""
+    return name not in METRICS or METRICS[name].higher_is_better

@@ -1,0 +1,365 @@
+"""The command line. Torch is imported by the commands that compute, and by no other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .. import __version__
+from ..errors import GradleakError, unknown
+from . import prior
+
+BOARDS = ("defenses", "attacks", "pareto", "compute")
+"""Boards that `gradleak leaderboard` can show; both of the first two by default."""
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Which defense stops which gradient inversion attack, and at what cost.",
+)
+app.add_typer(prior.app, name="prior")
+
+PluginFiles = Annotated[
+    list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to add; may be repeated.")
+]
+
+Stores = Annotated[
+    list[Path], typer.Argument(metavar="STORE...", help="Stores of `gradleak run`, bundles of `gradleak publish`.")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 (a cell failed), 2 (a mistake), 130 (interrupted)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        code = app([part for part in given if part != "--debug"], prog_name="gradleak", standalone_mode=False)
+    except GradleakError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"gradleak: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        # Typer's usage errors, whose classes moved between its versions.
+        if debug or not hasattr(error, "format_message"):
+            raise
+        print(f"gradleak: {' '.join(error.format_message().split())}", file=sys.stderr)
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gradleak {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Options that come before a command; `--debug` may stand anywhere (see `main`)."""
+
+
+@app.command("list")
+def _list(
+    group: Annotated[str, typer.Argument(metavar="GROUP", help="attacks, defenses, models or datasets.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
+    plugin: PluginFiles = None,
+) -> None:
+    """Show the plugins of a group: family, threat model, needs, defaults, reference."""
+    from .. import registry
+
+    if group not in registry.GROUPS:
+        raise unknown("group", group, registry.GROUPS)
+    for path in plugin or []:
+        registry.add_file(path)
+    found = [registry.describe(group, name) for name in registry.names(group)]
+    if as_json:
+        print(json.dumps(found, indent=2, default=_json))
+    else:
+        _print_plugins(found)
+
+
+@app.command("run")
+def _run(
+    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="A YAML file, e.g. benchmarks/quick.yaml.")],
+    store: Annotated[
+        Path | None, typer.Option("--store", metavar="FILE", help="Where results go [default: SUITE's name.sqlite].")
+    ] = None,
+    executor: Annotated[str, typer.Option(metavar="NAME", help="processes, local or ray.")] = "processes",
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Worker processes [default: one a core, or one a GPU].")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            "--ray-address", metavar="ADDRESS", help="A Ray cluster: auto, ray://HOST:PORT [default: starts one here]."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", metavar="DIR", help="Where datasets are that do not come along.")
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Allow datasets to be downloaded there.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    plugin: PluginFiles = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the cells.")] = False,
+) -> None:
+    """Run the cells of a suite that the store lacks; the same command goes on where it was interrupted."""
+    from ..evaluation import executors, runner
+    from ..evaluation.evaluate import Resources
+
+    target = store or Path(f"{suite.stem}.sqlite")
+    engine = executors.build(executor, workers, ray_address)
+    resources = Resources(data_root=data_root, download=download, device=device)
+    plugins = tuple(plugin or ())
+    if dry_run:
+        _print_plan(runner.plan(suite, target, resources, plugins))
+        return
+    console = Console(stderr=True)
+    summary = runner.run(suite, target, engine, resources, plugins, retry_failed, console)
+    for title, error in summary.failed.items():
+        _say(f"failed: {title}: {error}")
+    already = summary.stored - summary.ran
+    if summary.interrupted:
+        _say(f"interrupted: {summary.stored} of {summary.cells} cells are in {target}; the same command goes on")
+        raise typer.Exit(130)
+    line = f"{summary.cells} cells: {summary.ran} run, {already} stored already, {len(summary.failed)} failed"
+    _say(f"{line}; {summary.seconds:.0f} s; see: gradleak leaderboard {target}")
+    if summary.failed:
+        _say(f"run again with --retry-failed to repeat the {len(summary.failed)} failed cells")
+        raise typer.Exit(1)
+
+
+@app.command("leaderboard")
+def _leaderboard(
+    stores: Stores,
+    format: Annotated[str, typer.Option(help="table, markdown, csv, json or latex.")] = "table",
+    board: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(BOARDS)}; may be repeated.")
+    ] = None,
+) -> None:
+    """Print the defense board and the attack board of stores and bundles, merged."""
+    from .. import report
+    from ..board import leaderboard, results
+    from ..board.bundle import open_all
+
+    for name in board or []:
+        if name not in BOARDS:
+            raise unknown("board", name, BOARDS)
+    if format not in report.FORMATS:
+        raise unknown("format", format, report.FORMATS)
+    with open_all(stores) as opened:
+        found = results.read(*opened)
+    defenses, attacks = leaderboard.defense_board(found), leaderboard.attack_board(found)
+    made = {
+        "defenses": lambda: defenses,
+        "attacks": lambda: attacks,
+        "pareto": lambda: leaderboard.pareto_board(defenses),
+        "compute": lambda: leaderboard.compute_board(attacks),
+    }
+    chosen = [made[name]() for name in board or BOARDS[:2]]
+    if format == "table" and sys.stdout.isatty():
+        from ..report import terminal
+
+        print(terminal.write(chosen, Console().width, colour="NO_COLOR" not in os.environ), end="")
+    else:
+        print(report.render(chosen, format), end="")
+
+
+@app.command("report")
+def _report(
+    stores: Stores,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, or one of an earlier report.")],
+    suite: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A suite whose `reported` numbers are compared; may be repeated."),
+    ] = None,
+) -> None:
+    """Write a page that shows everything (DIR/index.html), and tables, rows and figures beside it."""
+    from ..board import results
+    from ..board.bundle import open_all
+    from ..report import folder, reproduction
+
+    reported = [item for path in suite or [] for item in reproduction.read_reported(path)]
+    with open_all(stores) as opened:
+        written = folder.write(results.read(*opened), opened, out, reported)
+    _say(f"{len(written)} files in {out}; see {out / folder.PAGE}")
+
+
+@app.command("compare")
+def _compare(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="A store or bundle.")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="Another, of the same victims.")],
+    threshold: Annotated[
+        float, typer.Option(min=0.0, metavar="DB", help="Exit with 1 if a change in mean PSNR is surely above.")
+    ] = 1.0,
+    format: Annotated[str, typer.Option(help="table, markdown, csv, json or latex.")] = "table",
+) -> None:
+    """Print what changed from one store to another, paired by victim, with intervals."""
+    from .. import report
+    from ..board import results
+    from ..board.bundle import open_all
+    from ..board.compare import compare, past
+
+    with open_all([before, after]) as (first, second):
+        board = compare(results.read(first), results.read(second))
+    print(report.render([board], format), end="")
+    changed = len(past(board, threshold))
+    _say(f"{changed} changes above {threshold:g} dB" if changed else f"no change above {threshold:g} dB")
+    if changed:
+        raise typer.Exit(1)
+
+
+@app.command("publish")
+def _publish(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store that `gradleak run` wrote.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The bundle to write, e.g. bundle.zip.")],
+) -> None:
+    """Pack a store into one file that others can verify and merge; it holds the victims' images."""
+    from ..board.bundle import publish
+
+    manifest = publish(store, out)
+    _say(f"{out}: {manifest['cells']} cells, {manifest['failed']} failed, {manifest['images']} images")
+
+
+@app.command("verify")
+def _verify(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A file that `gradleak publish` wrote.")],
+    sample: Annotated[int, typer.Option(min=0, metavar="N", help="Cells to run again.")] = 3,
+    seed: Annotated[int, typer.Option(metavar="N", help="Picks these cells.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", metavar="DIR", help="Where datasets are that do not come along.")
+    ] = None,
+    plugin: PluginFiles = None,
+) -> None:
+    """Recompute what a bundle claims; exit with 1 if anything differs."""
+    from .. import registry
+    from ..evaluation.evaluate import Resources
+    from ..evaluation.verify import verify
+
+    for path in plugin or []:
+        registry.add_file(path)
+    found = verify(bundle, Resources(data_root=data_root, device=device), sample, seed)
+    for each in found:
+        state = {True: "ok", False: "DIFFERS", None: "not checked"}[each.ok]
+        print(f"{state:11}  {each.check}: {each.detail}")
+    wrong = sum(each.ok is False for each in found)
+    if wrong:
+        _say(f"{bundle}: {wrong} of {len(found)} checks differ")
+        raise typer.Exit(1)
+    unchecked = sum(each.ok is None for each in found)
+    _say(f"{bundle}: verified" + (f", {unchecked} of {len(found)} checks not possible here" if unchecked else ""))
+
+
+@app.command("check")
+def _check(
+    plugin: Annotated[Path, typer.Argument(metavar="PLUGIN", help="A file with an attack, defense, model or dataset.")],
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", metavar="DIR", help="Where the data of a dataset is.")
+    ] = None,
+) -> None:
+    """Check what a plugin must promise, on a small case; exit with 1 if it does not keep it."""
+    from ..contract import check_file
+
+    found = check_file(plugin, data_root)
+    for each in found:
+        state = {True: "ok", False: "BROKEN", None: "not checked"}[each.ok]
+        print(f"{state:11}  {each.check}{': ' if each.detail else ''}{each.detail}")
+    broken = sum(each.ok is False for each in found)
+    if broken:
+        _say(f"{plugin}: {broken} of {len(found)} promises are broken")
+        raise typer.Exit(1)
+
+
+@app.command("doctor")
+def _doctor() -> None:
+    """Say what this machine has: versions, devices, cache, LPIPS weights, extras."""
+    import torch
+    from torchvision.models import AlexNet_Weights
+
+    from ..process import default_cache
+
+    packages = ("torch", "torchvision", "torchmetrics", "lpips", "opacus", "numpy", "scipy", "pandas", "pydantic")
+    cache = default_cache()
+    nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / Path(AlexNet_Weights.IMAGENET1K_V1.url).name
+    facts = {
+        "gradleak": __version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "packages": ", ".join(f"{package} {version(package)}" for package in packages),
+        "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
+        "cache": f"{cache}, {'writable' if os.access(nearest, os.W_OK) else 'NOT writable'} (GRADLEAK_CACHE)",
+        "lpips weights": str(weights) if weights.exists() else f"missing, LPIPS will be NaN: {weights}",
+        "extras": ", ".join(f"{name} {_installed(name)}" for name in ("pennylane", "breaching", "ray")),
+    }
+    width = max(map(len, facts))
+    for name, text in facts.items():
+        print(f"{name:{width}}  {text}")
+
+
+def _installed(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "installed"
+
+
+def _say(text: str) -> None:
+    print(f"gradleak: {text}", file=sys.stderr)
+
+
+def _json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | set | frozenset) else str(value)
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=_json)
+
+
+def _print_plugins(found: Sequence[dict[str, Any]]) -> None:
+    """One paragraph a plugin, so that nothing is cut off on a narrow screen."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    for facts in found:
+        kind = [facts[key] for key in ("family", "threat_model") if facts.get(key)]
+        title = f"{facts['name']}  ({', '.join(kind)})" if kind else facts["name"]
+        console.print(title, style="bold", soft_wrap=True)
+        if facts["error"]:
+            console.print(f"    error: {facts['error']}", style="red", soft_wrap=True)
+            continue
+        lines = {"": facts["summary"], "reference": facts["reference"]}
+        for key in ("needs", "defaults"):
+            if facts.get(key):
+                lines[key] = ", ".join(f"{name}={_short(value)}" for name, value in facts[key].items())
+        for key, text in lines.items():
+            console.print(f"    {key}: {text}" if key else f"    {text}", soft_wrap=True)
+
+
+def _print_plan(plan: Any) -> None:
+    for cell in plan.cells:
+        print(f"{cell.key[:12]}  {plan.statuses.get(cell.key, 'to run'):6}  {cell.title}")
+    counts = {state: sum(value == state for value in plan.statuses.values()) for state in ("ok", "failed")}
+    to_run = len(plan.cells) - sum(counts.values())
+    _say(f"{len(plan.cells)} cells: {to_run} to run, {counts['ok']} stored already, {counts['failed']} failed")

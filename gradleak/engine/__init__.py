@@ -1,0 +1,1 @@
+"""Minimises the losses of many stacked trials."""

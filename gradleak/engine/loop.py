@@ -1,0 +1,476 @@
+"""The engine: minimises every trial's own loss, many stacked trials at a time.
+
+A trial is one victim and one restart. A `Problem` describes one trial; a backend answers value and gradient
+for a chunk of W trials; `minimise` owns the only optimisation loop. The chunk keeps its width: finished
+trials leave, the next in the queue takes the slot, spare slots repeat a trial and are thrown away. So a
+trial's arithmetic depends on the width alone, never on its neighbours. Where memory runs out the chunk is
+computed in halves, which is the arithmetic of half the width.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..process import full_precision
+from ..threat import Compute, Width
+from ..update import by_transform
+from . import memory
+from .backends import choose, kind_of
+from .optimisers import Optimiser, Schedule, Variables
+from .problem import Facts, Guess, Problem, Values, take
+
+log = logging.getLogger(__name__)
+
+_USUAL = 32
+"""Trials together before it is measured how many fit."""
+_LOOK = {"cuda": 16}
+"""Iterations between two looks at which trials have ended, where looking waits for the device; elsewhere 1."""
+
+_halved: dict[tuple[str, str], int] = {}
+_measured: dict[tuple[str, str], int] = {}
+"""Widths that had to be gone down to, or were measured, since `forget_widths`, by kind of problem and backend."""
+
+
+def forget_widths() -> None:
+    """Forget what was measured or halved: what one cell could not hold must not change another's last digits."""
+    _halved.clear()
+    _measured.clear()
+
+
+class Status(StrEnum):
+    """How a victim's attack ended; all but `ok` are scored at the floor."""
+
+    OK = "ok"
+    DIVERGED = "diverged"
+    OUT_OF_MEMORY = "oom"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to minimise: optimiser, rate, length and stopping rules, the same for every trial."""
+
+    optimiser: Callable[[], Optimiser]
+    rate: float
+    schedule: Schedule
+    iterations: int
+    tolerance: float = 0.0
+    """A trial whose total loss falls below this is finished."""
+    patience: int | None = None
+    """A trial that has not improved for so many iterations is finished."""
+    project: Callable[[Variables], None] | None = None
+    """Brings stacked variables back into their set, in place, after every step."""
+    perturb: Callable[[Variables, Tensor, Tensor], None] | None = None
+    """Changes stacked variables in place before an iteration, by its trial and step [W] alone (noise, fresh masks)."""
+    halving: tuple[float, ...] = ()
+    """Shares of the iterations after which the worse half of a victim's trials, by matching loss so far, leaves."""
+    trace_points: int = 50
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The best iterate of T trials by their own total loss, and how they got there."""
+
+    variables: Variables
+    """[T, ...]."""
+    total: Tensor
+    """Total loss at `variables`, [T]; infinite if it never was finite."""
+    matching: Tensor
+    """Matching loss at `variables`, [T]."""
+    iterations: Tensor
+    """Gradients taken, [T], int64."""
+    status: list[Status]
+    trace: Tensor
+    """Matching loss at `trace_points` + 1 evenly spaced iterations, [T, points]; NaN where a trial had ended."""
+    backend: str
+
+
+def minimise(problem: Problem, start: Variables, facts: Facts, owner: Tensor, plan: Plan, compute: Compute) -> Outcome:
+    """Minimise the loss of T trials and return each one's best iterate.
+
+    Args:
+        problem: one trial's loss.
+        start: initial variables, [T, ...].
+        facts: what is known of the N victims, [N, ...].
+        owner: victim of each trial, [T], int64.
+        plan: how to minimise.
+        compute: backend, chunk width, deadline and progress.
+    """
+    return _Run(problem, start, facts, owner, plan, compute).finish()
+
+
+@dataclass(frozen=True)
+class Final:
+    """T trials as they are returned: images clamped to [0, 1] and the matching loss of exactly these."""
+
+    images: Tensor
+    targets: Tensor
+    buffers: dict[str, Tensor]
+    matching: Tensor
+
+
+def finish(problem: Problem, variables: Variables, facts: Facts, width: Width) -> Final:
+    """Decode T trials, clamp their images, and evaluate the matching loss once more, `width` at a time."""
+
+    def one(row: Variables, known: Facts) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+        guess = problem.decode(row, known)
+        guess = replace(guess, images=guess.images.clamp(0, 1))
+        matching = problem.match(problem.simulate(guess, by_transform), known)
+        return guess.images, guess.targets, guess.buffers, matching
+
+    return Final(*_each(one, (variables, facts), width))
+
+
+def evaluate(problem: Problem, guesses: dict[str, Any], facts: Facts, width: Width) -> Tensor:
+    """Matching loss [N] of given guesses (fields of `Guess`, stacked), `width` at a time."""
+
+    def one(row: dict[str, Any], known: Facts) -> Tensor:
+        return problem.match(problem.simulate(Guess(**row), by_transform), known)
+
+    matching: Tensor = _each(one, (guesses, facts), width)
+    return matching
+
+
+def _each(one: Callable[..., Any], rows: tuple[Any, ...], width: Width) -> Any:
+    """Apply a function of one row to all rows of stacked trees, `width` at a time or fewer where memory is short."""
+    first = tree_leaves(rows)[0]
+    if width == "auto":
+        fits = memory.fitting(lambda several: vmap(one)(*next(_chunks(rows, several))), first.device)
+        part = min(fits, len(first))
+    else:
+        part = width
+    while True:
+        try:
+            return _join([vmap(one)(*chunk) for chunk in _chunks(rows, part)], len(first))
+        except (RuntimeError, MemoryError) as error:
+            part = _half(part, error)
+        # Only here is what the error held free again.
+        memory.release(first.device)
+
+
+def _half(width: int, error: RuntimeError | MemoryError) -> int:
+    """Half a width that memory did not hold; another error, or memory too small for one trial, is raised."""
+    if not memory.is_out_of_memory(error):
+        raise error
+    if width == 1:
+        reason = str(error).partition("\n")[0]
+        raise torch.OutOfMemoryError(f"one trial alone is too large for the memory ({reason})") from error
+    half = memory.whole(width // 2)
+    log.warning("out of memory with %d trials at once; going on with %d", width, half)
+    return half
+
+
+def _chunks(rows: tuple[Any, ...], width: int) -> Iterator[tuple[Any, ...]]:
+    """Cut stacked trees into chunks of one width; the last is filled up with repeats of the last row."""
+    total = len(tree_leaves(rows)[0])
+    for begin in range(0, total, width):
+        index = torch.arange(begin, begin + width).clamp(max=total - 1)
+        yield tree_map(lambda tensor, index=index: tensor[index.to(tensor.device)], rows)
+
+
+def _join(parts: list[Any], total: int) -> Any:
+    return tree_map(lambda *tensors: torch.cat(tensors)[:total].detach(), *parts)
+
+
+class _Run:
+    """The loop of `minimise`, its slots and its bookkeeping."""
+
+    def __init__(
+        self, problem: Problem, start: Variables, facts: Facts, owner: Tensor, plan: Plan, compute: Compute
+    ) -> None:
+        self.problem, self.owner, self.plan, self.compute = problem, owner, plan, compute
+        self.start = start
+        self.trials = len(owner)
+        self.device = device = owner.device
+        if device.type == "cuda":
+            full_precision()
+        width = min(_USUAL if compute.width == "auto" else compute.width, self.trials)
+        first = {name: tensor[:width] for name, tensor in start.items()}
+        self.name, self.backend = choose(compute.backend, problem, first, take(facts, owner[:width]), plan.iterations)
+        self.facts = self.backend.prepare(problem, facts)
+        self.kind = (kind_of(problem, start, facts), self.name)
+        if compute.width == "auto":
+            width = min(self._fitting(), self.trials)
+        self.width = self.part = min(width, _halved.get(self.kind, width))
+        if compute.compile and not self.backend.compile():
+            _say(f"backend {self.name!r} is not compiled; only 'vmap' is")
+        # The trial that each slot holds, and how many iterations are left until it must be looked at.
+        self.held: list[int | None] = [None] * self.width
+        self.left = [0] * self.width
+        self.queue = deque(range(self.trials))
+        self.paused: dict[int, _Paused] = {}
+        self.heats = _Heats(owner.tolist(), plan)
+        self.slot = torch.arange(self.width, device=device)
+        self.nobody = torch.full_like(self.slot, self.trials)
+        # Slots whose trial has ended, for whatever reason, and was not replaced yet.
+        self.idle = torch.ones(self.width, dtype=torch.bool, device=device)
+        self.step = torch.zeros(self.width, dtype=torch.int64, device=device)
+        self.stale = torch.zeros_like(self.step)
+        self.current = {name: tensor[self.slot].clone() for name, tensor in start.items()}
+        self.known = take(self.facts, owner[self.slot])
+        # One row more than trials: idle slots write there.
+        self.best = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in start.items()}
+        dtype = next(iter(start.values())).dtype
+        self.total = torch.full((self.trials + 1,), torch.inf, dtype=dtype, device=device)
+        self.matching = torch.full_like(self.total, torch.inf)
+        self.iterations = torch.zeros(self.trials + 1, dtype=torch.int64, device=device)
+        self.status = [Status.OK] * self.trials
+        self.stride = max(1, -(-plan.iterations // plan.trace_points))
+        points = plan.iterations // self.stride + 1
+        self.trace = torch.full((self.trials + 1, points), torch.nan, dtype=dtype, device=device)
+        self.optimiser = plan.optimiser()
+        self.optimiser.start(self.current)
+        self._fill()
+
+    def finish(self) -> Outcome:
+        done = 0
+        while any(trial is not None for trial in self.held):
+            if self.compute.expired:
+                self._time_out()
+                break
+            left = [left for left, trial in zip(self.left, self.held, strict=True) if trial is not None]
+            rounds = min(_LOOK.get(self.device.type, 1), *left)
+            for _ in range(rounds):
+                self._iterate()
+            self._look(rounds)
+            done += rounds
+            if self.compute.progress is not None and done % 10 < rounds:
+                self._report()
+        rows = slice(self.trials)
+        best = {name: tensor[rows] for name, tensor in self.best.items()}
+        return Outcome(
+            best,
+            self.total[rows],
+            self.matching[rows],
+            self.iterations[rows],
+            self.status,
+            self.trace[rows],
+            self.name,
+        )
+
+    def _fitting(self) -> int:
+        """Measure how many trials fit into memory, by whole steps of few."""
+
+        def step(width: int) -> None:
+            rows = torch.arange(width, device=self.device).clamp(max=self.trials - 1)
+            current = {name: tensor[rows] for name, tensor in self.start.items()}
+            values = self.backend(self.problem, current, take(self.facts, self.owner[rows]))
+            optimiser = self.plan.optimiser()
+            optimiser.start(current)
+            rate = torch.full((width,), self.plan.rate, dtype=torch.float64, device=self.device)
+            optimiser.step(current, values.gradients, rate)
+
+        if self.kind not in _measured:
+            _measured[self.kind] = memory.fitting(step, self.device)
+            log.debug("memory holds %d trials at once", _measured[self.kind])
+        return _measured[self.kind]
+
+    def _iterate(self) -> None:
+        """One iteration of every slot; nothing here waits for the device."""
+        if self.plan.perturb is not None:
+            self.plan.perturb(self.current, self.slot, self.step)
+        values = self._evaluate()
+        finite = torch.isfinite(values.total)
+        for gradient in values.gradients.values():
+            finite &= torch.isfinite(gradient.flatten(1)).all(1)
+        self._keep_best(values, finite)
+        # A row that is not finite must not poison its optimiser state: it leaves below.
+        gradients = {
+            name: torch.where(_column(finite, g), g, torch.zeros_like(g)) for name, g in values.gradients.items()
+        }
+        done = self.step.double() / self.plan.iterations
+        moving = self.optimiser.step(self.current, gradients, self.plan.rate * self.plan.schedule(done), done)
+        if self.plan.project is not None:
+            self.plan.project(self.current)
+        self.step += 1
+        ended = ~moving | (self.step > self.plan.iterations) | (values.total < self.plan.tolerance) | ~finite
+        if self.plan.patience is not None:
+            ended |= self.stale >= self.plan.patience
+        self.idle |= ended
+
+    def _evaluate(self) -> Values:
+        while True:
+            try:
+                return self._in_parts()
+            except (RuntimeError, MemoryError) as error:
+                self.part = _half(self.part, error)
+            # Only here is what the error held free again.
+            _halved[self.kind] = self.part
+            memory.release(self.device)
+
+    def _in_parts(self) -> Values:
+        if self.part == self.width:
+            return self.backend(self.problem, self.current, self.known)
+        parts = [self.backend(self.problem, *rows) for rows in _chunks((self.current, self.known), self.part)]
+        return Values(*_join([(part.total, part.matching, part.gradients) for part in parts], self.width))
+
+    def _keep_best(self, values: Values, finite: Tensor) -> None:
+        live = ~self.idle
+        rows = torch.where(live, self.slot, self.nobody)
+        self.iterations[rows] = self.step + 1
+        at = (self.step % self.stride == 0) & live
+        point = torch.where(at, self.step // self.stride, 0)
+        self.trace[torch.where(at, self.slot, self.nobody), point] = values.matching
+        better = live & finite & (values.total < self.total[rows])
+        rows = torch.where(better, self.slot, self.nobody)
+        self.total[rows] = values.total
+        self.matching[rows] = values.matching
+        for name, tensor in self.current.items():
+            self.best[name][rows] = tensor
+        self.stale = torch.where(better, torch.zeros_like(self.stale), self.stale + 1)
+
+    def _look(self, rounds: int) -> None:
+        """Let the trials that have ended leave, and those rest that must be compared; hand out their slots."""
+        resting = []
+        for index, over in enumerate(self.idle.tolist()):
+            trial = self.held[index]
+            if trial is None:
+                continue
+            self.left[index] -= rounds
+            if over:
+                if not bool(torch.isfinite(self.total[trial])):
+                    self.status[trial] = Status.DIVERGED
+            elif self.left[index] == 0:
+                self._pause(index, trial)
+            else:
+                continue
+            self.held[index] = None
+            resting.append(trial)
+        if not resting:
+            return
+        for trial, stays in self.heats.compare(resting, self.matching):
+            if stays and trial in self.paused:
+                self.heats.go_on(trial)
+                self.queue.append(trial)
+            elif not stays:
+                self.paused.pop(trial, None)
+        self._fill()
+
+    def _pause(self, index: int, trial: int) -> None:
+        current = {name: tensor[index].clone() for name, tensor in self.current.items()}
+        step, stale = int(self.step[index]), int(self.stale[index])
+        self.paused[trial] = _Paused(current, self.optimiser.state(index), step, stale)
+        self.idle[index] = True
+
+    def _fill(self) -> None:
+        for index, trial in enumerate(self.held):
+            if trial is None and self.queue:
+                self._admit(index, self.queue.popleft())
+
+    def _admit(self, index: int, trial: int) -> None:
+        paused = self.paused.pop(trial, None)
+        self.held[index] = trial
+        self.slot[index] = trial
+        self.idle[index] = False
+        for known, fresh in _leaves(self.known, take(self.facts, int(self.owner[trial]))):
+            known[index] = fresh
+        if paused is None:
+            self.step[index] = self.stale[index] = 0
+            for name, tensor in self.current.items():
+                tensor[index] = self.start[name][trial]
+            self.optimiser.restart(torch.tensor([index], device=self.device))
+        else:
+            self.step[index], self.stale[index] = paused.step, paused.stale
+            for name, tensor in self.current.items():
+                tensor[index] = paused.current[name]
+            self.optimiser.resume(index, paused.state)
+        self.left[index] = self.heats.next_stop(trial) - (0 if paused is None else paused.step)
+
+    def _time_out(self) -> None:
+        for trial in {*self.queue, *self.paused, *(trial for trial in self.held if trial is not None)}:
+            self.status[trial] = Status.TIMEOUT
+
+    def _report(self) -> None:
+        assert self.compute.progress is not None
+        held = [trial for trial in self.held if trial is not None]
+        ended = self.trials - len(held) - len({*self.queue, *self.paused})
+        under_way = float(self.step[~self.idle].sum()) + sum(paused.step for paused in self.paused.values())
+        live = self.total[held]
+        live = live[torch.isfinite(live)]
+        loss = float(live.mean()) if len(live) else float("nan")
+        self.compute.progress(min(1.0, (ended + under_way / self.plan.iterations) / self.trials), loss)
+
+
+@dataclass(frozen=True)
+class _Paused:
+    """A trial that waits for its victim's others: everything that its slot held."""
+
+    current: Variables
+    state: list[Tensor]
+    step: int
+    stale: int
+
+
+class _Heats:
+    """Successive halving: at each of some steps a victim's trials wait for one another, and the worse half leaves.
+
+    Jamieson and Talwalkar, arXiv:1502.07943. Trials that have ended by themselves are compared like the others.
+    """
+
+    def __init__(self, owner: list[int], plan: Plan) -> None:
+        self.owner, self.last = owner, plan.iterations + 1
+        stops = {round(share * plan.iterations) for share in plan.halving}
+        self.stops = sorted(stop for stop in stops if 0 < stop < self.last)
+        self.racing: dict[int, list[int]] = {}
+        for trial, victim in enumerate(owner):
+            self.racing.setdefault(victim, []).append(trial)
+        self.heat = dict.fromkeys(self.racing, 0)
+        self.resting: dict[int, set[int]] = {victim: set() for victim in self.racing}
+
+    def next_stop(self, trial: int) -> int:
+        """Step at which a trial must be looked at: at the next comparison, if it has company, or at its end."""
+        victim = self.owner[trial]
+        if len(self.racing[victim]) == 1 or self.heat[victim] == len(self.stops):
+            return self.last
+        return self.stops[self.heat[victim]]
+
+    def compare(self, trials: list[int], loss: Tensor) -> list[tuple[int, bool]]:
+        """Note trials that have ended or reached their stop; return whether each that this compares stays."""
+        found: list[tuple[int, bool]] = []
+        for trial in trials:
+            victim = self.owner[trial]
+            racing, resting = self.racing[victim], self.resting[victim]
+            resting.add(trial)
+            if self.heat[victim] == len(self.stops) or not resting.issuperset(racing):
+                continue
+            ranked = sorted(racing, key=lambda trial: float(loss[trial]))
+            self.racing[victim] = ranked[: -(-len(ranked) // 2)]
+            self.heat[victim] += 1
+            found += [(trial, trial in self.racing[victim]) for trial in sorted(ranked)]
+        return found
+
+    def go_on(self, trial: int) -> None:
+        """Note that a trial runs again."""
+        self.resting[self.owner[trial]].discard(trial)
+
+
+def _column(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.view((-1,) + (1,) * (like.ndim - 1))
+
+
+def _leaves(stacked: Facts, single: Facts) -> list[tuple[Tensor, Tensor]]:
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for name, value in stacked.items():
+        fresh = single[name]
+        if isinstance(value, dict) and isinstance(fresh, dict):
+            pairs += [(value[key], fresh[key]) for key in value]
+        elif isinstance(value, Tensor) and isinstance(fresh, Tensor):
+            pairs.append((value, fresh))
+    return pairs
+
+
+@functools.cache
+def _say(text: str) -> None:
+    log.warning("%s", text)

@@ -1,0 +1,120 @@
+"""What an attack asks of the engine: one trial's loss, in its parts.
+
+Every callable here sees ONE victim; the engine stacks trials.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch import Tensor
+
+from ..update import Differentiate, LocalTraining, Network, Update, local_update
+from .objectives import OBJECTIVES
+from .optimisers import Variables
+
+Facts = dict[str, "Tensor | dict[str, Tensor]"]
+"""What a trial knows and does not search over: targets, message, …; stacked [N, ...] outside a Problem."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One victim as an attack imagines it: images [B, C, H, W] in [0, 1], class probabilities [B, classes]."""
+
+    images: Tensor
+    targets: Tensor
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    """Replaced buffers with a row an image, such as guessed dropout masks, [B, ...]."""
+    parameters: Update | None = None
+    """Where the gradient is taken, if not at the model's own parameters."""
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A `match` that compares the update itself with an observed one; a backend may know a closed form of it."""
+
+    objective: str
+    """Name in `gradleak.engine.objectives`."""
+    observed: str = "update"
+    """Name of the fact it is compared with."""
+
+    def __call__(self, update: Update, facts: Facts) -> Tensor:
+        """How far the update is from the observed one, a scalar."""
+        return OBJECTIVES[self.objective](update, cast(Update, facts[self.observed]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One trial's loss in its parts; every callable sees one victim.
+
+    Raises nothing itself: a loss that is not finite ends its trial as diverged.
+    """
+
+    network: Network
+    training: LocalTraining
+    decode: Callable[[Variables, Facts], Guess]
+    """Variables to images and whatever else is guessed."""
+    match: Callable[[Update, Facts], Tensor]
+    """How far a simulated update is from what was observed, a scalar."""
+    penalty: Callable[[Guess, Variables, Facts], Tensor]
+    """Prior, a scalar."""
+    per_example: Callable[[Update], Update] | None = None
+
+    def simulate(self, guess: Guess, differentiate: Differentiate) -> Update:
+        """Return the update a client with the guessed batch would compute."""
+        return local_update(
+            self.network,
+            guess.images,
+            guess.targets,
+            self.training,
+            per_example=self.per_example,
+            buffers=guess.buffers,
+            parameters=guess.parameters,
+            differentiate=differentiate,
+        )
+
+    def loss(self, variables: Variables, facts: Facts, differentiate: Differentiate) -> tuple[Tensor, Tensor]:
+        """Matching loss plus penalty, and the matching loss alone."""
+        guess = self.decode(variables, facts)
+        matching = self.match(self.simulate(guess, differentiate), facts)
+        return matching + self.penalty(guess, variables, facts), matching
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a backend answers for W trials: total and matching loss [W], gradients of the total [W, ...]."""
+
+    total: Tensor
+    matching: Tensor
+    gradients: Variables
+
+
+class Backend(ABC):
+    """A way to compute the losses and gradients of stacked trials; made anew for every problem."""
+
+    @abstractmethod
+    def applies(self, problem: Problem, variables: Variables, facts: Facts) -> bool:
+        """Whether it can compute the problem for chunks like this one; asked before anything else."""
+
+    def prepare(self, problem: Problem, facts: Facts) -> Facts:
+        """Facts of all N victims as this backend likes them; some may be replaced by what only it understands."""
+        return facts
+
+    def compile(self) -> bool:
+        """Compile calls from now on, where that is possible; return whether it is."""
+        return False
+
+    @abstractmethod
+    def __call__(self, problem: Problem, variables: Variables, facts: Facts) -> Values:
+        """Losses and gradients of W stacked trials."""
+
+
+def take(facts: Facts, index: Tensor | int | slice) -> Facts:
+    """Select rows of stacked facts."""
+    return {
+        name: {key: tensor[index] for key, tensor in value.items()} if isinstance(value, dict) else value[index]
+        for name, value in facts.items()
+    }

@@ -1,0 +1,1 @@
+"""One cell from its clients to its rows, and the runs of many."""

@@ -1,0 +1,1 @@
+"""The victim's side: clients that train and send."""

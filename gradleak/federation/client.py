@@ -1,0 +1,205 @@
+"""The victim's side: a client trains on its batch under a defense and sends a message.
+
+Only this module and `evaluate` may hold a victim's images.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+from .. import seeds
+from ..defense import Defense, Memory, Message, Public
+from ..errors import GradleakError
+from ..mechanisms import batch_statistics
+from ..threat import BatchNorm, Setting
+from ..update import Network, Update, by_transform, local_update, one_hot, stack
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What N clients sent, and what stays with them."""
+
+    message: Message
+    """[N, ...]; all that leaves a client."""
+    public: Public
+    """Public randomness of the round."""
+    update: Update
+    """The updates before the defense, [N, ...]; private."""
+    buffers: dict[str, Tensor]
+    """The clients' private randomness in the model, [N, ...]; private."""
+    images: Tensor
+    """What the clients trained on, [N, B, C, H, W]: their images, or the defense's encoding; private."""
+    targets: Tensor
+    """Class probabilities they trained on, [N, B, classes]; private."""
+    statistics: dict[str, Tensor]
+    """What batch normalisation saw of these images, [N, channels]; private unless the setting grants it."""
+    bytes: list[int]
+    """Encoded length of each message."""
+    dense_bytes: int
+    """Length of a dense float32 update."""
+    seconds: float
+    """Mean time of a client, defense included."""
+    memories: list[Memory]
+    """What each client keeps for its next message; private."""
+    drew: bool
+    """Whether any client drew private randomness: another draw would have made another message."""
+
+    def of_first(self, size: int) -> Sent:
+        """Return it as if only the first `size` images of each row had made the message."""
+        return replace(
+            self,
+            buffers={name: tensor[:, :size] for name, tensor in self.buffers.items()},
+            images=self.images[:, :size],
+            targets=self.targets[:, :size],
+        )
+
+
+def client_network(module: nn.Module, defense: Defense, setting: Setting) -> Network:
+    """Return the network that clients run, from the undefended model: the defense's change, mode and precision."""
+    return freeze(defense.prepare_model(module), defense, setting)
+
+
+def freeze(prepared: nn.Module, defense: Defense, setting: Setting) -> Network:
+    """Return the network that clients run, from a model that the defense has prepared.
+
+    Raises:
+        GradleakError: clipping per example with batch normalisation on the batch, which mixes examples.
+    """
+    if defense.per_example_gradients and setting.mode == "train" and _mixes(prepared):
+        raise GradleakError(
+            f"setting {setting.name!r}: mode 'train' mixes the examples of a batch in batch normalisation, "
+            "but the defense clips each example's gradient; use mode 'eval' or a model without it"
+        )
+    return Network.of(copy.deepcopy(prepared).to(setting.dtype), setting.mode)
+
+
+def send(
+    network: Network,
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    defense: Defense,
+    setting: Setting,
+    round_seed: int,
+    client_seeds: list[int],
+    memories: Sequence[Memory] | None = None,
+    together: bool = False,
+) -> Sent:
+    """Compute the message of every client, each on its own.
+
+    Args:
+        network: from `client_network`.
+        images: [N, B, C, H, W] in [0, 1].
+        labels: [N, B].
+        classes: number of classes.
+        defense: the defense that all clients run.
+        setting: how they train.
+        round_seed: seed of the round's public randomness.
+        client_seeds: seed of each client's private randomness.
+        memories: what each client kept from its last message; by default this is their first.
+        together: compute the clients' updates in one stack, which is faster and equal up to rounding.
+    """
+    template = {name: tensor for name, tensor in network.parameters.items()}
+    public = defense.public(template, setting.batch_size, torch.Generator().manual_seed(round_seed))
+    per_example = partial(defense.per_example, public=public) if defense.per_example_gradients else None
+    started = time.perf_counter()
+    generators = [torch.Generator().manual_seed(seed) for seed in client_seeds]
+    encoded, soft, drawn = [], [], []
+    for batch, classes_of, generator in zip(images, labels, generators, strict=True):
+        inputs, targets = defense.encode(batch, one_hot(classes_of, classes, batch.dtype), generator)
+        encoded.append(inputs)
+        soft.append(targets)
+        drawn.append(defense.private_buffers(network.module, inputs, generator))
+    train = partial(local_update, network, training=setting.local_training, per_example=per_example)
+    if together:
+        stacked = vmap(
+            lambda images, targets, buffers: train(images, targets, buffers=buffers, differentiate=by_transform)
+        )(torch.stack(encoded), torch.stack(soft), stack(drawn))
+        updates = [{name: tensor[index] for name, tensor in stacked.items()} for index in range(len(images))]
+    else:
+        updates = []
+        for inputs, targets, buffers in zip(encoded, soft, drawn, strict=True):
+            update = train(inputs, targets, buffers=buffers)
+            updates.append({name: tensor.detach() for name, tensor in update.items()})
+    messages, kept, seen = [], [], []
+    for index, generator in enumerate(generators):
+        inputs, targets, buffers = encoded[index], soft[index], drawn[index]
+        loss = partial(_loss_after, network, inputs, targets, buffers)
+        memory = None if memories is None else memories[index]
+        message, memory = defense.release_next(updates[index], public, generator, loss, memory)
+        messages.append({name: tensor.detach() for name, tensor in message.items()})
+        kept.append(memory)
+        if setting.grants.batch_norm is BatchNorm.BATCH:
+            with torch.no_grad():
+                seen.append(batch_statistics.of_batch(network, inputs, buffers))
+    seconds = (time.perf_counter() - started) / len(images)
+    return Sent(
+        message=stack(messages),
+        public=public,
+        update=stack(updates),
+        buffers=stack(drawn),
+        images=torch.stack(encoded),
+        targets=torch.stack(soft),
+        statistics=stack(seen) if seen else {},
+        bytes=[len(defense.pack(message, public)) for message in messages],
+        dense_bytes=4 * sum(tensor.numel() for tensor in template.values()),
+        seconds=seconds,
+        memories=kept,
+        drew=any(_drew(generator, seed) for generator, seed in zip(generators, client_seeds, strict=True)),
+    )
+
+
+def aggregated(sent: Sent, clients: int) -> Sent:
+    """Return what secure aggregation leaves: of every `clients` consecutive messages their mean, as one.
+
+    Images, targets and buffers of the clients are put one after another, so that a row is one of N / clients
+    victims with a batch of all their images; bytes and memories are those of the first client.
+    """
+    if clients == 1:
+        return sent
+
+    def groups(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, clients, *tensor.shape[1:])
+
+    return replace(
+        sent,
+        message={name: groups(tensor).mean(1) for name, tensor in sent.message.items()},
+        update={name: groups(tensor).mean(1) for name, tensor in sent.update.items()},
+        statistics={name: groups(tensor).mean(1) for name, tensor in sent.statistics.items()},
+        buffers={name: groups(tensor).flatten(1, 2) for name, tensor in sent.buffers.items()},
+        images=groups(sent.images).flatten(1, 2),
+        targets=groups(sent.targets).flatten(1, 2),
+        bytes=sent.bytes[::clients],
+        memories=sent.memories[::clients],
+    )
+
+
+def seeds_for(victims: list[int], *context: object, clients: int = 1) -> list[int]:
+    """Seed of each client's private randomness; the attack is not part of it, so all attacks see one message.
+
+    With `clients` above 1 a victim's seed is followed by those of the others in its sum.
+    """
+    own = [seeds.derive("client", *context, victim) for victim in victims]
+    return [seeds.derive("other client", seed, other) if other else seed for seed in own for other in range(clients)]
+
+
+def _loss_after(network: Network, images: Tensor, targets: Tensor, buffers: dict[str, Tensor], step: Update) -> Tensor:
+    with torch.no_grad():
+        parameters = {name: tensor + step[name] for name, tensor in network.parameters.items()}
+        return network.loss(images, targets, parameters, buffers)
+
+
+def _drew(generator: torch.Generator, seed: int) -> bool:
+    return not torch.equal(generator.get_state(), torch.Generator().manual_seed(seed).get_state())
+
+
+def _mixes(module: nn.Module) -> bool:
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())

@@ -1,0 +1,1 @@
+"""What a defense and the attack that answers it share."""

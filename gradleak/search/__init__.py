@@ -1,0 +1,1 @@
+"""What optimisation attacks are made of: labels, penalties, parametrisations, generators."""

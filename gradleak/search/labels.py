@@ -1,0 +1,145 @@
+"""Label inference: which labels a batch has, read from the gradient of the last linear layer.
+
+With cross-entropy, row c of that layer's gradient is the batch mean of (p_c - [c = y]) h, its bias gradient
+the mean of p_c - [c = y] (p: softmax output, h: the layer's input): only the rows of classes in the batch can
+be negative for h >= 0.
+
+A rule takes gradients `weight` [..., K, F] and `bias` [..., K] or None for K classes, and the batch size B;
+it returns labels [..., B] in no order. Leading dimensions are victims. A FedAvg weight delta points the other
+way: negate it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import GradleakError, unknown
+
+Rule = Callable[[Tensor, Tensor | None, int], Tensor]
+
+
+def infer(update: Mapping[str, Tensor], classes: int, batch_size: int, rule: str = "auto") -> Tensor:
+    """Return the inferred labels of every victim, [N, B] int64, sorted.
+
+    Args:
+        update: stacked gradients [N, ...] by parameter name, in the model's order; not a weight delta.
+        classes: number of classes K.
+        batch_size: number of labels B.
+        rule: a key of `RULES`, or "auto": `bias-corrected` where that layer has a bias, else `wainakh`.
+
+    Raises:
+        GradleakError: the rule is unknown or cannot serve this batch size, or no linear layer has K outputs.
+    """
+    if rule != "auto" and rule not in RULES:
+        raise unknown("label rule", rule, ["auto", *RULES])
+    weight, bias = last_linear(update, classes)
+    if rule == "auto":
+        rule = "wainakh" if bias is None else "bias-corrected"
+    return RULES[rule](weight, bias, batch_size).sort(-1).values
+
+
+def last_linear(update: Mapping[str, Tensor], classes: int) -> tuple[Tensor, Tensor | None]:
+    """Return weight [N, K, F] and bias [N, K], or None, of the last linear layer with K = `classes` outputs.
+
+    Raises:
+        GradleakError: the stacked update has no such layer.
+    """
+    for name in reversed(list(update)):
+        weight = update[name]
+        if name.rpartition(".")[2] == "weight" and weight.ndim == 3 and weight.shape[1] == classes:
+            bias = update.get(name.removesuffix("weight") + "bias")
+            return weight, bias
+    raise GradleakError(f"label inference: the update has no linear layer of {classes} outputs")
+
+
+def row_sum(weight: Tensor, bias: Tensor | None, batch_size: int) -> Tensor:
+    """Classes with the smallest row sums (Zhao et al. 2020, arXiv:2001.02610).
+
+    Exact at B = 1 for features >= 0 (ReLU, sigmoid), not for signed ones (tanh). Distinct labels only.
+    """
+    return _smallest(weight.sum(-1), batch_size, "row-sum")
+
+
+def row_sign(weight: Tensor, bias: Tensor | None, batch_size: int) -> Tensor:
+    """The class whose row points against all other rows (Zhao et al. 2020, arXiv:2001.02610).
+
+    B = 1 only; exact there for any features and three classes or more, with no bias needed.
+    """
+    if batch_size != 1:
+        raise GradleakError(f"label rule 'row-sign' serves a batch of 1, not {batch_size}; use 'wainakh'")
+    return (weight @ weight.mT < 0).sum(-1).argmax(-1, keepdim=True)
+
+
+def column_min(weight: Tensor, bias: Tensor | None, batch_size: int) -> Tensor:
+    """Classes with the smallest single entries (Yin et al. 2021, arXiv:2104.07586). Distinct labels only."""
+    return _smallest(weight.amin(-1), batch_size, "yin")
+
+
+def bias_sign(weight: Tensor, bias: Tensor | None, batch_size: int) -> Tensor:
+    """Classes with the smallest bias gradients. Exact at B = 1 for any features. Distinct labels only."""
+    return _smallest(_needed(bias, "bias-sign"), batch_size, "bias-sign")
+
+
+def bias_corrected(weight: Tensor, bias: Tensor | None, batch_size: int) -> Tensor:
+    """Counts from the bias gradient: negative classes once, then the smallest, each taken out when found.
+
+    One label's impact is the sum of the negative entries over B. Repeated labels are found while B < K; above,
+    present classes turn positive, the impact comes out too small and the commonest class is overcounted.
+    """
+    bias = _needed(bias, "bias-corrected")
+    return _count(bias, bias.clamp(max=0).sum(-1) / batch_size, batch_size)
+
+
+def wainakh(weight: Tensor, bias: Tensor | None, batch_size: int) -> Tensor:
+    """Counts from the row sums (Wainakh et al. 2021, arXiv:2105.09369).
+
+    One label's impact is (1 + 1/K) times the sum of the negative row sums over B. For features
+    >= 0; repeated labels are found as by `bias_corrected`.
+    """
+    sums = weight.sum(-1)
+    impact = (1 + 1 / sums.shape[-1]) * sums.clamp(max=0).sum(-1) / batch_size
+    return _count(sums, impact, batch_size)
+
+
+RULES: dict[str, Rule] = {
+    "row-sum": row_sum,
+    "row-sign": row_sign,
+    "yin": column_min,
+    "bias-sign": bias_sign,
+    "bias-corrected": bias_corrected,
+    "wainakh": wainakh,
+}
+"""Every rule by name."""
+
+
+def _smallest(scores: Tensor, batch_size: int, rule: str) -> Tensor:
+    classes = scores.shape[-1]
+    if batch_size > classes:
+        raise GradleakError(
+            f"label rule {rule!r} finds distinct labels, at most {classes} for {classes} classes, "
+            f"not {batch_size}; use 'bias-corrected' or 'wainakh'"
+        )
+    return scores.topk(batch_size, dim=-1, largest=False).indices
+
+
+def _count(scores: Tensor, impact: Tensor, batch_size: int) -> Tensor:
+    """Take B labels greedily: each negative class once, then the smallest; each adds its impact back."""
+    impact = impact.unsqueeze(-1)
+    pending = scores < 0
+    labels = []
+    for _ in range(batch_size):
+        first = scores.masked_fill(~pending, torch.inf)
+        label = torch.where(pending.any(-1, keepdim=True), first, scores).argmin(-1, keepdim=True)
+        scores = scores.scatter_add(-1, label, -impact)
+        pending = pending.scatter(-1, label, False)
+        labels.append(label)
+    return torch.cat(labels, -1)
+
+
+def _needed(bias: Tensor | None, rule: str) -> Tensor:
+    if bias is None:
+        raise GradleakError(f"label rule {rule!r} needs a bias in the last layer; use 'row-sum' or 'wainakh'")
+    return bias

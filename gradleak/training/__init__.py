@@ -1,0 +1,1 @@
+"""Networks and generators that are trained here."""

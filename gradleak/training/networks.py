@@ -1,0 +1,188 @@
+"""Training of the attacked models: one deterministic recipe, and a cache of what it made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import seeds
+from ..dataset import Data, Images
+from ..errors import GradleakError
+from ..model import Model, initialise
+from ..process import default_cache
+from ..registry import options_of
+
+RECIPE = "1"
+"""Raised whenever training or a built-in architecture changes, so that no old checkpoint is used again."""
+
+BATCH_SIZE = 32
+LEARNING_RATE = 1e-3
+
+Progress = Callable[[int, int], None]
+"""Called after every epoch with (epochs done, epochs in all)."""
+
+
+def prepare(
+    model: Model,
+    name: str,
+    data: Data,
+    epochs: int,
+    seed: int,
+    cache: Path | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[nn.Module, float]:
+    """Return the network of a training state, on the CPU in eval mode, and its test accuracy in [0, 1].
+
+    The result depends on the model and its options, the data, `epochs` and `seed`; it is kept in `cache`
+    (by default `$GRADLEAK_CACHE`, else `~/.cache/gradleak`) and read from there the next time.
+
+    Args:
+        model: the architecture.
+        name: its registry name.
+        data: the dataset; the train split is trained on, the test split measured on.
+        epochs: passes over the train split; 0 leaves the network untrained.
+        seed: decides the initial weights and the order of the batches.
+        cache: folder of the checkpoints.
+        device: where to train; checkpoints of different kinds of device are different.
+        progress: told about finished epochs.
+
+    Raises:
+        GradleakError: `epochs` is negative, training diverged, the cache cannot be written, or the checkpoint
+            in it is damaged.
+    """
+    drawn = initial_seed(model, name, data, seed)
+    network = initialise(model, data.shape, data.classes, *drawn)
+    key = _key(network, drawn[1], data, epochs, seed, device)
+    path = (cache or default_cache()) / f"{name}-{key}.safetensors"
+    if path.exists():
+        score = _load(network, path)
+    else:
+        score = train(network, data, epochs, seed, device, progress)
+        network.cpu()
+        _save(network, score, path)
+    return network.eval(), score
+
+
+def initial_seed(model: Model, name: str, data: Data, seed: int) -> tuple[str, ...]:
+    """What the initial weights of a model depend on: its name, its options, the dataset's name, and `seed`."""
+    return name, json.dumps(options_of(model), sort_keys=True, default=str), data.name, str(seed)
+
+
+def train(
+    network: nn.Module,
+    data: Data,
+    epochs: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> float:
+    """Train a network in place and return its test accuracy in [0, 1]; it stays on `device`, in eval mode.
+
+    Cross-entropy, Adam (Kingma and Ba 2015, arXiv:1412.6980), a cosine from 1e-3 to 0, batches of about 32
+    images, no augmentation. The global generator is not used. On a CPU, equal numbers of threads give equal
+    bits.
+
+    Raises:
+        GradleakError: `epochs` is negative or the loss became infinite or NaN.
+    """
+    if epochs < 0:
+        raise GradleakError(f"training: epochs = {epochs}; 0 or more are allowed")
+    network.to(device).train()
+    images, labels = data.split.train.images.to(device), data.split.train.labels.to(device)
+    # Even parts, so that no batch is left with the single image that batch normalisation refuses.
+    batches = math.ceil(len(labels) / BATCH_SIZE)
+    optimiser = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, epochs * batches))
+    stream = seeds.generator("training", data.name, seed)
+    for epoch in range(epochs):
+        order = torch.randperm(len(labels), generator=stream).to(device)
+        total = torch.zeros((), device=device)
+        with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
+            for batch in order.tensor_split(batches):
+                loss = F.cross_entropy(network(images[batch]), labels[batch])
+                loss.backward()
+                optimiser.step()
+                optimiser.zero_grad()  # last, so that the network leaves without gradients
+                schedule.step()
+                total += loss.detach()
+        if not total.isfinite():
+            raise GradleakError(f"training on {data.name!r}: loss {total.item()} in epoch {epoch + 1}")
+        if progress is not None:
+            progress(epoch + 1, epochs)
+    return accuracy(network, data.split.test)
+
+
+def accuracy(network: nn.Module, images: Images) -> float:
+    """Return the share of images whose label has the largest logit, in [0, 1]; leaves eval mode on."""
+    network.eval()
+    device = next(network.parameters()).device
+    correct = 0
+    with torch.inference_mode():
+        for start in range(0, len(images), 256):
+            batch = images[start : start + 256]
+            correct += int((network(batch.images.to(device)).argmax(1).cpu() == batch.labels).sum())
+    return correct / len(images)
+
+
+def _key(network: nn.Module, options: str, data: Data, epochs: int, seed: int, device: torch.device | str) -> str:
+    # Layers and initial weights are in it, so that an edited plugin does not find its old checkpoint.
+    parts = (
+        RECIPE,
+        options,
+        repr(network),
+        _digest(network.state_dict()),
+        data.name,
+        data.digest,
+        epochs,
+        seed,
+        torch.device(device).type,
+        torch.__version__,
+    )
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    hasher = hashlib.sha256()
+    for name in sorted(tensors):
+        hasher.update(name.encode())
+        hasher.update(tensors[name].contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _save(network: nn.Module, score: float, path: Path) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, temporary, {"accuracy": repr(score), "digest": _digest(tensors)})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        message = f"cannot write checkpoint {path}: {error}; GRADLEAK_CACHE chooses another folder"
+        raise GradleakError(message) from error
+
+
+def _load(network: nn.Module, path: Path) -> float:
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if facts.get("digest") != _digest(tensors):
+            raise ValueError("its weights do not have the recorded hash")
+        network.load_state_dict(tensors)
+        return float(facts["accuracy"])
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise GradleakError(f"damaged checkpoint {path}: {error}; delete it to train again") from error
