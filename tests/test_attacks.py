@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradleak import contract, registry
-from gradleak.contract import AttackCase, Case
+from gradleak import registry
+from gradleak.contract import checks, findings
+from gradleak.contract.attacks import AttackCase, Case
 from gradleak.dataset import Data
 
 CASES = {
@@ -51,10 +52,10 @@ def test_contract(name: str) -> None:
     case = AttackCase(name, [CASES[name]] if name in CASES else USUAL)
     try:
         observation, images = case.scene
-    except contract.Unchecked as reason:
+    except findings.Unchecked as reason:
         assert case.attack.needs.generator, f"no usual case suits it ({reason}); give it one in CASES"
         pytest.skip(f"{name}: {reason}; tests of its own cover it")
-    for check in contract.CHECKS["attacks"]:
+    for check in checks.CHECKS["attacks"]:
         check(case)
     if name not in HINDERED and case.attack.family != "control":
         mean = DIGITS if observation.shape == (1, 8, 8) else PHOTOS

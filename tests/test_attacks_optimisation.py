@@ -20,7 +20,7 @@ from gradleak.defenses.censor import _is_gradient
 from gradleak.engine.objectives import angular, masked_cosine, weigh
 from gradleak.engine.optimisers import Adam
 from gradleak.errors import GradleakError
-from gradleak.evaluation import evaluate
+from gradleak.evaluation import check, workshop
 from gradleak.federation import client
 from gradleak.mechanisms import batch_statistics
 from gradleak.model import initialise
@@ -389,8 +389,8 @@ def test_the_ensemble_is_frozen() -> None:
 def test_auto_runs_whatever_applies_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "auto.yaml"
     path.write_text(AUTO)
-    resources = evaluate.Resources(cache=tmp_path)
-    cells = evaluate.check(suite.expand(suite.read(path), evaluate.digest(resources)), resources)
+    resources = workshop.Resources(cache=tmp_path)
+    cells = check.check(suite.expand(suite.read(path), workshop.digest(resources)), resources)
     ran = {
         (
             c.config["attack"]["name"],

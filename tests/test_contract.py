@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gradleak import contract, registry
+from gradleak import registry
 from gradleak.cli.main import main
+from gradleak.contract import checks, findings, imports
 
 HEAD = """
     from dataclasses import dataclass
@@ -130,13 +131,13 @@ def test_a_plugin_that_keeps_its_promises_passes(
     assert main(["check", str(plugin(tmp_path, KEPT[group]))]) == 0
     said = capsys.readouterr()
     lines = said.out.splitlines()
-    assert len(lines) == len(contract.CHECKS[group]) + (group in ("attacks", "defenses"))
+    assert len(lines) == len(checks.CHECKS[group]) + (group in ("attacks", "defenses"))
     assert all(line.startswith("ok  ") for line in lines) and said.err == ""
 
 
 @pytest.mark.parametrize(("group", "line", "promise"), BROKEN)
 def test_each_promise_can_be_broken(group: str, line: str, promise: str, tmp_path: Path) -> None:
-    found = contract.check_file(plugin(tmp_path, KEPT[group], line))
+    found = checks.check_file(plugin(tmp_path, KEPT[group], line))
     broken = [each for each in found if each.ok is False]
     assert promise in [each.check[: len(promise)] for each in broken], found
     assert all(each.detail and "\n" not in each.detail for each in broken)
@@ -153,11 +154,11 @@ def test_the_exit_code_says_whether_a_promise_is_broken(tmp_path: Path, capsys: 
 
 def test_what_cannot_be_checked_is_said(tmp_path: Path) -> None:
     needy = plugin(tmp_path, ATTACK.replace("reference", "amount: float\n        reference"), name="needy")
-    assert contract.check_file(needy)[1:] == [
-        contract.Finding("can be built with its defaults", None, "no default for amount")
+    assert checks.check_file(needy)[1:] == [
+        findings.Finding("can be built with its defaults", None, "no default for amount")
     ]
-    assert {each.ok for each in contract.check("attacks", "gifd")[1:]} == {None}
-    (found,) = contract.check("datasets", "folder")
+    assert {each.ok for each in checks.check("attacks", "gifd")[1:]} == {None}
+    (found,) = checks.check("datasets", "folder")
     assert (found.ok, found.detail) == (None, "no default for path")
 
 
@@ -165,13 +166,13 @@ def test_the_readme_s_defense_keeps_its_promises(tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n# rounding\.py.*?\n(.*?)```", text, re.DOTALL)
     (tmp_path / "rounding.py").write_text(code)
-    assert [each for each in contract.check_file(tmp_path / "rounding.py") if not each.ok] == []
+    assert [each for each in checks.check_file(tmp_path / "rounding.py") if not each.ok] == []
 
 
 def test_datasets_are_out_of_reach_through_what_builds_them(tmp_path: Path) -> None:
     for line in ("from gradleak import registry", "import gradleak", "from gradleak.dataset import Data"):
         (tmp_path / "spy.py").write_text(line + "\n")
-        with pytest.raises(contract.Broken, match="reaches"):
-            contract.keeps_away_from_the_truth(tmp_path / "spy.py")
+        with pytest.raises(findings.Broken, match="reaches"):
+            imports.keeps_away_from_the_truth(tmp_path / "spy.py")
     (tmp_path / "spy.py").write_text("from gradleak.dataset import Images\n")
-    contract.keeps_away_from_the_truth(tmp_path / "spy.py")
+    imports.keeps_away_from_the_truth(tmp_path / "spy.py")

@@ -22,7 +22,7 @@ from gradleak.engine.backends import BACKENDS
 from gradleak.engine.loop import Plan, minimise
 from gradleak.engine.optimisers import Adam, Variables, constant
 from gradleak.engine.problem import Facts, Problem, take
-from gradleak.evaluation import evaluate
+from gradleak.evaluation import check, evaluate, workshop
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Observation
 
@@ -181,9 +181,9 @@ def test_a_cell_from_end_to_end(tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(grid))
     values: dict[str, list[float]] = {}
     for device in ("cpu", DEVICE.type):
-        resources = evaluate.Resources(device=device)
-        cells = suite.expand(suite.read(tmp_path / "suite.yaml"), evaluate.digest(resources))
-        results = [evaluate.evaluate(cell, resources) for cell in evaluate.check(cells, resources)]
+        resources = workshop.Resources(device=device)
+        cells = suite.expand(suite.read(tmp_path / "suite.yaml"), workshop.digest(resources))
+        results = [evaluate.evaluate(cell, resources) for cell in check.check(cells, resources)]
         assert [result.error for result in results] == [""] * len(cells)
         values[device] = [row.psnr or math.nan for result in results for row in result.rows]
         assert all(math.isfinite(value) for value in values[device])

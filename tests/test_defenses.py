@@ -7,8 +7,9 @@ from functools import cache
 
 import pytest
 
-from gradleak import contract, registry
-from gradleak.contract import DefenseCase
+from gradleak import registry
+from gradleak.contract import checks
+from gradleak.contract.defenses import DefenseCase
 
 
 @cache
@@ -16,7 +17,7 @@ def case(name: str) -> DefenseCase:
     return DefenseCase(registry.build("defenses", name))
 
 
-@pytest.mark.parametrize("check", contract.CHECKS["defenses"], ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", checks.CHECKS["defenses"], ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", registry.names("defenses"))
 def test_contract(name: str, check: Callable[[DefenseCase], None]) -> None:
     check(case(name))

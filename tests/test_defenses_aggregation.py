@@ -25,7 +25,7 @@ from gradleak.defenses.sign import Sign
 from gradleak.defenses.sketch import Sketch
 from gradleak.defenses.top_k import TopK
 from gradleak.errors import GradleakError
-from gradleak.evaluation import evaluate, metrics
+from gradleak.evaluation import check, evaluate, metrics, workshop
 from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.threat import Setting
@@ -184,8 +184,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, st
     torch.set_num_threads(1)
     path: Path = tmp_path_factory.mktemp("sums") / "sums.yaml"
     path.write_text(SUITE)
-    resources = evaluate.Resources()
-    cells = evaluate.check(suite.expand(suite.read(path), evaluate.digest(resources)), resources)
+    resources = workshop.Resources()
+    cells = check.check(suite.expand(suite.read(path), workshop.digest(resources)), resources)
     found = [evaluate.evaluate(cell, resources) for cell in cells]
     assert [result.error for result in found if result.error] == []
     return {
@@ -224,9 +224,9 @@ def test_who_knows_of_the_sum_recovers_more_of_it(results: dict[tuple[str, str, 
 def test_local_batches_cannot_be_summed(tmp_path: Path) -> None:
     text = SUITE.replace("batch_size: 1,", "batch_size: 2, local_lr: 0.1, local_steps: 2, local_batch_size: 1,")
     (tmp_path / "sums.yaml").write_text(text)
-    cells = suite.expand(suite.read(tmp_path / "sums.yaml"), evaluate.digest(evaluate.Resources()))
+    cells = suite.expand(suite.read(tmp_path / "sums.yaml"), workshop.digest(workshop.Resources()))
     with pytest.raises(GradleakError, match="a sum of clients with local batches is no update of one batch"):
-        evaluate.check([cell for cell in cells if cell.config["attack"]["name"] == "mean-image"], evaluate.Resources())
+        check.check([cell for cell in cells if cell.config["attack"]["name"] == "mean-image"], workshop.Resources())
 
 
 def test_decoding_a_mean_is_the_mean_of_decodings() -> None:

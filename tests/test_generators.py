@@ -18,7 +18,9 @@ from gradleak import registry, suite
 from gradleak.cli.prior import app
 from gradleak.dataset import Data, Dataset, Images, Split
 from gradleak.errors import GradleakError
-from gradleak.evaluation.evaluate import Resources, check, digest, evaluate
+from gradleak.evaluation.check import check
+from gradleak.evaluation.evaluate import evaluate
+from gradleak.evaluation.workshop import Resources, digest
 from gradleak.search.generators import Decoder, Generator, load_generator
 from gradleak.training.priors import Recipe, sample_sheet, train_prior
 

@@ -23,10 +23,10 @@ from gradleak.board.results import read
 from gradleak.board.store import Store
 from gradleak.dataset import Data
 from gradleak.errors import GradleakError
-from gradleak.evaluation import evaluate, runner
-from gradleak.evaluation.evaluate import Resources
+from gradleak.evaluation import check, evaluate, runner, score, workshop
 from gradleak.evaluation.executors import Local
 from gradleak.evaluation.verify import verify
+from gradleak.evaluation.workshop import Resources
 from gradleak.federation.client import client_network, send
 from gradleak.model import initialise
 from gradleak.paths import conceal
@@ -106,7 +106,7 @@ def plugin(path: Path, code: str) -> Path:
 
 def cells_of(path: Path, resources: Resources | None = None) -> list[Cell]:
     resources = resources or Resources()
-    return suite.expand(suite.read(path), evaluate.digest(resources), resources.data_root)
+    return suite.expand(suite.read(path), workshop.digest(resources), resources.data_root)
 
 
 # Plugin files
@@ -221,7 +221,7 @@ def test_weights_lie_under_the_data_root_and_their_content_makes_the_key(
         (root / "priors").mkdir(parents=True)
         save_file(_decoder((1, 8, 8)).state_dict(), root / "priors" / "w.safetensors")
         resources = Resources(data_root=root)
-        (cell,) = evaluate.check(cells_of(path, resources), resources)
+        (cell,) = check.check(cells_of(path, resources), resources)
         keys.append(cell.key)
         assert str(tmp_path) not in json.dumps(cell.config)
     assert keys[0] == keys[1]
@@ -323,7 +323,7 @@ def test_masks_are_counted_where_they_matter() -> None:
     guess = torch.where(live, sent.buffers[name], 1 - sent.buffers[name])
     guess[1, 0, live[1, 0].nonzero()[0]] += 1 - 2 * guess[1, 0, live[1, 0].nonzero()[0]]
     answer = Reconstruction(images=images.double(), guessed={name: guess.flip(1)})
-    found = evaluate._guessed(answer, sent, network, torch.tensor([[1, 0], [1, 0]]))["mask_accuracy"]
+    found = score._guessed(answer, sent, network, torch.tensor([[1, 0], [1, 0]]))["mask_accuracy"]
     assert found.tolist() == pytest.approx([1.0, 1 - 1 / float(live[1].sum())])
 
 

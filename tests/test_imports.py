@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradleak.contract import core, graph, imports, keeps_away_from_the_truth, owner_of, reachable
+from gradleak.contract.imports import core, graph, imports, keeps_away_from_the_truth, owner_of, reachable
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,8 +21,8 @@ from gradleak.board.results import read
 from gradleak.board.store import Store
 from gradleak.cli.main import main
 from gradleak.errors import GradleakError
-from gradleak.evaluation.evaluate import Resources
 from gradleak.evaluation.verify import verify
+from gradleak.evaluation.workshop import Resources
 
 SUITE = {
     "name": "tiny",

@@ -25,8 +25,8 @@ from gradleak.board import leaderboard, results
 from gradleak.board.store import Store
 from gradleak.errors import GradleakError
 from gradleak.evaluation import runner
-from gradleak.evaluation.evaluate import Resources
 from gradleak.evaluation.executors import Local, Ray, base
+from gradleak.evaluation.workshop import Resources
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 

@@ -16,8 +16,8 @@ from gradleak import registry
 from gradleak.board.store import CellResult, Store
 from gradleak.errors import GradleakError
 from gradleak.evaluation import executors, runner
-from gradleak.evaluation.evaluate import Resources
 from gradleak.evaluation.executors import Executor, Local, Processes, Queue, Report
+from gradleak.evaluation.workshop import Resources
 from gradleak.suite import Cell
 
 SMOKE = Path(__file__).parents[1] / "benchmarks" / "smoke.yaml"

@@ -15,7 +15,9 @@ from gradleak import registry
 from gradleak.attack import Attack
 from gradleak.dataset import Data
 from gradleak.defense import View
-from gradleak.evaluation.evaluate import Resources, check, digest, evaluate
+from gradleak.evaluation.check import check
+from gradleak.evaluation.evaluate import evaluate
+from gradleak.evaluation.workshop import Resources, digest
 from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.suite import Suite, expand

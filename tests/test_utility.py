@@ -25,8 +25,8 @@ from gradleak.dataset import Data
 from gradleak.defense import Defense
 from gradleak.errors import GradleakError
 from gradleak.evaluation import runner
-from gradleak.evaluation.evaluate import Resources
 from gradleak.evaluation.executors import Local, cost
+from gradleak.evaluation.workshop import Resources
 from gradleak.federation import client, utility
 from gradleak.model import initialise
 from gradleak.suite import Utility, build_defense, build_setting

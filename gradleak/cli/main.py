@@ -125,7 +125,7 @@ def _run(
 ) -> None:
     """Run the cells of a suite that the store lacks; the same command goes on where it was interrupted."""
     from ..evaluation import executors, runner
-    from ..evaluation.evaluate import Resources
+    from ..evaluation.workshop import Resources
 
     target = store or Path(f"{suite.stem}.sqlite")
     engine = executors.build(executor, workers, ray_address)
@@ -254,8 +254,8 @@ def _verify(
 ) -> None:
     """Recompute what a bundle claims; exit with 1 if anything differs."""
     from .. import registry
-    from ..evaluation.evaluate import Resources
     from ..evaluation.verify import verify
+    from ..evaluation.workshop import Resources
 
     for path in plugin or []:
         registry.add_file(path)
@@ -279,7 +279,7 @@ def _check(
     ] = None,
 ) -> None:
     """Check what a plugin must promise, on a small case; exit with 1 if it does not keep it."""
-    from ..contract import check_file
+    from ..contract.checks import check_file
 
     found = check_file(plugin, data_root)
     for each in found:

@@ -20,9 +20,9 @@ from .. import registry, suite
 from ..board.store import CellResult, Store, victim_list
 from ..errors import GradleakError
 from ..suite import Cell
-from . import evaluate
-from .evaluate import Resources
+from . import check, workshop
 from .executors import Executor, cost
+from .workshop import Resources
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def plan(path: Path, store: Path, resources: Resources, plugins: Sequence[Path] 
         with Store(store) as found:
             statuses = found.statuses()
     try:
-        cells = suite.expand(chosen, evaluate.digest(resources), resources.data_root)
-        cells = evaluate.check(cells, resources)
+        cells = suite.expand(chosen, workshop.digest(resources), resources.data_root)
+        cells = check.check(cells, resources)
     except GradleakError as error:
         raise GradleakError(f"suite {path}: {error}") from error
     keys = {cell.key for cell in cells}
@@ -140,7 +140,7 @@ def _write_victims(store: Store, cells: Sequence[Cell], resources: Resources) ->
         if name not in longest or cell.config["victims"] > longest[name].config["victims"]:
             longest[name] = cell
     for name, cell in longest.items():
-        store.write_victims(name, *evaluate.victims_of(cell, resources))
+        store.write_victims(name, *workshop.victims_of(cell, resources))
 
 
 @contextlib.contextmanager

@@ -22,8 +22,8 @@ from ..board.store import Store, victim_list
 from ..dataset import Data
 from ..errors import GradleakError
 from ..suite import UTILITY, Cell, attack_and_defense, check_files, key_of
-from . import evaluate, metrics
-from .evaluate import Resources
+from . import evaluate, identity, metrics, workshop
+from .workshop import Resources
 
 TOLERANCE = {"mse": 1e-6, "psnr": 0.05, "ssim": 1e-3, "ms_ssim": 1e-3, "lpips": 5e-3, "reidentified": 0.0}
 """How far a recomputed metric may be off: reconstructions are kept as float32, and machines round differently."""
@@ -79,7 +79,7 @@ def verify(bundle: Path, resources: Resources, sample: int = 3, seed: int = 0) -
 
 
 def _versions(cells: pd.DataFrame) -> Finding:
-    here = evaluate._versions()
+    here = workshop.versions()
     other = {
         f"{name} {value}" for found in cells["versions"] for name, value in found.items() if here.get(name) != value
     }
@@ -99,7 +99,7 @@ def _plugins(cells: pd.DataFrame) -> Finding:
     for key, config, facts in zip(cells["key"], cells["config"], cells["provenance"], strict=True):
         try:
             attack, defense = attack_and_defense(config)
-            true = evaluate.identity(config)
+            true = identity.identity(config)
             check_files(config)
         except GradleakError as error:
             unknown.append(str(error))
@@ -141,7 +141,7 @@ def _victims(store: Store, cells: pd.DataFrame, resources: Resources) -> tuple[d
                 Finding("victims", False, f"{name}: the dataset here is version {here.version}, {here.digest}")
             )
             continue
-        images, labels = evaluate.victims_of(Cell("", dict(config)), resources)
+        images, labels = workshop.victims_of(Cell("", dict(config)), resources)
         try:
             kept = [store.truth(name, victim) for victim in range(config["victims"])]
         except GradleakError:

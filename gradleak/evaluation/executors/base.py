@@ -17,7 +17,8 @@ import torch
 
 from ...board.store import CellResult
 from ...suite import Cell
-from ..evaluate import Progress, Resources, identity
+from ..identity import identity
+from ..workshop import Progress, Resources
 
 log = logging.getLogger(__name__)
 

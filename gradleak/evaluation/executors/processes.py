@@ -20,7 +20,8 @@ from ... import registry
 from ...board.store import CellResult
 from ...process import tune
 from ...suite import Cell
-from ..evaluate import Resources, evaluate
+from ..evaluate import evaluate
+from ..workshop import Resources
 from .base import Executor, Forward, Queue, Report, default_workers, environment, throttled
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from ...board.store import CellResult
 from ...errors import GradleakError
 from ...process import default_cache, tune
 from ...suite import Cell
-from ..evaluate import Resources, evaluate
+from ..evaluate import evaluate
+from ..workshop import Resources
 from .base import Executor, Forward, Queue, Report, default_workers, environment, throttled
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,184 @@
+"""What a defense promises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from .. import registry
+from ..dataset import Data
+from ..defense import Defense, View
+from ..engine.backends import Sequential, Vmap
+from ..engine.objectives import relative_squared
+from ..engine.optimisers import Variables
+from ..engine.problem import Facts, Guess, Problem
+from ..federation import client
+from ..model import initialise
+from ..threat import Setting
+from ..update import LocalTraining, Network, Update, one_hot
+from .findings import close, require, same
+from .victims import VICTIMS, tuning_victims
+
+DEFENSES = ("noise", "compression", "sketch", "representation", "data", "model", "aggregation", "none")
+"""Families of defenses."""
+
+
+# Defenses
+
+
+class DefenseCase:
+    """A defense on a small model, with the messages of a few clients."""
+
+    setting = Setting(batch_size=2, precision="float64")
+
+    def __init__(self, defense: Defense):
+        """Keep the defense."""
+        self.defense = defense
+
+    @cached_property
+    def network(self) -> Network:
+        """The model as clients run it."""
+        return self._network(self.defense)
+
+    @cached_property
+    def batches(self) -> tuple[Tensor, Tensor]:
+        """Images [N, B, C, H, W] and labels [N, B]."""
+        return tuning_victims(Data(registry.build("datasets", "digits"), "digits"), self.setting.batch_size)
+
+    @cached_property
+    def sent(self) -> client.Sent:
+        """What the clients send."""
+        return self.send()
+
+    def send(self) -> client.Sent:
+        """Send once more, with the same seeds."""
+        return self._send(self.defense, self.network)
+
+    @cached_property
+    def plain(self) -> client.Sent:
+        """What they would send without a defense."""
+        nothing: Defense = registry.build("defenses", "none")
+        return self._send(nothing, self._network(nothing))
+
+    def rows(self, update: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """One dict a victim."""
+        return [{name: tensor[index] for name, tensor in update.items()} for index in range(VICTIMS)]
+
+    def decoded(self) -> dict[str, Tensor]:
+        """The messages as the server decodes them, [N, ...]."""
+        public = self.sent.public
+        return dict(vmap(lambda message: self.defense.decode(message, public))(self.sent.message))
+
+    def _network(self, defense: Defense) -> Network:
+        options = {"widths": (12,), "activation": "sigmoid"}
+        module = initialise(registry.build("models", "mlp", options), (1, 8, 8), 10, 0)
+        return client.client_network(module, defense, self.setting)
+
+    def _send(self, defense: Defense, network: Network) -> client.Sent:
+        return client.send(network, *self.batches, 10, defense, self.setting, 5, list(range(VICTIMS)))
+
+
+def defense_declares_itself(case: DefenseCase) -> None:
+    """Declares family, reference and counter-attacks that exist."""
+    defense = case.defense
+    require(getattr(defense, "family", None) in DEFENSES, f"family is none of {', '.join(DEFENSES)}")
+    require(getattr(defense, "reference", ""), "reference is missing")
+    missing = set(defense.counter_attacks) - set(registry.names("attacks"))
+    require(not missing, f"counter-attacks that do not exist: {', '.join(sorted(missing))}")
+
+
+def defense_sends_what_decodes(case: DefenseCase) -> None:
+    """Sends finite messages that repeat with their seeds and decode to the model's parameters."""
+    sent = case.sent
+    require(same(sent.message, case.send().message), "two messages with the same seeds differ")
+    require(all(bool(t.isfinite().all()) for t in sent.message.values()), "a message is not finite")
+    decoded = case.decoded()
+    shapes = {name: tensor.shape for name, tensor in case.network.parameters.items()}
+    fits = {name: tensor.shape[1:] for name, tensor in decoded.items()} == shapes
+    require(fits, "decoded updates do not have the names and shapes of the parameters")
+    require(all(bool(t.isfinite().all()) for t in decoded.values()), "a decoded update is not finite")
+
+
+def defense_packs_its_messages(case: DefenseCase) -> None:
+    """Packs messages into bytes, other messages into others."""
+    packed = [case.defense.pack(message, case.sent.public) for message in case.rows(case.sent.message)]
+    require(all(type(data) is bytes and data for data in packed), "pack does not return bytes, or none")
+    require([len(data) for data in packed] == case.sent.bytes, "pack does not repeat its length")
+    require(len(set(packed)) == VICTIMS, "different messages are packed to equal bytes")
+
+
+def defense_leaves_its_input_alone(case: DefenseCase) -> None:
+    """Changes neither the update nor the round's public tensors, and leaves the global generator alone."""
+    defense, public = case.defense, case.sent.public
+    update = case.rows(case.sent.update)[0]
+    kept = [{name: tensor.clone() for name, tensor in each.items()} for each in (update, public)]
+    noise = torch.get_rng_state()
+    message = defense.protect(update, public, torch.Generator().manual_seed(0))
+    defense.decode(message, public)
+    defense.simulate(update, public)
+    require(same(update, kept[0]), "the update was changed in place")
+    require(same(public, kept[1]), "the public tensors were changed in place")
+    require(torch.equal(torch.get_rng_state(), noise), "the global generator was used; draw from the one given")
+
+
+def defense_changes_something(case: DefenseCase) -> None:
+    """Changes what is sent, unless its family is `none`."""
+    plain = same(case.decoded(), case.plain.update)
+    require(plain == (case.defense.family == "none"), "the server gets the plain update" if plain else "it is changed")
+
+
+def defense_simulates_what_it_sends(case: DefenseCase) -> None:
+    """Simulates victims in a stack as alone, and exactly what it sends where that is certain."""
+    defense, public = case.defense, case.sent.public
+    stacked = vmap(lambda update: defense.simulate(update, public))(case.sent.update)
+    for index, update in enumerate(case.rows(case.sent.update)):
+        single = defense.simulate(update, public)
+        close({name: tensor[index] for name, tensor in stacked.items()}, single, "simulated in a stack and alone")
+        first, second = (defense.protect(update, public, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+        # With a likelihood the simulation need not be the message, and an aggregate is not one client's.
+        certain = same(first, second) and not defense.has_likelihood and defense.family != "aggregation"
+        if certain or defense.linear:
+            close(first, single, "sent and simulated (override `simulate`, or give an `nll`)")
+        if defense.linear:
+            double = defense.simulate({name: 2 * tensor for name, tensor in update.items()}, public)
+            close(double, {name: 2 * tensor for name, tensor in single.items()}, "simulated of twice the update")
+
+
+def defense_can_be_attacked_adaptively(case: DefenseCase) -> None:
+    """Gives an adaptive attacker a finite loss, twice differentiable, in a stack as alone, also of a zero guess."""
+    defense, sent = case.defense, case.sent
+    view = View(defense, sent.public)
+
+    def match(update: Update, facts: Facts) -> Tensor:
+        message, simulated = facts["message"], view.simulate(update)
+        assert isinstance(message, dict)
+        return view.nll(message, simulated) if defense.has_likelihood else relative_squared(simulated, message)
+
+    def decode(variables: Variables, facts: Facts) -> Guess:
+        targets, buffers = facts["targets"], facts["buffers"]
+        assert isinstance(targets, Tensor) and isinstance(buffers, dict)
+        return Guess(variables["images"], targets, buffers)
+
+    problem = Problem(
+        network=case.network,
+        training=LocalTraining(),
+        decode=decode,
+        match=match,
+        penalty=lambda guess, variables, facts: guess.images.new_zeros(()),
+        per_example=view.per_example if defense.per_example_gradients else None,
+    )
+    images, labels = case.batches
+    facts: Facts = {"message": sent.message, "targets": one_hot(labels, 10, images.dtype), "buffers": sent.buffers}
+    start = {"images": 0.5 * images + 0.25}
+    single, stacked = Sequential()(problem, start, facts), Vmap()(problem, start, facts)
+    slopes = single.gradients["images"]
+    require(slopes.isfinite().all(), "the gradient is not finite")
+    require(slopes.abs().amax() > 0, "the gradient is zero: the loss does not depend on the images")
+    close(stacked.total, single.total, "losses in a stack and alone")
+    close(stacked.gradients, single.gradients, "gradients in a stack and alone", rtol=1e-6, atol=1e-9)
+    zeros = {name: torch.zeros_like(tensor[0]) for name, tensor in sent.update.items()}
+    require(match(zeros, {"message": case.rows(sent.message)[0]}).isfinite(), "the loss of a zero guess is not finite")

@@ -1,0 +1,240 @@
+"""The backend for trials that share a model: one flat batch through it, each victim's gradient layer by layer.
+
+For a layer with input a and output sensitivity d (the gradient of the loss by its output), a victim's weight
+gradient G is a product of its own a and d. Let V be the gradient of the matching loss by G. The image gradient
+of the matching loss is then one reverse pass from all a and d together, with V^T d flowing into a and V a into
+d. Everything that touches the shared weights is one large batch; only G and V are a victim's own, and where few
+positions meet a large matrix not even those are formed (ghost products, after Goodfellow, arXiv:1510.01799).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad_and_value, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...update import Extended, Network, Update
+from ..objectives import _TINY as TINY
+from ..optimisers import Variables
+from ..problem import Backend, Direct, Facts, Guess, Problem, Values
+from .affine import Affine
+from .anything import Anything
+from .convolution import Convolution
+from .layer import Layer, NotUnderstoodError, ObservedUpdates, Pull, on_batch
+from .pointwise import SMOOTH, Pointwise
+from .product import LinearProduct, Product
+
+log = logging.getLogger(__name__)
+
+
+class Layerwise(Backend):
+    """Shared parameters, FedSGD: the network sees all trials as one batch, layers tell victims apart."""
+
+    def __init__(self) -> None:
+        self._problem: Problem | None = None
+        self._layers: list[Layer] = []
+
+    def applies(self, problem: Problem, variables: Variables, facts: Facts) -> bool:
+        """Whether the model's layers are understood and its parameters are the same for all trials."""
+        try:
+            self._look_at(problem)
+            with torch.no_grad():
+                self._forward(problem, variables, facts)
+        except NotUnderstoodError as reason:
+            log.debug("backend 'layerwise' does not apply: %s", reason)
+            return False
+        return True
+
+    def prepare(self, problem: Problem, facts: Facts) -> Facts:
+        """Replace observed gradients of low rank by their factors, where the objective allows it.
+
+        The gradient of a linear layer has at most as many ranks as it saw positions, unless a defense changed it.
+        """
+        direct = _closed_form(problem)
+        if direct is None:
+            return facts
+        observed = dict(cast(Update, facts[direct.observed]))
+        left, right = {}, {}
+        square = _square(observed)
+        for layer in self._layers:
+            if isinstance(layer, Product) and layer.rank_pays:
+                name = layer.full["weight"]
+                factors = _factorise(observed[name].flatten(2), layer.positions)
+                if factors is not None:
+                    left[name], right[name] = factors
+                    del observed[name]
+        return {**facts, direct.observed: observed, "_left": left, "_right": right, "_square": square}
+
+    def __call__(self, problem: Problem, variables: Variables, facts: Facts) -> Values:
+        """Losses and gradients of W stacked trials."""
+        self._look_at(problem)
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in variables.items()}
+        guess, scores = self._forward(problem, leaves, facts)
+        batch = guess.targets.shape[1]
+        loss = -(guess.targets.flatten(0, 1) * scores.log_softmax(-1)).sum() / batch
+        # Sensitivities, with a graph: the second derivative flows through them.
+        wanted = [tensor for layer in self._layers for tensor in layer.wanted]
+        found = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True)
+        rest = list(found)
+        for layer in self._layers:
+            layer.sensitivities, rest = rest[: len(layer.wanted)], rest[len(layer.wanted) :]
+        with torch.no_grad():
+            matching, pull = self._match(problem, facts)
+
+        def penalise(row: Variables, known: Facts, images: Tensor, targets: Tensor) -> Tensor:
+            return problem.penalty(Guess(images, targets), row, known)
+
+        penalty = vmap(penalise)(leaves, facts, guess.images, guess.targets)
+        pull = [(tensor, flow) for tensor, flow in pull if tensor.requires_grad]
+        if penalty.requires_grad:
+            pull.append((penalty, torch.ones_like(penalty)))
+        gradients = torch.autograd.grad(
+            [tensor for tensor, _ in pull],
+            list(leaves.values()),
+            [flow for _, flow in pull],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for layer in self._layers:
+            layer.forget()
+        total = matching + penalty.detach()
+        return Values(total, matching, dict(zip(leaves, gradients, strict=True)))
+
+    def _look_at(self, problem: Problem) -> None:
+        if self._problem is problem:
+            return
+        if problem.training.lr is not None:
+            raise NotUnderstoodError("local steps give every trial its own parameters")
+        if problem.per_example is not None:
+            raise NotUnderstoodError("the gradients of single examples are changed")
+        network = problem.network
+        if isinstance(network.module, Extended):
+            raise NotUnderstoodError("the model adds a term to the loss")
+        every = [name for name, _ in network.module.named_parameters(remove_duplicate=False)]
+        if len(every) != len(network.parameters):
+            raise NotUnderstoodError("layers share parameters")
+        # The copy's layers get a forward pass of ours; parameters and buffers are not copied.
+        memo = {id(tensor): tensor for tensor in [*network.module.parameters(), *network.module.buffers()]}
+        module = copy.deepcopy(network.module, memo)
+        self._layers = list(_layers(module, "", network))
+        for layer in self._layers:
+            layer.module.forward = layer.forward
+        for child in module.modules():
+            if type(child) in SMOOTH and getattr(child, "approximate", "none") == "none":
+                child.forward = functools.partial(Pointwise.apply, SMOOTH[type(child)])
+        self._network = Network(module, network.parameters, network.buffers)
+        self._problem = problem
+
+    def _forward(self, problem: Problem, variables: Variables, facts: Facts) -> tuple[Guess, Tensor]:
+        """Decode all trials and run them through the network, whose layers take notes."""
+
+        def decode(row: Variables, known: Facts) -> tuple[Tensor, Tensor]:
+            guess = problem.decode(row, known)
+            if guess.buffers or guess.parameters is not None:
+                raise NotUnderstoodError("buffers or parameters are guessed")
+            return guess.images, guess.targets
+
+        images, targets = vmap(decode)(variables, facts)
+        for layer in self._layers:
+            layer.forget()
+            layer.victims = len(images)
+        scores = self._network.logits(images.flatten(0, 1))
+        for layer in self._layers:
+            if layer.parameters and not layer.wanted:
+                raise NotUnderstoodError(f"{type(layer.module).__name__} is never called")
+        return Guess(images, targets), scores
+
+    def _match(self, problem: Problem, facts: Facts) -> tuple[Tensor, Pull]:
+        direct = _closed_form(problem)
+        if direct is not None:
+            return self._match_directly(direct, facts)
+        found = {name: tensor for layer in self._layers for name, tensor in layer.gradients().items()}
+        update = {name: found[name] for name in self._network.parameters}
+        towards, matching = vmap(grad_and_value(problem.match))(update, facts)
+        return matching, [pair for layer in self._layers for pair in layer.pull(towards)]
+
+    def _match_directly(self, direct: Direct, facts: Facts) -> tuple[Tensor, Pull]:
+        """Closed forms: V = of_observed * g + of_own * G for coefficients of each victim."""
+        observed = ObservedUpdates(
+            cast(Update, facts[direct.observed]),
+            cast(Update, facts.get("_left", {})),
+            cast(Update, facts.get("_right", {})),
+        )
+        size = cast(Tensor, facts["_square"]) if "_square" in facts else _square(observed.dense)
+        if direct.objective == "cosine":
+            sums = [layer.products(observed) for layer in self._layers]
+            dot = torch.stack([first for first, _ in sums]).sum(0)
+            own = (torch.stack([second for _, second in sums]).sum(0) + TINY).sqrt()
+            norms = own * (size + TINY).sqrt()
+            matching, of_observed, of_own = 1 - dot / norms, -1 / norms, dot / (norms * own.square())
+        else:
+            scale = 1 / (size + TINY) if direct.objective == "relative-squared" else torch.ones_like(size)
+            gap = torch.stack([layer.gap(observed).double() for layer in self._layers]).sum(0)
+            matching, of_observed, of_own = gap.to(size.dtype) * scale, -2 * scale, 2 * scale
+        pull = [pair for layer in self._layers for pair in layer.pull_directly(observed, of_observed, of_own)]
+        return matching, pull
+
+
+def _layers(module: nn.Module, prefix: str, network: Network) -> list[Layer]:
+    """Layers that must tell victims apart, in the module and all that it contains."""
+    kind = _kind(module)
+    if kind is not None:
+        return [kind(module, prefix, network)]
+    if any(True for _ in module.parameters(recurse=False)):
+        if not prefix:
+            raise NotUnderstoodError("the model as a whole holds parameters")
+        return [Anything(module, prefix, network)]
+    return [layer for name, child in module.named_children() for layer in _layers(child, f"{prefix}{name}.", network)]
+
+
+def _kind(module: nn.Module) -> Callable[[Any, str, Network], Layer] | None:
+    if type(module) is nn.Linear:
+        return LinearProduct
+    if type(module) is nn.Conv2d:
+        plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return Convolution if plain else None
+    if isinstance(module, _BatchNorm | nn.GroupNorm) and (module.affine or on_batch(module)):
+        return Affine
+    if type(module) is nn.LayerNorm and module.elementwise_affine:
+        return Affine
+    return None
+
+
+def _closed_form(problem: Problem) -> Direct | None:
+    match = problem.match
+    known = isinstance(match, Direct) and match.objective in ("cosine", "squared", "relative-squared")
+    return cast(Direct, match) if known else None
+
+
+def _square(update: Update) -> Tensor:
+    return torch.stack([tensor.flatten(1).square().sum(1) for tensor in update.values()]).sum(0)
+
+
+def _factorise(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """Factors [N, out, rank] and [N, in, rank] of matrices [N, out, in], or None if they have a higher rank.
+
+    By a random projection (Halko, Martinsson, Tropp, arXiv:0909.4061), one victim after the other and in
+    float64, so that the factors are as exact as the matrix and do not depend on the other victims.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(matrices.shape[2], rank, generator=generator, dtype=torch.float64).to(matrices.device)
+    tolerance = 32 * torch.finfo(matrices.dtype).eps
+    left, right = [], []
+    for matrix in matrices:
+        exact = matrix.double()
+        basis = torch.linalg.qr((exact @ probe).nan_to_num())[0]
+        # Once more through the matrix, so that its rounding errors do not tilt the basis.
+        basis = torch.linalg.qr((exact @ (exact.T @ basis)).nan_to_num())[0]
+        shares = exact.T @ basis
+        if not (basis @ shares.T - exact).norm() <= tolerance * exact.norm() and bool(exact.isfinite().all()):
+            return None
+        left.append(basis.to(matrix.dtype))
+        right.append(shares.to(matrix.dtype))
+    return torch.stack(left), torch.stack(right)

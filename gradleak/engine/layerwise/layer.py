@@ -1,0 +1,128 @@
+"""A layer with parameters as seen by a flat batch of victims, and what all kinds of layers share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...update import Network, Update
+
+Pull = list[tuple[Tensor, Tensor]]
+"""Tensors of the graph, each with the gradient of the matching loss that flows into it."""
+
+
+class NotUnderstoodError(Exception):
+    """Why this backend cannot compute a problem."""
+
+
+@dataclass(frozen=True)
+class ObservedUpdates:
+    """Observed updates [W, ...]; those of low rank as left @ right^T, [W, out, rank] and [W, in, rank]."""
+
+    dense: Update
+    left: Update
+    right: Update
+
+
+class Layer(ABC):
+    """A layer that has parameters, seen by a flat batch [W * B, ...]; keeps notes of one pass."""
+
+    def __init__(self, module: nn.Module, prefix: str, network: Network):
+        self.module = module
+        self.full = {name: prefix + name for name, _ in module.named_parameters()}
+        self.parameters = {name: network.parameters[full] for name, full in self.full.items()}
+        own = {prefix + name: name for name, _ in module.named_buffers()}
+        self.buffers = {own[full]: tensor for full, tensor in network.buffers.items() if full in own}
+        self.victims = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the notes of the last pass and with them its graph."""
+        self.wanted: list[Tensor] = []
+        """Tensors of the graph by which the loss is differentiated."""
+        self.sensitivities: list[Tensor] = []
+        """These gradients, with a graph."""
+        self._gradients: Update | None = None
+
+    @abstractmethod
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Run the layer and take notes."""
+
+    @abstractmethod
+    def compute(self) -> Update:
+        """Gradient of each parameter, [W, ...], by its name in the layer."""
+
+    @abstractmethod
+    def spread(self, towards: Update) -> Pull:
+        """What flows into the graph for given gradients of the loss by the layer's gradients."""
+
+    def gradients(self) -> Update:
+        """Gradient of each parameter, [W, ...], by its full name."""
+        if self._gradients is None:
+            own = self.compute()
+            self._gradients = {self.full[name]: tensor for name, tensor in own.items()}
+        return self._gradients
+
+    def pull(self, towards: Update) -> Pull:
+        """What flows into the graph for given gradients of the loss by every update, by full name."""
+        return self.spread({name: towards[full] for name, full in self.full.items()})
+
+    def products(self, observed: ObservedUpdates) -> tuple[Tensor, Tensor]:
+        """Inner product with the observed gradients and squared norm, [W] each."""
+        own = self.gradients()
+        dot = [_dot(tensor, observed.dense[name]) for name, tensor in own.items()]
+        square = [_dot(tensor, tensor) for tensor in own.values()]
+        return torch.stack(dot).sum(0), torch.stack(square).sum(0)
+
+    def gap(self, observed: ObservedUpdates) -> Tensor:
+        """Squared distance from the observed gradients, [W]."""
+        own = self.gradients()
+        parts = [(tensor - observed.dense[name]).square().flatten(1).sum(1) for name, tensor in own.items()]
+        return torch.stack(parts).sum(0)
+
+    def pull_directly(self, observed: ObservedUpdates, of_observed: Tensor, of_own: Tensor) -> Pull:
+        """What flows into the graph where V = of_observed * g + of_own * G, coefficients [W]."""
+        towards = {
+            name: (_rows(of_own, tensor) * tensor).addcmul_(_rows(of_observed, tensor), observed.dense[name])
+            for name, tensor in self.gradients().items()
+        }
+        return self.pull(towards)
+
+    def note(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Keep the input and ask for the sensitivity of the output."""
+        if self.wanted:
+            raise NotUnderstoodError(f"{type(self.module).__name__} is called more than once")
+        if len(inputs) % self.victims or len(output) != len(inputs):
+            raise NotUnderstoodError(f"{type(self.module).__name__} does not see the batch as its first axis")
+        self.inputs = inputs
+        self.wanted = [output]
+        return output
+
+    @property
+    def sensitivity(self) -> Tensor:
+        """Gradient of the loss by the layer's output."""
+        return self.sensitivities[0]
+
+
+def on_batch(module: nn.Module) -> bool:
+    """Whether a module is a batch normalisation that uses statistics of the batch."""
+    return isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+
+
+def split_tensor(tensor: Tensor, axis: int, victims: int) -> Tensor:
+    """Cut the axis of a flat batch into victims and what is left."""
+    return cast(Tensor, tensor.unflatten(axis, (victims, -1)))
+
+
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *(1,) * (like.ndim - 1))
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Inner product of each victim's rows, [W], without the product in memory."""
+    return (one.flatten(1)[:, None] @ other.flatten(1)[:, :, None]).flatten()

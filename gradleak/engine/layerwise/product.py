@@ -1,0 +1,152 @@
+"""Layers whose weight gradient is a product of two matrices, one row a position: linear layers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...update import Update
+from .layer import Layer, ObservedUpdates, Pull
+
+_PASS = 75
+"""Multiplications a core does while it moves one entry of a per-victim matrix through memory a few times."""
+
+
+class Product(Layer):
+    """A layer whose output is a matrix times its input at every position: A [W, P, in], D [W, P, out], G = D^T A.
+
+    Subclasses say how input and sensitivity become A and D, and what flows back.
+    """
+
+    positions: int
+    """P: positions of one victim, all of its images together."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs of the matrix."""
+        weight = self.parameters["weight"].flatten(1)
+        return weight.shape[0], weight.shape[1]
+
+    @property
+    def ghost(self) -> bool:
+        """Whether products of positions are cheaper than the matrix itself."""
+        outputs, inputs = self.shape
+        return 2 * self.positions**2 * (inputs + outputs) < inputs * outputs * (self.positions + _PASS)
+
+    @property
+    def rank_pays(self) -> bool:
+        """Whether P factors are much smaller than the matrix."""
+        outputs, inputs = self.shape
+        return self.ghost and 2 * self.positions * (inputs + outputs) < inputs * outputs
+
+    @abstractmethod
+    def left(self) -> Tensor:
+        """D, without a graph."""
+
+    @abstractmethod
+    def right(self) -> Tensor:
+        """A, without a graph."""
+
+    @abstractmethod
+    def flow(self, into_left: Tensor, into_right: Tensor) -> Pull:
+        """Turn what flows into D and A into what flows into sensitivity and input."""
+
+    def compute(self) -> Update:
+        """G = D^T A, and the sum of D for the bias."""
+        left = self.left()
+        weight = left.transpose(1, 2) @ self.right()
+        own = {"weight": weight.view(self.victims, *self.parameters["weight"].shape)}
+        if "bias" in self.parameters:
+            own["bias"] = left.sum(1)
+        return own
+
+    def spread(self, towards: Update) -> Pull:
+        """V A into D, V^T D into A."""
+        matrix = towards["weight"].flatten(2)
+        into_left = self.right() @ matrix.transpose(1, 2)
+        if "bias" in towards:
+            into_left = into_left + towards["bias"][:, None]
+        return self.flow(into_left, self.left() @ matrix)
+
+    def _factored(self, observed: ObservedUpdates) -> bool:
+        return self.full["weight"] in observed.left
+
+    def products(self, observed: ObservedUpdates) -> tuple[Tensor, Tensor]:
+        """<G, g> and |G|^2 without G."""
+        if not (self.ghost or self._factored(observed)):
+            return super().products(observed)
+        name = self.full["weight"]
+        left, right = self.left(), self.right()
+        self._grams = left @ left.transpose(1, 2), right @ right.transpose(1, 2)
+        if self._factored(observed):
+            # g = E F^T, so that <D^T A, g> = <A F, D E>: only small matrices.
+            self._towards = right @ observed.right[name], left @ observed.left[name]
+            dot = (self._towards[0] * self._towards[1]).flatten(1).sum(1)
+        else:
+            matrix = observed.dense[name].flatten(2)
+            self._towards = right @ matrix.transpose(1, 2), left @ matrix
+            dot = (self._towards[0] * left).flatten(1).sum(1)
+        square = (self._grams[0] * self._grams[1]).flatten(1).sum(1)
+        if "bias" in self.parameters:
+            self._bias = left.sum(1)
+            dot = dot + (self._bias * observed.dense[self.full["bias"]]).sum(1)
+            square = square + self._bias.square().sum(1)
+        return dot, square
+
+    def gap(self, observed: ObservedUpdates) -> Tensor:
+        """|G - g|^2; from factors in float64, since it is a small difference of large numbers."""
+        if not self._factored(observed):
+            return super().gap(observed)
+        self.products(observed)
+        name = self.full["weight"]
+        left = torch.cat([self.left().transpose(1, 2), -observed.left[name]], 2).double()
+        right = torch.cat([self.right().transpose(1, 2), observed.right[name]], 2).double()
+        grams = (left.transpose(1, 2) @ left) * (right.transpose(1, 2) @ right)
+        gap = grams.flatten(1).sum(1).clamp(min=0)
+        if "bias" in self.parameters:
+            gap = gap + (self._bias - observed.dense[self.full["bias"]]).double().square().sum(1)
+        return gap
+
+    def pull_directly(self, observed: ObservedUpdates, of_observed: Tensor, of_own: Tensor) -> Pull:
+        """Without V: (c g + C G) A = c g A + C (A A^T) D, and likewise for D."""
+        if self._gradients is not None:
+            return super().pull_directly(observed, of_observed, of_own)
+        name = self.full["weight"]
+        c, own = of_observed[:, None, None], of_own[:, None, None]
+        of_left, of_right = (c * towards for towards in self._towards)
+        if self._factored(observed):
+            of_left = of_left @ observed.left[name].transpose(1, 2)
+            of_right = of_right @ observed.right[name].transpose(1, 2)
+        if "bias" in self.parameters:
+            bias = of_observed[:, None] * observed.dense[self.full["bias"]] + of_own[:, None] * self._bias
+            of_left = of_left + bias[:, None]
+        into_left = of_left.baddbmm(own * self._grams[1], self.left())
+        into_right = of_right.baddbmm(own * self._grams[0], self.right())
+        return self.flow(into_left, into_right)
+
+
+class LinearProduct(Product):
+    """nn.Linear."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Run the layer and take notes."""
+        self.positions = inputs[..., 0].numel() // self.victims
+        return self.note(inputs, F.linear(inputs, self.parameters["weight"], self.parameters.get("bias")))
+
+    def left(self) -> Tensor:
+        """D: the sensitivity's rows."""
+        return self.sensitivity.detach().reshape(self.victims, self.positions, -1)
+
+    def right(self) -> Tensor:
+        """A: the input's rows."""
+        return self.inputs.detach().reshape(self.victims, self.positions, -1)
+
+    def flow(self, into_left: Tensor, into_right: Tensor) -> Pull:
+        """The same rows."""
+        return [
+            (self.sensitivity, into_left.reshape(self.sensitivity.shape)),
+            (self.inputs, into_right.reshape(self.inputs.shape)),
+        ]

@@ -1,0 +1,72 @@
+"""Which cells cannot run, said before any of them does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+
+from ..errors import GradleakError
+from ..federation import client, utility
+from ..suite import Cell, Utility, attack_and_defense, build_defense_of, build_setting
+from ..threat import Level
+from .observe import batch_size_of, granted_of
+from .workshop import Resources, data_of, fitting_prior, untrained
+
+
+def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
+    """Refuse cells that cannot run, before any of them does; return all but the optional ones that cannot.
+
+    Raises:
+        GradleakError: an attack needs knowledge that its setting does not grant, cannot run on a model or
+            under a defense at all, more victims are asked for than the dataset holds, or a prior's generator cannot
+            be had or makes other images than the victims'.
+    """
+    seen: dict[str, bool] = {}
+    kept: list[Cell] = []
+    for cell in cells:
+        config = cell.config
+        if cell.is_utility:
+            recipe = Utility.model_validate(config["attack"]["options"])
+            utility.check(data_of(config["dataset"], resources), build_defense_of(config["defense"]), recipe)
+            kept.append(cell)
+            continue
+        relevant = {key: config[key] for key in ("attack", "defense", "model", "dataset", "setting", "knowledge")}
+        mark = json.dumps([relevant, config["victims"], config["candidates"], config.get("prior")], sort_keys=True)
+        if mark in seen:
+            if seen[mark]:
+                kept.append(cell)
+            continue
+        seen[mark] = True
+        attack, defense = attack_and_defense(config)
+        setting = build_setting(config["setting"])
+        data = data_of(config["dataset"], resources)
+        data.victim_indices(config["victims"] * defense.cohort, setting.batch_size, config["tuning"])
+        data.candidates(config["candidates"], config["tuning"])
+        missing = attack.needs.missing(granted_of(attack, setting, config["knowledge"]))
+        if missing:
+            raise GradleakError(
+                f"attack {config['attack']['label']!r} needs {', '.join(missing)}, which setting "
+                f"{setting.name!r} does not grant; add it to the setting's `grants`"
+            )
+        if "prior" in config:
+            fitting_prior(config["prior"], data, resources)
+        if attack.observes_other_victim and config["victims"] < 2:
+            raise GradleakError(f"attack {config['attack']['label']!r} needs at least 2 victims")
+        module = untrained(json.dumps(config["model"], sort_keys=True), data.shape, data.classes)
+        network = client.client_network(module, defense, setting)
+        level = Level(config["knowledge"])
+        faced = replace(setting, batch_size=batch_size_of(attack, defense, setting, level))
+        reason = attack.unsuited(network.module, faced, defense)
+        if defense.cohort > 1 and setting.local_batch_size is not None:
+            reason = "a sum of clients with local batches is no update of one batch; leave local_batch_size out"
+        if reason is not None and cell.optional:
+            seen[mark] = False
+            continue
+        if reason is not None:
+            raise GradleakError(
+                f"attack {config['attack']['label']!r} cannot run on model {config['model']['label']!r} under "
+                f"defense {config['defense']['label']!r}: {reason}; restrict it with `only`"
+            )
+        kept.append(cell)
+    return kept

@@ -1,0 +1,59 @@
+"""What a finished cell's numbers depend on, and where they were computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from ..attack import Attack, Reconstruction
+from ..chain import Chain
+from ..defense import Defense
+from ..federation import client
+from ..suite import attack_and_defense
+from ..threat import Level, Setting
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a cell before it runs: families, threat model, and whether the attack adapts to the defense.
+
+    An attack adapts if it knows the defense and that makes a difference: it learns what the defense does, was made
+    against it, or matches through what the defense publishes (which takes the round's randomness, if it has any).
+    """
+    attack, defense = attack_and_defense(config)
+    level = Level(config["knowledge"])
+    parts = defense.defenses if isinstance(defense, Chain) else (defense,)
+    blind = level is Level.PARAMETERS and any(type(part).public is not Defense.public for part in parts)
+    answers = attack.family == "learned" or config["attack"]["name"] in defense.counter_attacks
+    adapts = answers or (defense.is_adaptive_target and not blind)
+    return {
+        "attack_family": attack.family,
+        "adaptive": attack.adaptive and level is not Level.OBLIVIOUS and adapts,
+        "threat_model": attack.threat_model,
+        "defense_family": defense.family,
+    }
+
+
+def provenance(
+    config: Mapping[str, Any],
+    attack: Attack,
+    defense: Defense,
+    setting: Setting,
+    sent: client.Sent,
+    accuracy: float,
+    answer: Reconstruction | None,
+) -> dict[str, Any]:
+    """What a finished cell was computed with: code, versions, machine, times."""
+    guarantee = defense.guarantee(setting)
+    return {
+        **identity(config),
+        "stochastic": sent.drew,
+        "bytes": float(np.mean(sent.bytes)),
+        "dense_bytes": sent.dense_bytes,
+        "epsilon": None if guarantee is None else asdict(guarantee),
+        "client_seconds": sent.seconds,
+        "model_accuracy": accuracy,
+        "backend": "" if answer is None else answer.backend,
+    }

@@ -1,0 +1,183 @@
+"""Suites: a YAML file that spans a grid, validated, and expanded into cells with stable keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import registry
+from ..errors import GradleakError
+from ..scales import METRICS
+
+if TYPE_CHECKING:
+    from ..defense import Defense
+from .cells import UTILITY, Cell, build_defense, code_of_file, key_of
+from .read import levels_of
+from .schema import Entry, Prior, Suite, Utility, build_setting
+
+CORE = "1"
+"""Raised whenever the engine, the client or the label rules change results."""
+
+
+Digest = Callable[[str, Mapping[str, Any]], tuple[str, str]]
+"""A dataset's name and options to its version and the hash of its images."""
+
+
+def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]:
+    """Return every cell of the grid once, in a stable order, then the cells that measure utility.
+
+    Levels of knowledge that make no difference (the attack or the defense ignores them) are one cell.
+
+    Args:
+        suite: what to expand.
+        digest: reads the datasets.
+        root: the data root, where a prior's weights are.
+
+    Raises:
+        GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
+    """
+    from ..threat import Level
+
+    attacks = [(entry, registry.build("attacks", entry.name, entry.options)) for entry in suite.attacks]
+    defenses = [(entry, build_defense(entry.name, entry.options)) for entry in suite.defenses]
+    settings = [build_setting(values) for values in suite.settings]
+    datasets = [(entry, _dataset(entry, digest)) for entry in suite.datasets]
+    models = [(entry, _plugin("models", entry)) for entry in suite.models]
+    cells: dict[str, Cell] = {}
+    grid = itertools.product(datasets, models, settings, suite.seeds, defenses, attacks)
+    for (data_entry, dataset), (model_entry, model), setting, seed, (guard, defense), (entry, attack) in grid:
+        here = {
+            "datasets": data_entry.title,
+            "models": model_entry.title,
+            "settings": setting.name,
+            "defenses": guard.title,
+        }
+        if not (_wanted(entry, here) and _wanted(guard, here)):
+            continue
+        for level in levels_of(suite, attack, defense, entry.optional):
+            if entry.optional and attack.needs.missing(dataclasses.replace(setting.grants, defense=Level(level))):
+                continue
+            config = {
+                "attack": _plugin("attacks", entry),
+                "defense": _guard(guard, defense),
+                "model": model,
+                "dataset": dataset,
+                "setting": _plain(dataclasses.asdict(setting)),
+                "knowledge": level,
+                "victims": suite.victims,
+                "tuning": suite.tuning,
+                "candidates": suite.candidates,
+                "seed": seed,
+                "engine": suite.engine.model_dump(),
+                "definitions": _definitions(),
+                "suite": {"name": suite.name, "version": suite.version},
+            }
+            if attack.needs.generator and setting.grants.generator:
+                config["prior"] = _prior(suite.prior, dataset, digest, root)
+            cell = Cell(key_of(config), config, entry.optional)
+            cells.setdefault(cell.key, cell)
+    for config in _utilities(suite, datasets, models, defenses):
+        cell = Cell(key_of(config), config)
+        cells.setdefault(cell.key, cell)
+    return list(cells.values())
+
+
+def _utilities(
+    suite: Suite,
+    datasets: list[tuple[Entry, dict[str, Any]]],
+    models: list[tuple[Entry, dict[str, Any]]],
+    defenses: list[tuple[Entry, Defense]],
+) -> Iterator[dict[str, Any]]:
+    """Yield the configuration of every training under a defense that is wanted in any setting."""
+    if suite.utility is None:
+        return
+    recipe = suite.utility.model_dump(exclude={"seeds"})
+    setting = _plain(dataclasses.asdict(suite.utility.setting()))
+    grid = itertools.product(datasets, models, suite.utility.seeds or suite.seeds, defenses)
+    for (data_entry, dataset), (model_entry, model), seed, (guard, defense) in grid:
+        here = {"datasets": data_entry.title, "models": model_entry.title, "defenses": guard.title}
+        wanted = all(title in guard.only.get(axis, [title]) for axis, title in here.items())
+        if defense.single_round or not wanted:
+            continue
+        yield {
+            "attack": {"name": UTILITY, "label": UTILITY, "options": recipe, "version": Utility.VERSION},
+            "defense": _guard(guard, defense),
+            "model": model,
+            "dataset": dataset,
+            "setting": setting,
+            "victims": 0,
+            "seed": seed,
+            "suite": {"name": suite.name, "version": suite.version},
+        }
+
+
+def _guard(entry: Entry, defense: Defense) -> dict[str, Any]:
+    config = {"name": entry.name, "label": entry.title, "options": _defense_options(defense)}
+    return {**config, "version": defense.version, **code_of_file("defenses", entry.name)}
+
+
+def _wanted(entry: Entry, here: Mapping[str, str]) -> bool:
+    return all(here[axis] in titles for axis, titles in entry.only.items())
+
+
+def _plugin(group: str, entry: Entry) -> dict[str, Any]:
+    plugin = registry.build(group, entry.name, entry.options)
+    config = {"name": entry.name, "label": entry.title, "options": _plain(_chosen(plugin))}
+    return {**config, "version": plugin.version, **code_of_file(group, entry.name)}
+
+
+def _chosen(plugin: Any) -> dict[str, Any]:
+    """Every hyper-parameter but the `later` ones that are not used: cells keep the keys that they had before these."""
+    unused = {
+        field.name
+        for field in dataclasses.fields(plugin)
+        if field.metadata.get("later") and getattr(plugin, field.name) == field.default
+    }
+    return {name: value for name, value in registry.options_of(plugin).items() if name not in unused}
+
+
+def _definitions() -> dict[str, Any]:
+    """Versions of what every result depends on beside its plugins."""
+    from ..training.networks import RECIPE
+
+    return {"core": CORE, "training": RECIPE, "metrics": sorted(metric.id for metric in METRICS.values())}
+
+
+def _dataset(entry: Entry, digest: Digest) -> dict[str, Any]:
+    config = _plugin("datasets", entry)
+    version, value = digest(entry.name, config["options"])
+    return {**config, "version": version, "digest": value}
+
+
+def _prior(prior: Prior, dataset: dict[str, Any], digest: Digest, root: Path | None) -> dict[str, Any]:
+    """Everything that decides a generator; of a user's, the hash of its weights."""
+    if prior.source is not None:
+        content, weights = b"", None
+        if prior.weights is not None:
+            path = (root or Path()) / prior.weights
+            try:
+                content, weights = path.read_bytes(), str(prior.weights)
+            except OSError as error:
+                raise GradleakError(f"prior: weights: no file {path} ({error.strerror}); see --data-root") from error
+        return {"source": prior.source, "weights": weights, "digest": hashlib.sha256(content).hexdigest()}
+    from ..training.priors import Recipe
+
+    recipe = _plain(dataclasses.asdict(Recipe(**prior.options)))
+    return {"dataset": dataset if prior.dataset is None else _dataset(prior.dataset, digest), "options": recipe}
+
+
+def _defense_options(defense: Defense) -> Any:
+    parts = getattr(defense, "defenses", None)
+    if parts is None:
+        return _plain(registry.options_of(defense))
+    return [_plain(registry.options_of(part)) for part in parts]
+
+
+def _plain(value: Any) -> Any:
+    """Round-trip through JSON, so that a key does not depend on tuples, enums or paths."""
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,158 @@
+"""A YAML file to a suite with every name, option and label checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from .. import registry
+from ..errors import GradleakError, unknown
+
+if TYPE_CHECKING:
+    from ..attack import Attack
+    from ..defense import Defense
+from .cells import build_defense
+from .schema import AXES, KNOWLEDGE, Entry, Prior, Suite, build_setting, first_mistake
+
+
+def read(path: Path) -> Suite:
+    """Return the suite of a YAML file with every name, option and label checked.
+
+    Raises:
+        GradleakError: one line with the file, the path in it, what was found and what is allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise GradleakError(f"suite {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise GradleakError(f"suite {path}: not a text file in UTF-8") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise GradleakError(f"suite {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise GradleakError(f"suite {path}: expected keys and values, found {type(content).__name__}")
+    for key in content:
+        if key not in Suite.model_fields:
+            raise unknown("key", str(key), Suite.model_fields, f"suite {path}")
+    try:
+        suite = Suite.model_validate(content)
+    except ValidationError as error:
+        raise GradleakError(f"suite {path}: {first_mistake(error)}") from error
+    suite = suite.model_copy(update={"attacks": _members(suite)})
+    _check(suite, f"suite {path}")
+    return suite
+
+
+def _check(suite: Suite, where: str) -> None:
+    """Refuse wrong names, options, levels and `only` filters; builds every plugin once."""
+    for axis in ("datasets", "models", "attacks", "defenses"):
+        titles: set[str] = set()
+        for index, entry in enumerate(getattr(suite, axis)):
+            place = f"{where}: {axis}[{index}]"
+            if axis == "defenses":
+                build_defense(entry.name, entry.options, place)
+            else:
+                registry.build(axis, entry.name, entry.options, place)
+            if entry.title in titles:
+                raise GradleakError(f"{place}: {entry.title!r} is listed twice; give one a label")
+            titles.add(entry.title)
+    _check_prior(suite.prior, f"{where}: prior")
+    if suite.utility is not None:
+        suite.utility.setting(f"{where}: utility")
+    names: set[str] = set()
+    for index, values in enumerate(suite.settings):
+        setting = build_setting(values, f"{where}: settings[{index}]")
+        if setting.name in names:
+            raise GradleakError(f"{where}: settings[{index}]: name {setting.name!r} is taken; settings need names")
+        names.add(setting.name)
+    for index, level in enumerate(suite.knowledge):
+        if level not in KNOWLEDGE:
+            raise unknown("level", level, KNOWLEDGE, f"{where}: knowledge[{index}]")
+    titles_of = {axis: {entry.title for entry in getattr(suite, axis)} for axis in AXES if axis != "settings"}
+    titles_of["settings"] = names
+    for axis in ("attacks", "defenses"):
+        for index, entry in enumerate(getattr(suite, axis)):
+            for key, wanted in entry.only.items():
+                place = f"{where}: {axis}[{index}].only"
+                if key not in AXES:
+                    raise unknown("axis", key, AXES, place)
+                for title in wanted:
+                    if title not in titles_of[key]:
+                        raise unknown(f"label of {key}", title, titles_of[key], f"{place}.{key}")
+    attacks = [registry.build("attacks", entry.name, entry.options) for entry in suite.attacks]
+    defenses = [build_defense(entry.name, entry.options) for entry in suite.defenses]
+    for (index, attack), defense in itertools.product(enumerate(attacks), defenses):
+        try:
+            levels_of(suite, attack, defense, suite.attacks[index].optional)
+        except GradleakError as error:
+            raise GradleakError(f"{where}: attacks[{index}]: {error}") from error
+
+
+def _members(suite: Suite) -> list[Entry]:
+    """Attacks of a suite, with the name of an ensemble (`auto-v1`) replaced by its members.
+
+    Members are all attacks that declare it, and against each defense those it calls its counter-attacks. One that the
+    suite lists by itself stays as it is listed.
+    """
+    listed = {entry.title for entry in suite.attacks}
+    found: list[Entry] = []
+    for entry in suite.attacks:
+        names = registry.ensemble(entry.name)
+        if not names or entry.name in registry.names("attacks"):
+            found.append(entry)
+            continue
+        members = [Entry(name=name, only=entry.only, optional=True) for name in names]
+        counters: dict[str, list[str]] = {}
+        for guard in suite.defenses:
+            for name in build_defense(guard.name, guard.options).counter_attacks:
+                counters.setdefault(name, []).append(guard.title)
+        for name, titles in counters.items():
+            wanted = [title for title in titles if title in entry.only.get("defenses", titles)]
+            if name not in names and name in registry.names("attacks"):
+                members.append(Entry(name=name, only={**entry.only, "defenses": wanted}, optional=True))
+        found += [member for member in members if member.title not in listed]
+        listed |= {member.title for member in members}
+    return found
+
+
+def levels_of(suite: Suite, attack: Attack, defense: Defense, optional: bool = False) -> list[str]:
+    """Return the levels of knowledge of a suite that make a difference between an attack and a defense."""
+    need = attack.needs.defense.value
+    enough = [lvl for lvl in KNOWLEDGE if lvl in suite.knowledge and KNOWLEDGE.index(lvl) >= KNOWLEDGE.index(need)]
+    if not enough and optional:
+        return []
+    if not enough:
+        found = ", ".join(suite.knowledge)
+        raise GradleakError(
+            f"attack {type(attack).__name__} needs defense knowledge {need!r}; the suite's knowledge is [{found}]"
+        )
+    differs = attack.adaptive and attack.family != "control" and defense.is_adaptive_target
+    return enough if differs else enough[:1]
+
+
+def _check_prior(prior: Prior, where: str) -> None:
+    if prior.source is not None and (prior.dataset is not None or prior.options):
+        raise GradleakError(f"{where}: source: a user's generator takes no dataset and no options")
+    if prior.source is None and prior.weights is not None:
+        raise GradleakError(f"{where}: weights: needs source, the module:function that builds the generator")
+    if prior.dataset is not None:
+        registry.build("datasets", prior.dataset.name, prior.dataset.options, f"{where}: dataset")
+    if not prior.options:
+        return
+    from ..training.priors import Recipe
+
+    allowed = [field.name for field in dataclasses.fields(Recipe)]
+    for key in prior.options:
+        if key not in allowed:
+            raise unknown("key", key, allowed, f"{where}: options")
+    try:
+        TypeAdapter(Recipe).validate_python(prior.options)
+    except ValidationError as error:
+        raise GradleakError(f"{where}: options: {first_mistake(error)}") from error

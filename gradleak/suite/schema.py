@@ -1,0 +1,207 @@
+"""Every key of a suite, its type and its bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, MinLen
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer
+
+from ..errors import GradleakError, unknown
+from ..paths import RelativeFile
+
+if TYPE_CHECKING:
+    from ..threat import Setting
+from .cells import UTILITY
+
+KNOWLEDGE = ("oblivious", "parameters", "public", "oracle")
+"""Levels of knowledge of the defense, weakest first (`gradleak.threat.Level`)."""
+
+
+AXES = ("datasets", "models", "settings", "defenses")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Entry(_Strict):
+    """One plugin of a grid: `name`, `{name: {options}}`, or the long form with `label` and `only`."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    label: str = ""
+    """What tables call it; by default the name with the options that were given."""
+    only: dict[str, list[str]] = Field(default_factory=dict)
+    """Restricts an attack or defense to labels of other axes, e.g. `{models: [mlp]}`."""
+    optional: bool = False
+    """An attack that is left out, instead of refused, where it cannot run or lacks knowledge."""
+
+    @property
+    def title(self) -> str:
+        """The label, or one made of name and given options."""
+        if self.label or not self.options:
+            return self.label or self.name
+        return f"{self.name}({', '.join(f'{key}={_short(value)}' for key, value in self.options.items())})"
+
+
+def _width(value: Any) -> Any:
+    if value != "auto" and not (type(value) is int and value >= 1):
+        raise ValueError("a number of trials (1 or more), or auto")
+    return value
+
+
+class Engine(_Strict):
+    """How attacks compute; part of the key, because it can change the last digits."""
+
+    backend: str = "layerwise"
+    """`auto` times what there is, once a machine: the last digits may differ between machines."""
+    width: Annotated[int | Literal["auto"], BeforeValidator(_width)] = 32
+    """Trials optimised together, at most; `auto`: as many as memory is measured to hold, which other machines need not
+    repeat to the last digit."""
+    compile: bool = False
+    """Compile the backend `vmap` with torch, which takes a minute for every cell: for long attacks."""
+    timeout: Annotated[float, Gt(0)] | None = None
+    """Seconds an attack may take on one cell's victims; those not done are marked."""
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, plain: Callable[[Engine], dict[str, Any]]) -> dict[str, Any]:
+        """Leave out what came later while it is not used: cells keep their keys."""
+        return {key: value for key, value in plain(self).items() if key != "compile" or value}
+
+
+def _entry(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+        name, options = next(iter(value.items()))
+        return {"name": name, "options": options or {}}
+    return value
+
+
+def _several(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+Plugin = Annotated[Entry, BeforeValidator(_entry)]
+
+
+class Prior(_Strict):
+    """The generator that settings with `grants: {generator: true}` give to attacks: trained here, or a user's."""
+
+    dataset: Plugin | None = None
+    """Whose train split it learns; by default the cell's own, another is out of distribution."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `gradleak.training.priors.Recipe`."""
+    source: str | None = None
+    """`module:function` of a user's generator instead (`gradleak.search.generators.load_generator`)."""
+    weights: RelativeFile | None = None
+    """Its safetensors file, relative to the data root."""
+
+
+class Utility(_Strict):
+    """Federated training that shows what accuracy each defense leaves, on every dataset and model of the suite."""
+
+    clients: Annotated[int, Ge(1)] = 10
+    rounds: Annotated[int, Ge(1)] = 100
+    batch_size: Annotated[int, Ge(1)] = 16
+    """Images that a client takes in a round."""
+    lr: Annotated[list[Annotated[float, Gt(0)]], MinLen(1), BeforeValidator(_several)] = [0.1, 0.3, 1.0]
+    """Rates of the server to choose from, on images held out."""
+    local_steps: Annotated[int, Ge(1)] = 1
+    """Local steps of FedAvg; a FedSGD client (`local_lr` unset) takes one and sends its gradient."""
+    local_batch_size: Annotated[int, Ge(1)] | None = None
+    local_lr: Annotated[float, Gt(0)] | None = None
+    seeds: Annotated[list[int], MinLen(1)] | None = None
+    """By default the suite's."""
+
+    VERSION: ClassVar[str] = "1"
+    """Raised whenever training changes, so that old accuracies are not taken for new ones."""
+
+    def setting(self, where: str = "") -> Setting:
+        """Return how the clients train.
+
+        Raises:
+            GradleakError: values that do not fit each other.
+        """
+        keys = ("batch_size", "local_steps", "local_batch_size", "local_lr")
+        return build_setting({"name": UTILITY, **{key: getattr(self, key) for key in keys}}, where)
+
+
+Plugins = Annotated[list[Plugin], MinLen(1)]
+
+
+class Suite(_Strict):
+    """A grid: every attack against every defense on every model, dataset, setting and seed."""
+
+    name: str
+    version: int = 1
+    description: str = ""
+    victims: Annotated[int, Ge(1)] = 16
+    """Victims (client batches) of every cell, the first of the dataset's frozen list."""
+    tuning: bool = False
+    """Attack the tuning victims instead, which no published table shows."""
+    seeds: Annotated[list[int], MinLen(1)] = [0]
+    """Each draws a model, a round and the attack's randomness anew."""
+    candidates: Annotated[int, Ge(2)] = 100
+    """Images among which re-identification must find the true one."""
+    knowledge: Annotated[list[str], MinLen(1)] = ["oblivious", "public"]
+    engine: Engine = Engine()
+    prior: Prior = Prior()
+    utility: Utility | None = None
+    """Unset, no model is trained under the defenses."""
+    datasets: Plugins
+    models: Plugins
+    settings: Annotated[list[dict[str, Any]], MinLen(1)] = [{}]
+    attacks: Plugins
+    defenses: Plugins
+    reported: list[dict[str, Any]] = []
+    """Published numbers to stand beside these (see `gradleak.report.reproduction`); no part of any cell."""
+
+
+def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
+    """Return a setting from plain values.
+
+    Raises:
+        GradleakError: a key or value is not allowed.
+    """
+    from ..threat import Knowledge, Setting
+
+    place = f"{where}: " if where else ""
+    for cls, given in ((Setting, values), (Knowledge, values.get("grants") or {})):
+        if not isinstance(given, Mapping):
+            raise GradleakError(f"{place}grants: expected keys and values, found {given!r}")
+        allowed = [field.name for field in dataclasses.fields(cls)]
+        for key in given:
+            if key not in allowed:
+                raise unknown("key", str(key), allowed, where)
+    try:
+        setting = TypeAdapter(Setting).validate_python(dict(values))
+    except ValidationError as error:
+        raise GradleakError(f"{place}{first_mistake(error)}") from error
+    if setting.local_lr is None and (setting.local_steps > 1 or setting.local_batch_size is not None):
+        raise GradleakError(f"{place}local_steps and local_batch_size need local_lr (FedAvg)")
+    setting.local_training.batches(setting.batch_size)
+    return setting
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Say the first mistake of a validation: where, what was found, what is allowed."""
+    first = error.errors()[0]
+    path = ""
+    for part in first["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    if first["type"] == "extra_forbidden":
+        parts: dict[str, type[_Strict]] = {"engine": Engine, "prior": Prior, "utility": Utility}
+        allowed = parts.get(str(first["loc"][0]), Entry)
+        return str(unknown("key", str(first["loc"][-1]), allowed.model_fields, path.rpartition(".")[0]))
+    found = "" if first["type"] == "missing" else f", found {_short(first['input'])}"
+    return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]}{found}"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
