@@ -21,8 +21,10 @@ LAYERS = [
     {"registry"},
     {"dataset", "datasets", "model", "models"},
     {"update"},
-    {"threat", "engine", "search"},
+    {"threat", "engine"},
     {"defense", "mechanisms"},
+    {"reconstruction"},
+    {"search"},
     {"attack"},
     {"chain", "training"},
     {"suite", "board.store"},
@@ -87,7 +89,7 @@ def test_only_the_evaluator_asks_for_victims() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "victims":
                 asking.add(name)
-    assert asking == {"evaluation.evaluate"}
+    assert asking == {"evaluation.workshop"}
 
 
 def test_tables_and_help_need_no_torch() -> None:

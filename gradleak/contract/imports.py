@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def imports(path: Path, package: tuple[str, ...] = ()) -> set[str]:
     return found
 
 
+@functools.cache
 def core() -> dict[str, Path]:
     """Files of the core by their names below gradleak ("store", "models.mlp"); a package is its own name."""
     home = Path(__file__).parents[1]
@@ -62,6 +64,7 @@ def core() -> dict[str, Path]:
     return found
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     """Core modules, and the core modules that each imports."""
     known = core()

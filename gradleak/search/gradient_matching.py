@@ -1,0 +1,344 @@
+"""GradientMatching, the template that optimisation attacks fill in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor
+
+from ..defense import Defense, View
+from ..engine import loop
+from ..engine.loop import Plan
+from ..engine.objectives import OBJECTIVES, weigh
+from ..engine.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
+from ..engine.problem import Direct, Facts, Guess, Problem, take
+from ..errors import GradleakError, unknown
+from ..model import Normalise
+from ..reconstruction import Attack, Reconstruction
+from ..seeds import Generators
+from ..threat import Knowledge, Labels, Observation
+from ..update import LocalTraining, Network, Update, one_hot
+from . import labels as label_rules
+from . import parametrisations, penalties
+from .presets import PRESETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientMatching(Attack):
+    """Searches for images whose simulated update matches the observed one.
+
+    A plugin sets defaults and overrides what differs, all of it for ONE victim: `distance`, `penalty`,
+    `decode`. The engine stacks victims and restarts, and picks each victim's restart by `distance` alone,
+    evaluated on the clamped images that are returned.
+    """
+
+    family = "optimisation"
+    needs = Knowledge(labels=Labels.INFERRED)
+    adaptive = True
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+    """Named option sets; a suite writes `{preset: NAME}`, and cells keep what it stands for."""
+
+    objective: str = "cosine"
+    """Name in `gradleak.engine.objectives`."""
+    layer_weights: Literal["equal", "linear", "exp"] = "equal"
+    """How much the tensors of an update count, the first most: equally, falling linearly, or by e with each."""
+    optimiser: Literal["adam", "lbfgs"] = "adam"
+    lr: Annotated[float, Gt(0)] = 0.1
+    schedule: Literal["constant", "step", "cosine"] = "step"
+    warm_up: Annotated[int, Ge(0)] = 0
+    """Iterations over which the rate rises linearly to what the schedule says."""
+    iterations: Annotated[int, Ge(1)] = 1000
+    restarts: Annotated[int, Ge(1)] = 1
+    halving: tuple[Annotated[float, Gt(0), Lt(1)], ...] = field(default=(), metadata={"later": True})
+    """Shares of the iterations after which the worse half of a victim's restarts, by matching loss, is given up."""
+    signed: bool | Literal["soft"] = False
+    """Replace the image gradient by its sign; soft: by tanh(s g) / s with s falling from 1 to 0."""
+    boxed: bool = True
+    """Clamp images to [0, 1] after every step."""
+    space: Literal["normalised", "raw"] = "normalised"
+    """Whether pixels are searched in the model's normalised space or in [0, 1]."""
+    parametrisation: Literal["pixels", "low-resolution", "deep-prior"] = "pixels"
+    """What is searched: pixels, pixels to be enlarged (bicubic), or the weights of an untrained decoder."""
+    reduction: Annotated[int, Ge(2)] = 2
+    """How many times smaller the side of a low-resolution image is."""
+    initialisation: Literal["normal", "uniform", "zeros", "patterned"] = "normal"
+    """Start in the space searched: N(0, 1), U(0, 1), zeros, or a tile of 4x4 from N(0, 1), repeated."""
+    tv: Annotated[float, Ge(0)] = 0.0
+    """Weight of the total variation."""
+    tv_form: Literal["anisotropic", "isotropic", "opponents"] = "anisotropic"
+    """|dx| + |dy|, their Euclidean norm, or that with the planes R - G, R - B, G - B besides the colours."""
+    features: Annotated[float, Ge(0)] = 0.0
+    """Weight of the squared distance between the last layer's inputs and those that its gradient tells of a label."""
+    task: Annotated[float, Ge(0)] = 0.0
+    """Weight of the model's own loss on the guess."""
+    label_rule: str = "auto"
+    """Rule in `gradleak.search.labels` for labels that are neither granted nor optimised."""
+    tolerance: Annotated[float, Ge(0)] = 0.0
+    """A restart whose loss falls below this is finished."""
+    patience: Annotated[int, Ge(1)] | None = None
+    """A restart that has not improved for so many iterations is finished."""
+
+    def __post_init__(self) -> None:
+        """Refuse to give up restarts where they are searched in another way than the template's."""
+        if self.halving and type(self).reconstruct is not GradientMatching.reconstruct:
+            raise GradleakError(f"halving: {type(self).__name__} needs all of its restarts; leave the option out")
+
+    # What a plugin overrides, all for one victim.
+
+    def distance(self, guess: Update, observed: Update) -> Tensor:
+        """How far a simulated update is from the observed one, a scalar."""
+        if self.objective not in OBJECTIVES:
+            raise unknown("objective", self.objective, OBJECTIVES)
+        return OBJECTIVES[self.objective](weigh(guess, self.layer_weights), weigh(observed, self.layer_weights))
+
+    def penalty(self, images: Tensor) -> Tensor:
+        """Prior on images [B, C, H, W] in [0, 1], a scalar."""
+        if not self.tv:
+            return images.new_zeros(())
+        if self.tv_form == "anisotropic":
+            return self.tv * penalties.total_variation(images)
+        return self.tv * penalties.smooth_total_variation(images, opponents=self.tv_form == "opponents")
+
+    def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+        """Prior on everything guessed, a scalar; by default the penalty on its images."""
+        return self.penalty(guess.images)
+
+    def prior(self, observation: Observation) -> Callable[[Guess, Variables, Facts], Tensor]:
+        """Whole prior of one trial: `regularise`, and what takes the model to compute."""
+        network = observation.network
+        if not (self.features or self.task):
+            return self.regularise
+
+        def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+            total = self.regularise(guess, variables, facts)
+            if self.features:
+                seen = _tensors(facts["seen"])
+                total = total + self.features * penalties.feature_distance(network, guess.images, seen)
+            if self.task:
+                total = total + self.task * network.loss(guess.images, guess.targets, buffers=guess.buffers)
+            return total
+
+        return prior
+
+    def decode(self, variables: Variables, facts: Facts) -> Guess:
+        """Turn one trial's variables into a guess; `facts` holds `mean`, `std` and, if known, `targets`."""
+        if self.parametrisation == "deep-prior":
+            images = parametrisations.decoded(variables, _shape(facts))
+        else:
+            images = variables["pixels"] * _tensor(facts["std"]) + _tensor(facts["mean"])
+        if self.parametrisation == "low-resolution":
+            images = parametrisations.enlarge(images, _shape(facts))
+        if "labels" in variables:
+            return Guess(images, variables["labels"].softmax(dim=-1))
+        return Guess(images, _tensor(facts["targets"]))
+
+    def initial(self, observation: Observation, generator: Generators) -> Variables:
+        """Initial variables of one restart, stacked over victims [N, ...]."""
+        size, (channels, height, width) = observation.batch_size, observation.shape
+        if self.parametrisation == "deep-prior":
+            variables = parametrisations.decoder(generator, size, observation.shape)
+        else:
+            small = self.reduction if self.parametrisation == "low-resolution" else 1
+            variables = {"pixels": self._start(generator, size, channels, -(-height // small), -(-width // small))}
+        if self.needs.labels is Labels.OPTIMISED:
+            variables["labels"] = generator.normal(observation.batch_size, observation.classes)
+        return variables
+
+    def _start(self, generator: Generators, *shape: int) -> Tensor:
+        if self.initialisation == "patterned":
+            *front, height, width = shape
+            tile = generator.normal(*front, 4, 4)
+            return tile.repeat(*(1 for _ in range(tile.ndim - 2)), -(-height // 4), -(-width // 4))[
+                ..., :height, :width
+            ]
+        draw = {"normal": generator.normal, "uniform": generator.uniform, "zeros": _zeros(generator)}
+        start: Tensor = draw[self.initialisation](*shape)
+        return start
+
+    def project(self, variables: Variables, mean: Tensor, std: Tensor) -> None:
+        """Bring stacked variables back into their set, in place."""
+        if self.boxed and "pixels" in variables:
+            torch.clamp(variables["pixels"], min=-mean / std, max=(1 - mean) / std, out=variables["pixels"])
+
+    def new_optimiser(self) -> Optimiser:
+        """Optimiser for stacked trials."""
+        if self.optimiser == "lbfgs":
+            return LBFGS()
+        return Adam(signs=frozenset({"pixels"}) if self.signed else frozenset(), soft=self.signed == "soft")
+
+    def perturbation(
+        self, observation: Observation, generator: Generators
+    ) -> Callable[[Variables, Tensor, Tensor], None] | None:
+        """What changes stacked variables in place before an iteration (see `Plan.perturb`); one stream a trial."""
+        return None
+
+    # What the template does with it.
+
+    def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
+        """Minimise from every restart and return each victim's restart of lowest matching loss."""
+        victims, compute = observation.victims, observation.compute
+        problem, facts = self.problem(observation), self.facts(observation)
+        starts = [self.initial(observation, generator.child("restart", r)) for r in range(self.restarts)]
+        start = {name: torch.cat([row[name] for row in starts]) for name in starts[0]}
+        owner = torch.arange(victims, device=observation.device).repeat(self.restarts)
+        names = [name for r in range(self.restarts) for name in generator.child("restart", r, "steps").names]
+        streams = Generators(names, generator.device, generator.dtype)
+        plan, perturb = self.plan(observation), self.perturbation(observation, streams)
+        if perturb is not None:
+            plan = dataclasses.replace(plan, perturb=perturb)
+        outcome = loop.minimise(problem, start, facts, owner, plan, compute)
+        final = loop.finish(problem, outcome.variables, take(facts, owner), compute.width)
+        return self._pick(outcome, final, victims)
+
+    def problem(self, observation: Observation) -> Problem:
+        """One trial's loss."""
+        view = observation.view if observation.view is not None and observation.view.complete else None
+        # Of unknown local steps the guess is one gradient, which a weight difference points away from.
+        turned = observation.weight_difference and observation.training.lr is None
+
+        def match(update: Update, facts: Facts) -> Tensor:
+            if view is None:
+                return self.distance(update, _tensors(facts["update"]))
+            if turned:
+                update = {name: -tensor for name, tensor in update.items()}
+            message, simulated = _tensors(facts["message"]), view.simulate(update)
+            if view.defense.has_likelihood:
+                return view.nll(message, simulated)
+            return self.distance(simulated, message)
+
+        direct = None if turned and view is not None else self._direct(view)
+        clips = view is not None and view.defense.per_example_gradients
+        return Problem(
+            network=observation.network,
+            training=observation.training,
+            decode=self.decode,
+            match=match if direct is None else direct,
+            penalty=self.prior(observation),
+            per_example=view.per_example if view is not None and clips else None,
+        )
+
+    def _direct(self, view: View | None) -> Direct | None:
+        """Matching as a plain comparison, if nothing makes it another."""
+        if type(self).distance is not GradientMatching.distance or self.objective not in OBJECTIVES:
+            return None
+        if self.layer_weights != "equal":
+            return None
+        if view is None:
+            return Direct(self.objective, "update")
+        plain = type(view.defense).simulate is Defense.simulate and not view.defense.has_likelihood
+        return Direct(self.objective, "message") if plain else None
+
+    def facts(self, observation: Observation) -> Facts:
+        """What is known of each victim, stacked."""
+        mean, std = self.coordinates(observation.network)
+        victims = observation.victims
+        unrolled = observation.training.lr is not None
+        facts: Facts = {
+            "message": observation.message,
+            "update": observation.update if unrolled else observation.gradient,
+            "mean": mean.expand(victims, *mean.shape),
+            "std": std.expand(victims, *std.shape),
+            # Of no size: only its shape is a fact.
+            "blank": mean.new_empty(victims, 0, *observation.shape),
+        }
+        if self.needs.labels is not Labels.OPTIMISED:
+            labels = self.labels(observation)
+            facts["targets"] = one_hot(labels, observation.classes, observation.dtype)
+            if self.features:
+                facts["seen"] = penalties.seen_features(observation.gradient, observation.classes, labels)
+        return facts
+
+    def labels(self, observation: Observation) -> Tensor:
+        """Labels [N, B]: granted ones, or inferred from the decoded update."""
+        if observation.labels is not None:
+            return observation.labels
+        return label_rules.infer(
+            observation.gradient, observation.classes, observation.batch_size, rule=self.label_rule
+        )
+
+    def plan(self, observation: Observation) -> Plan:
+        """How to minimise."""
+        mean, std = self.coordinates(observation.network)
+        return Plan(
+            optimiser=self.new_optimiser,
+            rate=self.lr,
+            schedule=self.factor,
+            iterations=self.iterations,
+            tolerance=self.tolerance,
+            patience=self.patience,
+            halving=self.halving,
+            project=lambda variables: self.project(variables, mean, std),
+        )
+
+    def factor(self, done: Tensor) -> Tensor:
+        """Factor [W] of the rate at shares [W] of the iterations."""
+        factor = SCHEDULES[self.schedule](done)
+        if self.warm_up:
+            factor = factor * ((done * self.iterations + 1) / self.warm_up).clamp(max=1)
+        return factor
+
+    def coordinates(self, network: Network) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [C or 1, 1, 1] of the space searched."""
+        like = next(iter(network.parameters.values()))
+        if self.space == "normalised":
+            for layer in network.module.modules():
+                if isinstance(layer, Normalise):
+                    return layer.mean, layer.std
+        return like.new_zeros(1, 1, 1), like.new_ones(1, 1, 1)
+
+    def loss(self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+        """Matching loss [N] of given batches."""
+        rows: dict[str, Any] = {"images": images, "targets": targets, "buffers": buffers}
+        return loop.evaluate(self.problem(observation), rows, self.facts(observation), observation.compute.width)
+
+    def _pick(self, outcome: loop.Outcome, final: loop.Final, victims: int) -> Reconstruction:
+        by_victim = final.matching.view(self.restarts, victims)
+        ranked = torch.where(torch.isfinite(by_victim), by_victim, torch.full_like(by_victim, torch.inf))
+        picked = ranked.argmin(0) * victims + torch.arange(victims, device=ranked.device)
+        iterations = outcome.iterations.view(self.restarts, victims).sum(0)
+        candidates = final.images.unflatten(0, (self.restarts, victims)).transpose(0, 1)
+        return Reconstruction(
+            images=final.images[picked],
+            labels=final.targets[picked].argmax(-1),
+            loss=final.matching[picked],
+            status=[outcome.status[index] for index in picked.tolist()],
+            iterations=iterations,
+            gradient_evaluations=iterations * self.gradients_per_iteration(),
+            candidates=candidates if self.restarts > 1 else None,
+            trace=outcome.trace[picked],
+            backend=outcome.backend,
+            guessed={name: tensor[picked] for name, tensor in final.buffers.items()},
+        )
+
+    def gradients_per_iteration(self) -> int:
+        """Gradients of the client's model that one iteration computes."""
+        return 1
+
+
+def single_step(training: LocalTraining) -> LocalTraining:
+    """Return the FedSGD protocol an attacker assumes who does not know the client's local training."""
+    return dataclasses.replace(training, steps=1, batch_size=None, lr=None)
+
+
+def _tensor(value: Tensor | dict[str, Tensor]) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _shape(facts: Facts) -> tuple[int, int, int]:
+    _, channels, height, width = _tensor(facts["blank"]).shape
+    return channels, height, width
+
+
+def _tensors(value: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    assert isinstance(value, dict)
+    return value
+
+
+def _zeros(generator: Generators) -> Any:
+    return lambda *shape: torch.zeros_like(generator.uniform(*shape))
