@@ -30,7 +30,9 @@ def of(module: nn.Module, shape: Shape | None = None) -> Structure:
     """
     shape = shape or shape_of(module)
     if shape is None:
-        raise GradleakError("structure: the shape of the network's images is not known; build it with `initialise`")
+        raise GradleakError(
+            "structure: which images the network takes is not known; say it by structure.mark(module, (C, H, W))"
+        )
     known, key = _KNOWN.setdefault(module, {}), (tuple(shape), sent_of(module))
     if key not in known:
         known[key] = find(module, shape)

@@ -350,7 +350,8 @@ class _Probe:
     def _is_activation(self, name: str) -> bool:
         """Whether a module without parameters acts on each number alone, and not as an affine map."""
         seen, module = self.seen[name], self.module.get_submodule(name)
-        if list(module.parameters()) or list(module.children()) or seen.inputs.shape != seen.value.shape:
+        bare = not [*module.parameters()] and not [*module.children()]
+        if not bare or seen.inputs.shape != seen.value.shape:
             return False
         if self._equal(seen.value, self.logits.detach()):
             return False
@@ -359,9 +360,12 @@ class _Probe:
         # The same answer for the same number, wherever it is and whatever is beside it.
         block = torch.linspace(-3, 3, seen.inputs.numel(), dtype=self.dtype).to(seen.inputs).view_as(seen.inputs)
         axes = tuple(range(block.ndim))
+        mixed = block.clone()
+        mixed.view(-1)[1::2] = 0.5
         with torch.no_grad():
-            value, other = module(block.clone()), module(block.flip(axes))
-        if not self._equal(value, other.flip(axes)):
+            value, flipped, other = module(block.clone()), module(block.flip(axes)), module(mixed)
+        kept = self._equal(value.flatten()[::2], other.flatten()[::2])
+        if not kept or not self._equal(value, flipped.flip(axes)):
             return False
         flat = value.flatten()
         share = torch.linspace(0, 1, len(flat), dtype=self.dtype).to(flat)

@@ -178,6 +178,9 @@ def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
         for key in given:
             if key not in allowed:
                 raise unknown("key", str(key), allowed, where)
+    trainable = values.get("trainable", "all")
+    if trainable not in ("all", "head") and not isinstance(trainable, list | tuple):
+        raise GradleakError(f"{place}trainable: expected all, head or a list of names, found {_short(trainable)}")
     try:
         setting = TypeAdapter(Setting).validate_python(dict(values))
     except ValidationError as error:
