@@ -21,7 +21,7 @@ from gradleak.mechanisms import batch_statistics, dropout
 from gradleak.search import labels as label_rules
 from gradleak.seeds import Generators
 from gradleak.suite.expand import _setting
-from gradleak.suite.schema import build_setting
+from gradleak.suite.schema import Utility, build_setting
 from gradleak.threat import Knowledge, Observation, Setting
 from gradleak.update import LocalTraining, Network
 
@@ -432,6 +432,10 @@ def test_cells_keep_their_keys() -> None:
     assert "trainable" not in _setting(Setting())
     assert _setting(build_setting({"trainable": ["head"]}))["trainable"] == ["head"]
     assert build_setting(_setting(build_setting({"trainable": "head"}))).trainable == "head"
+    assert "trainable" not in Utility().model_dump(exclude={"seeds"})
+    assert (
+        Utility(trainable="head").setting().trainable == Utility(trainable="head").model_dump()["trainable"] == "head"
+    )
 
 
 def test_a_gradient_that_did_not_arrive_is_no_evidence() -> None:
