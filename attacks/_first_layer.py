@@ -1,7 +1,7 @@
 """What attacks share that read images from the gradient of a first linear layer on the pixels.
 
 For z = W x + b the batch gradient is dL/dW = D^T X and dL/db = D^T 1, with the images X [B, P] as the model's first
-layer sees them (normalised, flattened) and the loss's derivatives D [B, O] at the layer's outputs.
+layer sees them (normalised, in its own order) and the loss's derivatives D [B, O] at the layer's outputs.
 """
 
 from __future__ import annotations
@@ -9,47 +9,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gradleak.mechanisms.quantum import AngleEncoded
-from gradleak.model import Normalise
+from gradleak import structure
+from gradleak.structure import OnPixels
 from gradleak.threat import Observation
 
 
-def first_linear(module: nn.Module, bias: bool = True) -> str | None:
-    """Name of the first layer with parameters if it is linear on pixels, and biased where `bias` asks for it."""
-    if any(isinstance(layer, AngleEncoded) for layer in module.modules()):
-        return None
-    for name, layer in module.named_modules():
-        if any(True for _ in layer.parameters(recurse=False)):
-            return name if isinstance(layer, nn.Linear) and (layer.bias is not None or not bias) else None
+def first_linear(module: nn.Module, bias: bool = True) -> OnPixels | None:
+    """First linear layer that sees all pixels of an image at once and whose weight's gradient is sent.
+
+    With `bias` its bias's gradient must be sent too.
+    """
+    for layer in structure.of(module).on_pixels:
+        sent = layer.weight is not None and (layer.bias is not None or not bias)
+        if layer.linear and layer.plain and layer.whole and layer.index.ndim == 1 and sent:
+            return layer
     return None
 
 
-def gradients(observation: Observation, name: str) -> tuple[Tensor, Tensor]:
+def gradients(observation: Observation, layer: OnPixels) -> tuple[Tensor, Tensor]:
     """Gradients of the layer's weight [N, O, P] and bias [N, O] in float64, zeros for a bias that is not there."""
-    weight = observation.gradient[f"{name}.weight"].double()
-    bias = observation.gradient.get(f"{name}.bias")
-    return weight, weight.new_zeros(weight.shape[:2]) if bias is None else bias.double()
+    assert layer.weight is not None
+    weight = observation.gradient[layer.weight].double()
+    bias = None if layer.bias is None else observation.gradient[layer.bias].double()
+    return weight, weight.new_zeros(weight.shape[:2]) if bias is None else bias
 
 
-def to_pixels(inputs: Tensor, observation: Observation) -> Tensor:
-    """Undo normalisation and flattening: inputs [..., P] to images [..., C, H, W] in the model's own precision."""
-    mean, std = normalisation(observation.network.module)
-    images: Tensor = (inputs.unflatten(-1, observation.shape) * std + mean).to(observation.dtype)
+def to_pixels(inputs: Tensor, layer: OnPixels, observation: Observation) -> Tensor:
+    """Undo normalisation and order: inputs [..., P] to images [..., C, H, W] in the model's own precision."""
+    images: Tensor = layer.to_images(inputs, observation.shape).to(observation.dtype)
     return images
 
 
-def to_inputs(images: Tensor, observation: Observation) -> Tensor:
-    """Normalise and flatten images [..., C, H, W] to inputs [..., P] in float64."""
-    mean, std = normalisation(observation.network.module)
-    return ((images.double() - mean) / std).flatten(-3)
-
-
-def normalisation(module: nn.Module) -> tuple[Tensor | float, Tensor | float]:
-    """Mean and standard deviation of the model's own normalisation, 0 and 1 without one."""
-    for layer in module.modules():
-        if isinstance(layer, Normalise):
-            return layer.mean.double(), layer.std.double()
-    return 0.0, 1.0
+def to_inputs(images: Tensor, layer: OnPixels) -> Tensor:
+    """Normalise and order images [..., C, H, W] as inputs [..., P] in float64."""
+    return layer.to_inputs(images.double())
 
 
 def noise_floor(weight: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:

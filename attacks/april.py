@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from gradleak import structure
 from gradleak.attack import Attack, Reconstruction
 from gradleak.defense import Defense
 from gradleak.seeds import Generators
+from gradleak.structure import OnPixels
 from gradleak.threat import Observation, Setting
-
-from ._first_layer import normalisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,44 +32,40 @@ class April(Attack):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs learned positions, one image, and no more patches than a token has dimensions."""
-        found = _front(module)
-        if found is None:
-            return "needs a transformer on patches with learned positions (vit)"
+        layer = _front(module)
+        if layer is None or layer.patches is None or layer.weight is None:
+            return "needs a transformer on patches with learned positions (vit), both trained"
         if setting.batch_size != 1:
             return f"needs a batch of 1, not {setting.batch_size}: tokens of several images share their positions"
-        _, length, width = module.get_parameter(found[1]).shape
-        if length - 1 > width:
-            return f"needs no more patches than dimensions of a token: {length - 1} patches face {width} dimensions"
+        count, width = len(layer.patches), len(module.get_parameter(layer.weight))
+        if count > width:
+            return f"needs no more patches than dimensions of a token: {count} patches face {width} dimensions"
         return None
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Solve for the patches; `details` has the condition number of the system."""
-        found = _front(observation.network.module)
-        assert found is not None
-        # The first position is the class token's.
-        delta = observation.gradient[found[1]][:, 0, 1:].double()
-        weight = observation.gradient[found[0]].double()
-        side, known = weight.shape[-1], weight.flatten(2)
+        layer = _front(observation.network.module)
+        assert layer is not None and layer.weight is not None
+        assert layer.patches is not None and layer.positions is not None
+        name, first = layer.positions
+        positions = observation.gradient[name].double()
+        delta = positions.reshape(len(positions), -1, positions.shape[-1])[:, first : first + len(layer.patches)]
+        known = observation.gradient[layer.weight].double().flatten(2)
         left, values, right = torch.linalg.svd(delta.mT, full_matrices=False)
         inside = left.mT @ known
         freedom = max((known.shape[1] - values.shape[1]) * known.shape[2], 1)
         variance = (known - left @ inside).square().sum((1, 2)) / freedom
         patches = right.mT @ (inside * (values / (values.square() + variance[:, None]))[..., None])
-        channels, height, length = observation.shape
-        size = (-(-height // side) * side, -(-length // side) * side)
-        images = F.fold(patches.mT, size, kernel_size=side, stride=side)[:, None, :channels, :height, :length]
-        mean, std = normalisation(observation.network.module)
+        images = replace(layer, index=layer.patches).to_images(patches.flatten(1), observation.shape)[:, None]
         return Reconstruction(
-            images=(images * std + mean).nan_to_num(0.5).clamp(0, 1).to(observation.dtype),
+            images=images.nan_to_num(0.5).clamp(0, 1).to(observation.dtype),
             details={"condition": values[:, 0] / values[:, -1]},
         )
 
 
-def _front(module: nn.Module) -> tuple[str, str] | None:
-    """Names of the patch projection's weight and of the positions, or None where the model does not start so."""
-    first = next(((name, leaf) for name, leaf in module.named_modules() if list(leaf.parameters(recurse=False))), None)
-    positions = [name for name, tensor in module.named_parameters() if name.endswith("positions") and tensor.ndim == 3]
-    if first is None or not isinstance(first[1], nn.Conv2d) or len(positions) != 1:
-        return None
-    name, layer = first
-    return (f"{name}.weight", positions[0]) if layer.kernel_size == layer.stride else None
+def _front(module: nn.Module) -> OnPixels | None:
+    """Return the projection of patches to tokens that positions are added to, or None where there is none."""
+    for layer in structure.of(module).on_pixels:
+        if layer.plain and layer.whole and layer.weight is not None and layer.positions is not None:
+            return layer
+    return None

@@ -39,7 +39,11 @@ class BottleneckInversion(GradientMatching):
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs a bottleneck."""
         found = bottleneck.noise_shapes(module, setting.batch_size)
-        return None if found else "needs a model with a variational bottleneck (precode, vib)"
+        return (
+            super().unsuited(module, setting, defense)
+            if found
+            else "needs a model with a variational bottleneck (precode, vib)"
+        )
 
     def initial(self, observation: Observation, generator: Generators) -> Variables:
         """Initial pixels and noise [N, B, K], by buffer name."""

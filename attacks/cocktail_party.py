@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradleak.attack import Attack, Reconstruction
 from gradleak.defense import Defense
 from gradleak.seeds import Generators
+from gradleak.structure import OnPixels
 from gradleak.threat import Observation, Setting
 
 from ._first_layer import first_linear, gradients, to_inputs, to_pixels
@@ -43,23 +44,21 @@ class CocktailParty(Attack):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs a linear layer on the pixels with no fewer outputs than there are images."""
-        name = first_linear(module, bias=False)
-        if name is None:
-            return "needs a model whose first layer is linear (linear, mlp)"
-        width = module.get_parameter(f"{name}.weight").shape[0]
+        layer = first_linear(module, bias=False)
+        if layer is None or layer.weight is None:
+            return "needs a model whose first layer is linear (linear, mlp), and is trained"
+        width = module.get_parameter(layer.weight).shape[0]
         if setting.batch_size > width:
             return f"needs no more images than neurons: {width} neurons face a batch of {setting.batch_size}"
         return None
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Part the mixtures and scale them to images."""
-        name = first_linear(observation.network.module, bias=False)
-        assert name is not None
-        size = observation.batch_size
-        weight, bias = gradients(observation, name)
+        layer, size = _layer(observation), observation.batch_size
+        weight, bias = gradients(observation, layer)
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         left, mixtures = left[..., :size], values[:, :size, None] * right[:, :size]
-        signals = self._signals(mixtures.unflatten(-1, observation.shape))
+        signals = self._signals(layer.arranged(mixtures, observation.shape))
         white, whitening = _white(signals)
         answers = []
         for restart in range(self.restarts):
@@ -70,9 +69,13 @@ class CocktailParty(Attack):
                 turn = _orthonormal(slope @ white.mT / white.shape[2] - (1 - slope.square()).mean(2, True) * turn)
             unmixing = turn @ whitening
             inputs = _scaled(unmixing, mixtures, left, bias)
-            images = to_pixels(inputs, observation) if bias.any() else _filled(unmixing @ mixtures, observation)
+            images = (
+                to_pixels(inputs, layer, observation)
+                if bias.any()
+                else _filled(unmixing @ mixtures, layer, observation)
+            )
             images = images.nan_to_num(0.5).clamp(0, 1)
-            answers.append((images, self._negentropy(to_inputs(images, observation), observation)))
+            answers.append((images, self._negentropy(images, observation)))
         images, negentropy = (torch.stack(parts) for parts in zip(*answers, strict=True))
         best = negentropy.argmax(0)
         victim = torch.arange(observation.victims, device=observation.device)
@@ -88,7 +91,7 @@ class CocktailParty(Attack):
         self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]
     ) -> Tensor | None:
         """Minus the mean negentropy [N] of given images."""
-        return -self._negentropy(to_inputs(images, observation), observation).to(observation.dtype)
+        return -self._negentropy(images, observation).to(observation.dtype)
 
     def _signals(self, images: Tensor) -> Tensor:
         """What is taken for independent, [N, B, signals] of zero mean, from images [N, B, C, H, W]."""
@@ -98,12 +101,19 @@ class CocktailParty(Attack):
             flat = torch.cat([images.diff(dim=-1).flatten(2), images.diff(dim=-2).flatten(2)], dim=2)
         return flat - flat.mean(2, keepdim=True)
 
-    def _negentropy(self, inputs: Tensor, observation: Observation) -> Tensor:
-        signals = self._signals(inputs.unflatten(-1, observation.shape))
+    def _negentropy(self, images: Tensor, observation: Observation) -> Tensor:
+        layer = _layer(observation)
+        signals = self._signals(layer.arranged(to_inputs(images, layer), observation.shape))
         unit = signals / (signals.std(2, keepdim=True) + 1e-12)
         # log cosh without overflow
         smooth = unit.abs() + torch.log1p((-2 * unit.abs()).exp()) - 0.6931471805599453
         return (smooth.mean(2) - _GAUSSIAN).square().mean(1)
+
+
+def _layer(observation: Observation) -> OnPixels:
+    layer = first_linear(observation.network.module, bias=False)
+    assert layer is not None
+    return layer
 
 
 def _white(signals: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,10 +137,10 @@ def _scaled(unmixing: Tensor, mixtures: Tensor, left: Tensor, bias: Tensor) -> T
     return unmixing @ mixtures / scale
 
 
-def _filled(components: Tensor, observation: Observation) -> Tensor:
+def _filled(components: Tensor, layer: OnPixels, observation: Observation) -> Tensor:
     """Components [N, B, P] as images that fill [0, 1], their skew made positive."""
     centred = components - components.mean(2, keepdim=True)
     signed = components * torch.where(centred.pow(3).mean(2, keepdim=True) < 0, -1.0, 1.0)
     low, high = signed.amin(2, keepdim=True), signed.amax(2, keepdim=True)
-    images: Tensor = ((signed - low) / (high - low)).unflatten(-1, observation.shape).to(observation.dtype)
+    images: Tensor = layer.arranged((signed - low) / (high - low), observation.shape).to(observation.dtype)
     return images

@@ -39,7 +39,9 @@ class EncodingInversion(GradientMatching):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs an encoding."""
-        return None if isinstance(defense, Encoding) else "needs a defense that encodes images (mixup, augmentation)"
+        if not isinstance(defense, Encoding):
+            return "needs a defense that encodes images (mixup, augmentation)"
+        return super().unsuited(module, setting, defense)
 
     def initial(self, observation: Observation, generator: Generators) -> Variables:
         """Initial pixels, and numbers in place of the latents."""

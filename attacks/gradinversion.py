@@ -76,7 +76,7 @@ class GradInversion(GradientMatching):
         """It needs batch normalisation to match its statistics."""
         if self.statistics != "none" and not batch_statistics.layers(module):
             return "needs a model with batch normalisation (statistics: none does not)"
-        return None
+        return super().unsuited(module, setting, defense)
 
     def facts(self, observation: Observation) -> Facts:
         """What is known of each victim: also the statistics."""
@@ -101,6 +101,7 @@ class GradInversion(GradientMatching):
     def prior(self, observation: Observation) -> Callable[[Guess, Variables, Facts], Tensor]:
         """Whole prior of one trial: also the distance of statistics."""
         others, network = super().prior(observation), observation.network
+        batch_statistics.layers(network.module)  # found once, before the search
 
         def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
             total = others(guess, variables, facts)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from gradleak.attack import Attack, Reconstruction
 from gradleak.defense import Defense
+from gradleak.engine.loop import Status
 from gradleak.seeds import Generators
+from gradleak.structure import OnPixels
 from gradleak.threat import Observation, Setting
 
 from ._first_layer import first_linear, gradients, to_inputs, to_pixels
@@ -37,10 +39,10 @@ class LinearLeakage(Attack):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs a linear layer with bias right on the pixels."""
-        name = self._first(module)
-        if name is None:
-            return "needs a model whose first layer is linear with a bias (linear, mlp)"
-        width = module.get_parameter(f"{name}.weight").shape[0]
+        layer = self._first(module)
+        if layer is None or layer.weight is None:
+            return "needs a model whose first layer is linear with a bias (linear, mlp), and is trained"
+        width = module.get_parameter(layer.weight).shape[0]
         if setting.batch_size > width:
             return f"needs no more images than neurons: {width} neurons face a batch of {setting.batch_size}"
         return None
@@ -52,9 +54,16 @@ class LinearLeakage(Attack):
             rows = _ratio(weight, bias, torch.ones_like(bias))[:, None]
         else:
             rows = self._recurring_rows(weight, bias, observation)
-        images = to_pixels(self._inputs(rows, observation), observation).nan_to_num(0.5).clamp(0, 1)
-        loss = self._unexplained(observation, images)
-        return Reconstruction(images=images, labels=observation.labels, loss=loss)
+        images = to_pixels(self._inputs(rows, observation), self._layer(observation), observation)
+        images = images.nan_to_num(0.5).clamp(0, 1)
+        # Of a layer whose gradient did not arrive nothing is known.
+        empty = ~(weight.flatten(1).any(1) & bias.any(1))
+        return Reconstruction(
+            images=images,
+            labels=observation.labels,
+            loss=self._unexplained(observation, images),
+            status=[Status.ERROR if none else Status.OK for none in empty.tolist()],
+        )
 
     def loss(
         self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]
@@ -62,9 +71,14 @@ class LinearLeakage(Attack):
         """Share of the layer's gradient [N] that given images cannot explain."""
         return self._unexplained(observation, images)
 
-    def _first(self, module: nn.Module) -> str | None:
-        """Name of the layer."""
+    def _first(self, module: nn.Module) -> OnPixels | None:
+        """Return the layer."""
         return first_linear(module)
+
+    def _layer(self, observation: Observation) -> OnPixels:
+        layer = self._first(observation.network.module)
+        assert layer is not None
+        return layer
 
     def _rows(self, inputs: Tensor, observation: Observation) -> Tensor:
         """Return what the layer's weight gradient is made of, given its inputs [N, B, P]."""
@@ -76,22 +90,22 @@ class LinearLeakage(Attack):
 
     def _compared(self, ratios: Tensor, observation: Observation) -> tuple[Tensor, Tensor]:
         """Return candidates [N, O, P] in units in which 1 is large, and which of them no image can be."""
-        pixels = to_pixels(ratios, observation).double().flatten(2)
+        pixels = to_pixels(ratios, self._layer(observation), observation).double().flatten(2)
         return pixels, (pixels - pixels.clamp(0, 1)).abs().amax(-1) > _OUTSIDE
 
     def _gradients(self, observation: Observation) -> tuple[Tensor, Tensor]:
-        name = self._first(observation.network.module)
-        assert name is not None
-        return gradients(observation, name)
+        return gradients(observation, self._layer(observation))
 
     def _unexplained(self, observation: Observation, images: Tensor) -> Tensor:
         weight, bias = self._gradients(observation)
-        rows = self._rows(to_inputs(images, observation), observation)
+        rows = self._rows(to_inputs(images, self._layer(observation)), observation)
         # A bias is the weight of an input that is always 1.
         rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=2)
         seen = torch.cat([weight, bias[..., None]], dim=2)
         rest = seen - seen @ torch.linalg.pinv(rows) @ rows
-        share = rest.square().sum((1, 2)) / seen.square().sum((1, 2)).clamp(min=1e-300)
+        # Nothing explains a gradient that is not there.
+        whole = seen.square().sum((1, 2))
+        share = torch.where(whole > 0, rest.square().sum((1, 2)) / whole.clamp(min=1e-300), 1.0)
         loss: Tensor = share.to(observation.dtype)
         return loss
 

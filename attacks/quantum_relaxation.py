@@ -43,7 +43,9 @@ class QuantumRelaxation(GradientMatching):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """Say why the model has no angles to free, or None."""
-        return None if isinstance(module, AngleEncoded) else "the model does not encode images as angles"
+        if not isinstance(module, AngleEncoded):
+            return "the model does not encode images as angles"
+        return super().unsuited(module, setting, defense)
 
     def initial(self, observation: Observation, generator: Generators) -> Variables:
         """Uniform angles in turns, [N, B, m, ...]."""

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import grad
 
+from gradleak import structure
 from gradleak.attack import Attack, Reconstruction
 from gradleak.defense import Defense
 from gradleak.engine.objectives import relative_squared
-from gradleak.model import Normalise
 from gradleak.seeds import Generators
+from gradleak.structure import Link
 from gradleak.threat import Observation, Setting
-from gradleak.update import LocalTraining, Network, Update, by_transform, local_update, one_hot
+from gradleak.update import LocalTraining, Update, by_transform, local_update, one_hot
 
 _GRID = 4001  # starting points of the search for the confidence in the label
 _RIDGE = 1e-12  # keeps normal equations regular; the refinement undoes it wherever something is determined
@@ -44,10 +45,13 @@ class RGAP(Attack):
         """It needs one image and a chain of convolutions and linear layers without biases, leaky ReLUs between."""
         if setting.batch_size != 1:
             return f"needs a batch of 1, not {setting.batch_size}"
-        layers = _leaves(module)
-        if not all(_invertible(layer) for layer in layers) or not isinstance(layers[-1], nn.Linear):
+        found = structure.of(module)
+        layers = [module.get_submodule(link.name) for link in found.chain]
+        whole = bool(layers) and found.on_pixels[0].whole
+        if not whole or not all(_invertible(layer) for layer in layers) or not isinstance(layers[-1], nn.Linear):
             return "needs a chain of convolutions and linear layers without biases, leaky ReLUs between them (cnn6)"
-        return None
+        frozen = {name for link in found.chain for name in _weights(module, link)} - set(found.sent)
+        return f"needs the gradients of all layers; {min(frozen)} is not trained" if frozen else None
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Go down from the logits; of several possible k, the images of the smallest loss are returned."""
@@ -66,25 +70,24 @@ class RGAP(Attack):
     def _descend(self, observation: Observation, sign: float, root: int) -> tuple[Tensor, Tensor]:
         """Images [N, 1, C, H, W] and labels [N, 1] for one sign and size of the derivatives at the logits."""
         module = observation.network.module
-        layers, shapes = _leaves(module), _shapes(observation)
-        names = {id(layer): name for name, layer in module.named_modules()}
+        found = structure.of(module)
         gradient = {name: tensor.double() for name, tensor in observation.gradient.items()}
         own = {name: tensor.double() for name, tensor in observation.network.parameters.items()}
-        last = f"{names[id(layers[-1])]}.weight"
+        (last,) = _weights(module, found.chain[-1])
         features, inner, labels = _head(gradient[last], own[last], sign, root)
         inner = inner @ own[last]
-        for layer, (below, above) in zip(reversed(layers[:-1]), reversed(shapes[:-1]), strict=True):
-            features, inner = features.reshape(-1, *above), inner.reshape(-1, *above)
+        for link in reversed(found.chain[:-1]):
+            layer = module.get_submodule(link.name)
+            features, inner = features.reshape(-1, *link.above), inner.reshape(-1, *link.above)
             if isinstance(layer, nn.LeakyReLU):
                 slope = torch.where(features > 0, 1.0, layer.negative_slope)
                 features, inner = features / slope, inner * slope
             elif isinstance(layer, nn.Conv2d | nn.Linear):
-                name = f"{names[id(layer)]}.weight"
-                features = _solve(layer, own[name], features, inner, gradient[name], below)
-                inner = _transposed(layer, own[name], inner, below)
-            elif isinstance(layer, Normalise):
-                features = features * layer.std.double() + layer.mean.double()
-        images = features.reshape(-1, 1, *observation.shape).nan_to_num(0.5).clamp(0, 1)
+                (name,) = _weights(module, link)
+                features = _solve(layer, own[name], features, inner, gradient[name], link.below)
+                inner = _transposed(layer, own[name], inner, link.below)
+        images = found.on_pixels[0].to_images(features.flatten(1), observation.shape)
+        images = images[:, None].nan_to_num(0.5).clamp(0, 1)
         return images.to(observation.dtype), labels[:, None]
 
     def loss(self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]) -> Tensor:
@@ -99,8 +102,10 @@ class RGAP(Attack):
         return vmap(distance)(images, targets, buffers, observation.gradient)
 
 
-def _leaves(module: nn.Module) -> list[nn.Module]:
-    return [layer for layer in module.modules() if not list(layer.children())]
+def _weights(module: nn.Module, link: Link) -> list[str]:
+    """Names of a layer's parameters, as they are in an update."""
+    own = {id(tensor) for tensor in module.get_submodule(link.name).parameters()}
+    return [name for name, tensor in module.named_parameters() if id(tensor) in own]
 
 
 def _invertible(layer: nn.Module) -> bool:
@@ -111,21 +116,7 @@ def _invertible(layer: nn.Module) -> bool:
         return layer.bias is None
     if isinstance(layer, nn.LeakyReLU):
         return layer.negative_slope > 0
-    return isinstance(layer, Normalise | nn.Flatten | nn.Identity)
-
-
-def _shapes(observation: Observation) -> list[tuple[torch.Size, torch.Size]]:
-    """Shapes of every leaf's input and output for one image, first to last."""
-    network: Network = observation.network
-    shapes: list[tuple[torch.Size, torch.Size]] = []
-    hooks = [
-        leaf.register_forward_hook(lambda _, inputs, output: shapes.append((inputs[0].shape[1:], output.shape[1:])))
-        for leaf in _leaves(network.module)
-    ]
-    network.logits(torch.zeros(1, *observation.shape, dtype=observation.dtype, device=observation.device))
-    for hook in hooks:
-        hook.remove()
-    return shapes
+    return isinstance(layer, nn.Flatten | nn.Identity)
 
 
 def _head(gradient: Tensor, weight: Tensor, sign: float, root: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,7 +46,9 @@ class SME(GradientMatching):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs a weight difference."""
-        return None if setting.local_lr is not None else "needs a client that sends a weight difference (local_lr)"
+        if setting.local_lr is None:
+            return "needs a client that sends a weight difference (local_lr)"
+        return super().unsuited(module, setting, defense)
 
     def initial(self, observation: Observation, generator: Generators) -> Variables:
         """Initial images, and the place on the segment, [N, 1]."""

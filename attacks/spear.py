@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -13,6 +13,7 @@ from gradleak.attack import Attack, Reconstruction
 from gradleak.defense import Defense
 from gradleak.engine.loop import Status
 from gradleak.seeds import Generators
+from gradleak.structure import OnPixels
 from gradleak.threat import Observation, Setting
 
 from ._first_layer import first_linear, gradients, noise_floor, to_inputs, to_pixels
@@ -51,10 +52,10 @@ class Spear(Attack):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs a biased linear layer on the pixels, a ReLU after it, and no more images than neurons."""
-        name = first_linear(module)
-        if name is None or not _before_relu(module, name):
-            return "needs a model that starts with a linear layer with a bias and a ReLU (mlp)"
-        width = module.get_parameter(f"{name}.weight").shape[0]
+        layer = first_linear(module)
+        if layer is None or layer.weight is None or not layer.rectified:
+            return "needs a model that starts with a linear layer with a bias and a ReLU (mlp), and trains it"
+        width = module.get_parameter(layer.weight).shape[0]
         if setting.batch_size > width:
             return f"needs no more images than neurons: {width} neurons face a batch of {setting.batch_size}"
         return None
@@ -75,8 +76,8 @@ class Spear(Attack):
             # Equal or inactive images leave no trace of their own; the mean of the others stands for them.
             spare = found.mean(1, keepdim=True).expand(-1, size - rank, -1)
             inputs[mine] = torch.cat([found, spare], dim=1)
-        images = to_pixels(inputs, observation).nan_to_num(0.5).clamp(0, 1)
-        agreement = layer.agreement(to_inputs(images, observation))
+        images = to_pixels(inputs, layer.place, observation).nan_to_num(0.5).clamp(0, 1)
+        agreement = layer.agreement(to_inputs(images, layer.place))
         return Reconstruction(
             images=images,
             loss=(1 - agreement).to(observation.dtype),
@@ -90,7 +91,7 @@ class Spear(Attack):
     ) -> Tensor | None:
         """One minus the self-check [N] of given images."""
         layer = _Layer.of(observation, self.tolerance)
-        return (1 - layer.agreement(to_inputs(images, observation))).to(observation.dtype)
+        return (1 - layer.agreement(to_inputs(images, layer.place))).to(observation.dtype)
 
     def _search(
         self, layer: _Layer, rank: int, generator: Generators, observation: Observation
@@ -143,18 +144,19 @@ class _Layer:
     """Largest noise that is taken for zero on an entry of dL/dW, [N]."""
     parameters: tuple[Tensor, Tensor]
     """W [O, P] and b [O]."""
+    place: OnPixels
 
     @classmethod
     def of(cls, observation: Observation, tolerance: float) -> _Layer:
-        name = first_linear(observation.network.module)
-        assert name is not None
-        weight, bias = gradients(observation, name)
+        place = first_linear(observation.network.module)
+        assert place is not None and place.weight is not None and place.bias is not None
+        weight, bias = gradients(observation, place)
         floor = noise_floor(weight, observation.batch_size, observation.dtype)
         own = observation.network.parameters
-        return cls(weight, bias, tolerance * floor, (own[f"{name}.weight"].double(), own[f"{name}.bias"].double()))
+        return cls(weight, bias, tolerance * floor, (own[place.weight].double(), own[place.bias].double()), place)
 
     def select(self, victims: Tensor) -> _Layer:
-        return _Layer(self.weight[victims], self.bias[victims], self.noise[victims], self.parameters)
+        return replace(self, weight=self.weight[victims], bias=self.bias[victims], noise=self.noise[victims])
 
     def ranks(self, batch_size: int) -> Tensor:
         """Singular values that stand out of the noise, at most the batch size, [N]."""
@@ -300,10 +302,3 @@ def _independent(normals: Tensor, order: Tensor, rank: int) -> Tensor:
         direction = nn.functional.normalize(left[victim, first], dim=1)
         left = left - torch.einsum("nkr,nr->nk", left, direction)[..., None] * direction[:, None]
     return normals.gather(1, torch.stack(chosen, dim=1)[..., None].expand(-1, -1, rank))
-
-
-def _before_relu(module: nn.Module, name: str) -> bool:
-    """Whether the layer that computes after the named one is a ReLU."""
-    leaves = [(path, layer) for path, layer in module.named_modules() if not list(layer.children())]
-    place = [path for path, _ in leaves].index(name)
-    return place + 1 < len(leaves) and isinstance(leaves[place + 1][1], nn.ReLU)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gradleak import structure
 from gradleak.defense import Defense
 from gradleak.mechanisms.whitening import WhitenedLayer, restore, whiten
+from gradleak.structure import OnPixels
 from gradleak.threat import Knowledge, Level, Observation, Setting
 
 from .linear_leakage import LinearLeakage
@@ -36,10 +38,11 @@ class TractInversion(LinearLeakage):
             return "needs defense tract on a model whose first layer is linear with a bias (linear, mlp)"
         return super().unsuited(module, setting, defense)
 
-    def _first(self, module: nn.Module) -> str | None:
-        for name, layer in module.named_modules():
-            if isinstance(layer, WhitenedLayer):
-                return name if layer.weight.ndim == 2 and layer.bias is not None else None
+    def _first(self, module: nn.Module) -> OnPixels | None:
+        for layer in structure.of(module).on_pixels:
+            sent = layer.weight is not None and layer.bias is not None
+            if isinstance(module.get_submodule(layer.name), WhitenedLayer):
+                return layer if layer.linear and layer.whole and layer.index.ndim == 1 and sent else None
         return None
 
     def _rows(self, inputs: Tensor, observation: Observation) -> Tensor:

@@ -11,6 +11,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradleak import structure
 from gradleak.defense import Defense, Message, Public
 from gradleak.engine.objectives import cosine
 from gradleak.errors import GradleakError
@@ -37,7 +38,7 @@ class Soteria(Defense):
     ratio: Annotated[float, Ge(0), Lt(1)] = 0.4
     """Share of the features that are removed."""
     layer: int = -1
-    """The defended one of the model's linear layers, counted as in a list."""
+    """The defended one of the linear layers that the model calls, counted as in a list."""
 
     def prepare_model(self, module: nn.Module) -> nn.Module:
         """Return a copy whose defended layer can leave columns out of its gradient.
@@ -46,8 +47,9 @@ class Soteria(Defense):
             GradleakError: the model has no such linear layer.
         """
         changed = copy.deepcopy(module)
-        linear = [(name, layer) for name, layer in changed.named_modules() if type(layer) is nn.Linear]
-        if not -len(linear) <= self.layer < len(linear) or not linear[self.layer][0]:
+        called = [(name, changed.get_submodule(name)) for name in structure.of(module).called]
+        linear = [(name, layer) for name, layer in called if type(layer) is nn.Linear and name]
+        if not -len(linear) <= self.layer < len(linear):
             raise GradleakError(
                 f"defense 'soteria': layer = {self.layer}, but the model has {len(linear)} linear layers"
             )
@@ -83,7 +85,9 @@ class Soteria(Defense):
 
     def pack(self, message: Message, public: Public) -> bytes:
         """A bitmap of the defended weight's columns, then float32 values without the missing ones."""
-        weight = next(tensor for name, tensor in message.items() if name.endswith(_WEIGHT))
+        weight = next((tensor for name, tensor in message.items() if name.endswith(_WEIGHT)), None)
+        if weight is None:
+            return super().pack(message, public)
         columns = _columns(weight) > 0
         rest = {name: tensor for name, tensor in message.items() if not name.endswith(_WEIGHT)}
         return pack_bits(columns, bits=1) + pack_floats(weight[:, columns].flatten()) + pack_floats(flatten(rest))

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import seeds
+from . import seeds, structure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,4 +54,6 @@ def initialise(model: Model, shape: tuple[int, int, int], classes: int, *seed: o
     """Build a network whose initial weights depend on `seed` alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive("model", *seed))
-        return model.build(shape, classes)
+        network = model.build(shape, classes)
+    structure.mark(network, shape)
+    return network

@@ -13,6 +13,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from . import structure
 from .dataset import Images
 from .update import LocalTraining, Network, Update
 
@@ -113,6 +114,9 @@ class Setting:
     """Images in a local step; unset is the whole batch."""
     local_lr: Annotated[float, Gt(0)] | None = None
     """Rate of the local steps; set, the client sends its weight difference (FedAvg)."""
+    trainable: Literal["all", "head"] | tuple[str, ...] = field(default="all", metadata={"later": True})
+    """What the client trains and sends: all that the model lets train, its last layer, or parameters and modules by
+    name; the rest stays as the server sent it."""
     precision: Literal["float32", "float64"] = "float32"
     grants: Knowledge = field(default_factory=Knowledge)
 
@@ -185,6 +189,10 @@ class Observation:
     private: dict[str, Tensor] | None = None
     """The clients' private randomness, [N, ...], for an oracle."""
     compute: Compute = field(default_factory=Compute)
+
+    def __post_init__(self) -> None:
+        """Note on the network which images it takes, for `gradleak.structure`."""
+        structure.mark(self.network.module, self.shape)
 
     @property
     def victims(self) -> int:

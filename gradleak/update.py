@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import structure
 from .errors import GradleakError
 
 Update = dict[str, Tensor]
@@ -79,7 +80,10 @@ class Extended(nn.Module):
 
 @dataclass(frozen=True)
 class Network:
-    """A model as a function: its architecture, and the parameters and buffers to call it with."""
+    """A model as a function: its architecture, and the parameters and buffers to call it with.
+
+    `parameters` are those that clients train and send; what they do not train is constant, with the buffers.
+    """
 
     module: nn.Module
     parameters: dict[str, Tensor]
@@ -90,8 +94,12 @@ class Network:
         """Freeze a copy of `module`; in train mode its batch normalisation uses the batch and keeps no state.
 
         Raises:
-            GradleakError: train mode with a sampling dropout layer, whose draws nobody could repeat.
+            GradleakError: train mode with a sampling dropout layer, whose draws nobody could repeat, or no parameter
+                that requires a gradient.
         """
+        sent = structure.sent_of(module)
+        if not sent:
+            raise GradleakError("the model has no parameter that is trained (requires_grad), so nothing would be sent")
         module = copy.deepcopy(module).train(mode == "train").requires_grad_(False)
         for name, layer in module.named_modules():
             if isinstance(layer, _BatchNorm) and mode == "train":
@@ -102,9 +110,11 @@ class Network:
                     f"model layer {name!r} is {type(layer).__name__}, which draws masks nobody can repeat; "
                     "use the defense 'dropout'"
                 )
-        parameters = {name: tensor.detach() for name, tensor in module.named_parameters()}
+        structure.mark_sent(module, sent)
+        every = {name: tensor.detach() for name, tensor in module.named_parameters()}
+        constants = {name: tensor for name, tensor in every.items() if name not in sent}
         buffers = {name: tensor.detach() for name, tensor in module.named_buffers()}
-        return cls(module, parameters, buffers)
+        return cls(module, {name: every[name] for name in every if name in sent}, {**constants, **buffers})
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Network:
         """Copy to a device and a floating point type."""

@@ -237,6 +237,7 @@ def test_r_gap_with_two_classes_tries_both_labels() -> None:
 def test_r_gap_goes_through_linear_layers() -> None:
     from torch import nn
 
+    from gradleak import structure
     from gradleak.model import Normalise
     from gradleak.threat import Setting as ClientSetting
     from gradleak.update import Network
@@ -252,6 +253,7 @@ def test_r_gap_goes_through_linear_layers() -> None:
             nn.Linear(48, 10, bias=False),
         ).double()
     assert attack("r-gap").unsuited(chain, ClientSetting(), registry.build("defenses", "none")) is None
+    structure.mark(chain, (1, 8, 8))
     network = Network.of(chain)
     none: Defense = registry.build("defenses", "none")
     how = ClientSetting(precision="float64")

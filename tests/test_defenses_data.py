@@ -13,7 +13,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from gradleak import registry
+from gradleak import registry, structure
 from gradleak.dataset import Data
 from gradleak.defense import Defense, View
 from gradleak.defenses.augmentation import Augmentation
@@ -211,7 +211,9 @@ def test_tract_of_a_convolution_whitens_its_patches(size: int) -> None:
 
 def test_tract_refuses_other_first_layers() -> None:
     with pytest.raises(GradleakError, match="first layer with weights is BatchNorm2d"):
-        TrAct().prepare_model(nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 2, 3)))
+        module = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 2, 3), nn.Flatten())
+        structure.mark(module, (1, 8, 8))
+        TrAct().prepare_model(module)
 
 
 @pytest.mark.parametrize("defense", [Soteria(), TrAct(), DiscreteBottleneck(), Precode(width=4)])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import vmap
 
-from gradleak import registry
+from gradleak import registry, structure
 from gradleak.attack import GradientMatching, Reconstruction
 from gradleak.dataset import Data
 from gradleak.defense import Defense, View
@@ -161,9 +161,11 @@ def test_models_without_a_place_for_dropout_are_refused() -> None:
     with pytest.raises(GradleakError, match="no hidden activation"):
         guard().prepare_model(build("linear"))
     shared = nn.ReLU()
-    twice = dropout.insert(_Twice(shared), 0.5)
+    model = nn.Sequential(nn.Flatten(), _Twice(shared), nn.Linear(64, 3))
+    structure.mark(model, SHAPE)
+    twice = dropout.insert(model, 0.5)
     with pytest.raises(GradleakError, match="called twice"):
-        dropout.mask_shapes(twice, torch.zeros(1, 4))
+        dropout.mask_shapes(twice, torch.zeros(1, *SHAPE))
 
 
 class _Twice(nn.Module):

@@ -18,7 +18,7 @@ HALL = {"", "__main__"}
 
 LAYERS = [
     {"errors", "paths", "seeds", "scales", "process", "board.statistics"},
-    {"registry"},
+    {"registry", "structure"},
     {"dataset", "datasets", "model", "models"},
     {"update"},
     {"threat", "engine"},

@@ -11,6 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 from gradleak.errors import GradleakError
 from gradleak.search import labels
+from gradleak.structure import Head
 
 CLASSES = 10
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -46,6 +47,18 @@ def leak(
     return vmap(grad(loss))(weights, images, truth), truth.sort(-1).values
 
 
+def head_of(update: dict[str, Tensor]) -> Head:
+    weight = [name for name in update if name.endswith("weight")][-1]
+    bias = weight.replace("weight", "bias")
+    return Head(weight=weight, bias=bias if bias in update else None)
+
+
+def infer(update: dict[str, Tensor], classes: int, batch_size: int, rule: str = "auto") -> Tensor:
+    head = head_of(update)
+    assert update[head.weight or ""].shape[1] == classes
+    return labels.infer(update, head, batch_size, rule)
+
+
 def accuracy(inferred: Tensor, truth: Tensor) -> float:
     common = [sum((Counter(a) & Counter(b)).values()) for a, b in zip(inferred.tolist(), truth.tolist(), strict=True)]
     return sum(common) / truth.numel()
@@ -56,7 +69,7 @@ def accuracy(inferred: Tensor, truth: Tensor) -> float:
 def test_bias_rules_are_exact_for_one_image_and_any_activation(seed: int, activation: str) -> None:
     update, truth = leak(activation, 4, 1, seed)
     for rule in ("auto", "bias-sign", "bias-corrected", "row-sign"):
-        assert torch.equal(labels.infer(update, CLASSES, 1, rule), truth), rule
+        assert torch.equal(infer(update, CLASSES, 1, rule), truth), rule
 
 
 @given(seed=st.integers(0, 2**32), activation=st.sampled_from(["relu", "sigmoid"]))
@@ -64,19 +77,19 @@ def test_bias_rules_are_exact_for_one_image_and_any_activation(seed: int, activa
 def test_row_rules_are_exact_for_one_image_and_features_that_are_not_negative(seed: int, activation: str) -> None:
     update, truth = leak(activation, 4, 1, seed, bias=False)
     for rule in ("auto", "row-sum", "wainakh", "row-sign"):
-        assert torch.equal(labels.infer(update, CLASSES, 1, rule), truth), rule
+        assert torch.equal(infer(update, CLASSES, 1, rule), truth), rule
 
 
 def test_row_sum_fails_on_signed_features() -> None:
     # Each network's features have a sum of either sign, so that about half the labels are right.
     update, truth = leak("tanh", 300, 1, 0)
-    assert 0.35 < accuracy(labels.infer(update, CLASSES, 1, "row-sum"), truth) < 0.7
-    assert accuracy(labels.infer(update, CLASSES, 1, "row-sign"), truth) == 1
+    assert 0.35 < accuracy(infer(update, CLASSES, 1, "row-sum"), truth) < 0.7
+    assert accuracy(infer(update, CLASSES, 1, "row-sign"), truth) == 1
 
 
 def test_bias_rule_is_exact_for_two_classes() -> None:
     update, truth = leak("tanh", 50, 1, 0, classes=2)
-    assert torch.equal(labels.infer(update, 2, 1), truth)
+    assert torch.equal(infer(update, 2, 1), truth)
 
 
 def untrained(bias: bool, victims: int = 60, batch: int = 8) -> tuple[dict[str, Tensor], Tensor]:
@@ -100,16 +113,14 @@ def untrained(bias: bool, victims: int = 60, batch: int = 8) -> tuple[dict[str, 
 
 def test_counting_rules_find_batches_with_repeated_labels() -> None:
     update, truth = untrained(bias=True)
-    found = {
-        rule: accuracy(labels.infer(update, CLASSES, 8, rule), truth) for rule in labels.RULES if rule != "row-sign"
-    }
+    found = {rule: accuracy(infer(update, CLASSES, 8, rule), truth) for rule in labels.RULES if rule != "row-sign"}
     assert found["bias-corrected"] >= 0.95, found
     assert found["wainakh"] >= 0.9, found
     # Rules for distinct labels miss the repeats.
     assert max(found["yin"], found["row-sum"], found["bias-sign"]) < 0.8, found
-    assert torch.equal(labels.infer(update, CLASSES, 8), labels.infer(update, CLASSES, 8, "bias-corrected"))
+    assert torch.equal(infer(update, CLASSES, 8), infer(update, CLASSES, 8, "bias-corrected"))
     update, truth = untrained(bias=False)
-    assert accuracy(labels.infer(update, CLASSES, 8), truth) >= 0.9
+    assert accuracy(infer(update, CLASSES, 8), truth) >= 0.9
 
 
 @pytest.mark.parametrize("rule", [rule for rule in labels.RULES if rule != "row-sign"])
@@ -118,19 +129,19 @@ def test_distinct_labels_are_found(rule: str) -> None:
     distinct = torch.tensor([len(set(row)) == 4 for row in truth.tolist()])
     assert 40 < distinct.sum() < 150
     some = {name: tensor[distinct] for name, tensor in update.items()}
-    assert accuracy(labels.infer(some, CLASSES, 4, rule), truth[distinct]) >= 0.95
+    assert accuracy(infer(some, CLASSES, 4, rule), truth[distinct]) >= 0.95
 
 
 @pytest.mark.parametrize("rule", [rule for rule in labels.RULES if rule != "row-sign"])
 def test_stacked_victims_and_single_ones_agree(rule: str) -> None:
     update, _ = leak("relu", 6, 5, 3)
-    stacked = labels.infer(update, CLASSES, 5, rule)
+    stacked = infer(update, CLASSES, 5, rule)
     assert stacked.shape == (6, 5) and stacked.dtype == torch.int64
     for victim in range(6):
         one = {name: tensor[victim : victim + 1] for name, tensor in update.items()}
-        assert torch.equal(labels.infer(one, CLASSES, 5, rule)[0], stacked[victim])
-        weight, bias = labels.last_linear(one, CLASSES)
-        assert bias is not None
+        assert torch.equal(infer(one, CLASSES, 5, rule)[0], stacked[victim])
+        weight, bias = labels.gradients(one, head_of(one))
+        assert weight is not None and bias is not None
         bare = labels.RULES[rule](weight[0], bias[0], 5)
         assert torch.equal(bare.sort().values, stacked[victim]), "a rule takes one victim as well"
 
@@ -144,19 +155,19 @@ def test_stacked_victims_and_single_ones_agree(rule: str) -> None:
 def test_scale_does_not_matter_and_the_sign_does(seed: int, power: int, rule: str) -> None:
     # Powers of two scale floats exactly. A FedAvg delta of one step is the gradient times minus the rate.
     update, _ = leak("relu", 3, 4, seed)
-    inferred = labels.infer(update, CLASSES, 4, rule)
+    inferred = infer(update, CLASSES, 4, rule)
     delta = {name: -(2.0**power) * tensor for name, tensor in update.items()}
     negated = {name: -tensor for name, tensor in delta.items()}
-    assert torch.equal(labels.infer(negated, CLASSES, 4, rule), inferred)
-    assert not torch.equal(labels.infer(delta, CLASSES, 4, rule), inferred)
+    assert torch.equal(infer(negated, CLASSES, 4, rule), inferred)
+    assert not torch.equal(infer(delta, CLASSES, 4, rule), inferred)
 
 
 def test_counting_by_hand() -> None:
     # Two zeros and one 3 of 4 classes at p = 1/4: db = p - n/3. Impact: -(5/12 + 1/12)/3 = -1/6.
     bias = torch.tensor([[1 / 4 - 2 / 3, 1 / 4, 1 / 4, 1 / 4 - 1 / 3]])
     update = {"fc.weight": bias[..., None].expand(1, 4, 5), "fc.bias": bias}
-    assert labels.infer(update, 4, 3).tolist() == [[0, 0, 3]]
-    assert labels.infer({"fc.weight": update["fc.weight"]}, 4, 3).tolist() == [[0, 0, 3]]
+    assert infer(update, 4, 3).tolist() == [[0, 0, 3]]
+    assert infer({"fc.weight": update["fc.weight"]}, 4, 3).tolist() == [[0, 0, 3]]
 
 
 def test_wainakh_impact_by_hand() -> None:
@@ -174,13 +185,15 @@ def test_yin_takes_the_rows_with_the_smallest_entries() -> None:
 def test_bad_requests_are_refused() -> None:
     update, _ = leak("relu", 2, 1, 0, bias=False)
     with pytest.raises(GradleakError, match=r"did you mean 'wainakh'.*row-sum"):
-        labels.infer(update, CLASSES, 1, "wainak")
-    with pytest.raises(GradleakError, match="no linear layer of 7 outputs"):
-        labels.infer(update, 7, 1)
+        infer(update, CLASSES, 1, "wainak")
+    with pytest.raises(GradleakError, match=r"no linear layer whose output is the logits .* labels must be granted"):
+        labels.infer(update, Head(weight=None, bias=None), 1)
+    with pytest.raises(GradleakError, match="weight, which is not in the update"):
+        labels.infer(update, Head(weight=None, bias="5.weight"), 1, "wainakh")
     with pytest.raises(GradleakError, match="needs a bias"):
-        labels.infer(update, CLASSES, 1, "bias-corrected")
+        infer(update, CLASSES, 1, "bias-corrected")
     with pytest.raises(GradleakError, match="at most 10 for 10 classes, not 11"):
-        labels.infer(update, CLASSES, 11, "row-sum")
+        infer(update, CLASSES, 11, "row-sum")
     with pytest.raises(GradleakError, match="batch of 1, not 2"):
-        labels.infer(update, CLASSES, 2, "row-sign")
-    assert labels.infer(update, CLASSES, 11, "wainakh").shape == (2, 11)
+        infer(update, CLASSES, 2, "row-sign")
+    assert infer(update, CLASSES, 11, "wainakh").shape == (2, 11)

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from gradleak import registry, seeds
+from gradleak import registry, seeds, structure
 from gradleak.board.statistics import effective_trials, wilson
 from gradleak.dataset import Data
 from gradleak.errors import GradleakError
@@ -72,12 +72,14 @@ def gradients(network: Network, data: Data, kind: str, batch_size: int, batches:
     return stack(updates), torch.stack(truth)
 
 
-def shares(update: Update, truth: Tensor, classes: int) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+def shares(
+    update: Update, head: structure.Head, truth: Tensor, classes: int
+) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
     """Share of the labels [N] that every rule finds; without the rules that cannot serve."""
     found: dict[str, Tensor] = {}
     for rule in label_rules.RULES:
         try:
-            found[rule] = label_rules.infer(update, classes, truth.shape[1], rule=rule)
+            found[rule] = label_rules.infer(update, head, truth.shape[1], rule=rule)
         except GradleakError:
             continue
     found[CHANCE] = torch.randint(classes, truth.shape, generator=seeds.generator("label-rules", *truth.shape))
@@ -99,7 +101,8 @@ def measure(options: argparse.Namespace) -> pd.DataFrame:
             for kind in KINDS:
                 for batch_size in options.batch_sizes:
                     update, truth = gradients(network, data, kind, batch_size, options.batches)
-                    for rule, rates in shares(update, truth, data.classes).items():
+                    head = structure.of(network.module).head
+                    for rule, rates in shares(update, head, truth, data.classes).items():
                         interval = wilson(float(rates.mean()), effective_trials(rates, truth.numel()))
                         rows.append({
                             "dataset": options.dataset, "model": name, "state": "trained" if trained else "untrained",

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..errors import GradleakError
-from ..federation import client, utility
+from ..federation import utility
 from ..suite import Cell, Utility, attack_and_defense, build_defense_of, build_setting
 from ..threat import Level
 from .observe import batch_size_of, granted_of
-from .workshop import Resources, data_of, fitting_prior, untrained
+from .workshop import Resources, client_of, data_of, fitting_prior
 
 
 def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
@@ -53,8 +53,7 @@ def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
             fitting_prior(config["prior"], data, resources)
         if attack.observes_other_victim and config["victims"] < 2:
             raise GradleakError(f"attack {config['attack']['label']!r} needs at least 2 victims")
-        module = untrained(json.dumps(config["model"], sort_keys=True), data.shape, data.classes)
-        network = client.client_network(module, defense, setting)
+        network = client_of(config, data)
         level = Level(config["knowledge"])
         faced = replace(setting, batch_size=batch_size_of(attack, defense, setting, level))
         reason = attack.unsuited(network.module, faced, defense)

@@ -21,13 +21,15 @@ from .. import __version__, registry
 from ..dataset import Data
 from ..defense import Defense
 from ..errors import GradleakError
+from ..federation import client
 from ..model import Model, initialise
 from ..paths import conceal
 from ..process import default_cache
 from ..search.generators import Generator, load_generator
-from ..suite import Cell, build_defense_of
+from ..suite import Cell, build_defense_of, build_setting
 from ..threat import Setting
 from ..training import networks, priors
+from ..update import Network
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,20 @@ def untrained(model: str, shape: tuple[int, int, int], classes: int) -> nn.Modul
     """Return an untrained model, to look at its structure only."""
     config = json.loads(model)
     return initialise(registry.build("models", config["name"], config["options"]), shape, classes, 0)
+
+
+def client_of(config: Mapping[str, Any], data: Data) -> Network:
+    """Return the untrained network of a cell's clients, to look at its structure only."""
+    model, defense, setting = (json.dumps(config[key], sort_keys=True) for key in ("model", "defense", "setting"))
+    prepares = type(build_defense_of(config["defense"])).prepare_model is not Defense.prepare_model
+    per_example = build_defense_of(config["defense"]).per_example_gradients
+    return _client(model, defense if prepares or per_example else "", setting, data.shape, data.classes)
+
+
+@functools.lru_cache(maxsize=32)
+def _client(model: str, defense: str, setting: str, shape: tuple[int, int, int], classes: int) -> Network:
+    guard = build_defense_of(json.loads(defense)) if defense else Defense()
+    return client.client_network(untrained(model, shape, classes), guard, build_setting(json.loads(setting)))
 
 
 def network_of(config: Mapping[str, Any], setting: Setting, resources: Resources) -> tuple[nn.Module, float]:

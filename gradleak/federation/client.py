@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from .. import seeds
+from .. import seeds, structure
 from ..defense import Defense, Memory, Message, Public
 from ..errors import GradleakError
 from ..mechanisms import batch_statistics
 from ..threat import BatchNorm, Setting
 from ..update import Network, Update, by_transform, local_update, one_hot, stack
+from .trainable import choose
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,25 @@ class Sent:
 
 def client_network(module: nn.Module, defense: Defense, setting: Setting) -> Network:
     """Return the network that clients run, from the undefended model: the defense's change, mode and precision."""
-    return freeze(defense.prepare_model(module), defense, setting)
+    prepared, shape = defense.prepare_model(module), structure.shape_of(module)
+    if shape is not None:
+        structure.mark(prepared, shape)
+    return freeze(prepared, defense, setting)
 
 
 def freeze(prepared: nn.Module, defense: Defense, setting: Setting) -> Network:
     """Return the network that clients run, from a model that the defense has prepared.
 
     Raises:
-        GradleakError: clipping per example with batch normalisation on the batch, which mixes examples.
+        GradleakError: clipping per example with batch normalisation on the batch, which mixes examples, or
+            `trainable` names what is not there.
     """
     if defense.per_example_gradients and setting.mode == "train" and _mixes(prepared):
         raise GradleakError(
             f"setting {setting.name!r}: mode 'train' mixes the examples of a batch in batch normalisation, "
             "but the defense clips each example's gradient; use mode 'eval' or a model without it"
         )
-    return Network.of(copy.deepcopy(prepared).to(setting.dtype), setting.mode)
+    return Network.of(choose(copy.deepcopy(prepared), setting.trainable).to(setting.dtype), setting.mode)
 
 
 def send(

@@ -9,14 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import structure
 from ..update import Network
 
 Statistics = dict[str, Tensor]
 
 
 def layers(module: nn.Module) -> dict[str, _BatchNorm]:
-    """Batch normalisation layers by name."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
+    """Batch normalisation layers by name: those that the network calls, where it is known what it takes."""
+    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
+    if not found or structure.shape_of(module) is None:
+        return found
+    called = structure.of(module).called
+    return {name: layer for name, layer in found.items() if name in called}
 
 
 def running(module: nn.Module) -> Statistics:

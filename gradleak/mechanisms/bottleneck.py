@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import seeds
+from .. import seeds, structure
 from ..errors import GradleakError
 from ..update import Extended
 
@@ -60,7 +60,7 @@ class _Bottlenecked(Extended):
 
 
 def insert(module: nn.Module, width: int, beta: float, expand: bool, seed: int) -> nn.Module:
-    """Return a copy with a bottleneck before its last linear layer.
+    """Return a copy with a bottleneck before the linear layer whose output is the logits.
 
     Args:
         module: the model.
@@ -70,13 +70,13 @@ def insert(module: nn.Module, width: int, beta: float, expand: bool, seed: int) 
         seed: of the new weights.
 
     Raises:
-        GradleakError: the model has no linear layer behind another.
+        GradleakError: the model has no such layer behind another.
     """
     changed = copy.deepcopy(module)
-    linear = [(name, layer) for name, layer in changed.named_modules() if type(layer) is nn.Linear]
-    if not linear or not linear[-1][0]:
-        raise GradleakError("bottleneck: the model has no linear layer to put it before")
-    name, last = linear[-1]
+    name = structure.of(module).head.layer
+    last = changed.get_submodule(name) if name else None
+    if not name or type(last) is not nn.Linear:
+        raise GradleakError(f"bottleneck: {structure.NO_HEAD}, to put it before")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive("bottleneck", seed))
         site = Bottleneck(last.in_features, width)

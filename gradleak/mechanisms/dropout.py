@@ -7,15 +7,13 @@ it like anything else that a network is called with (`Network.logits(buffers=...
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from .. import structure
 from ..errors import GradleakError
-from ..models.vit import _Block, _Embedding
-
-_WRAPPED = (nn.ReLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softmax, _Embedding)
 
 MaskShapes = dict[str, tuple[int, ...]]
 """Shape [B, ...] of every site's mask, by buffer name."""
@@ -42,24 +40,51 @@ class MaskedDropout(nn.Module):
 
 
 def insert(module: nn.Module, rate: float) -> nn.Module:
-    """Return a copy of a model with a dropout site after every activation.
+    """Return a copy of a model with dropout sites.
 
-    A vision transformer has sites after its patch embedding, the softmax of attention, the projection of
-    attention, GELU and the second linear layer of each MLP (Scheliga et al. 2023, arXiv:2208.06163).
+    They are where the model calls dropout layers of its own; without any, after every activation it calls. A module
+    may name further places with an attribute `dropout_after`: names of modules inside it, "" for itself.
 
     Raises:
         GradleakError: the model has no such place.
     """
+    found = structure.of(module)
     changed = copy.deepcopy(module)
-    for name, layer in list(changed.named_modules(remove_duplicate=False)):
-        if name and isinstance(layer, _WRAPPED):
-            changed.set_submodule(name, nn.Sequential(layer, MaskedDropout(rate)))
-        if isinstance(layer, _Block):
-            layer.attention.append(MaskedDropout(rate))
-            layer.mlp.append(MaskedDropout(rate))
+    own = [name for name in found.called if isinstance(changed.get_submodule(name), nn.modules.dropout._DropoutNd)]
+    if own:
+        for name in _everywhere(changed, own):
+            changed.set_submodule(name, MaskedDropout(rate))
+    else:
+        _follow(changed, [*_everywhere(changed, found.activations), *_asked(changed)], rate)
     if not _sites(changed):
         raise GradleakError("dropout: the model has no hidden activation to put it after; use one with hidden layers")
     return changed
+
+
+def _everywhere(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Every name of these modules, since one module may stand in several places."""
+    wanted = {id(module.get_submodule(name)) for name in names}
+    return [name for name, layer in module.named_modules(remove_duplicate=False) if id(layer) in wanted]
+
+
+def _asked(module: nn.Module) -> list[str]:
+    """Places that modules name themselves."""
+    return [
+        f"{name}.{inner}".strip(".")
+        for name, layer in module.named_modules()
+        for inner in getattr(layer, "dropout_after", ())
+    ]
+
+
+def _follow(module: nn.Module, names: list[str], rate: float) -> None:
+    """Put a site behind each of these modules, in place."""
+    # Inner modules first: a wrapped one has another name.
+    for name in sorted(filter(None, names), key=lambda name: -name.count(".")):
+        layer = module.get_submodule(name)
+        if isinstance(layer, nn.Sequential):
+            layer.append(MaskedDropout(rate))
+        else:
+            module.set_submodule(name, nn.Sequential(layer, MaskedDropout(rate)))
 
 
 def rates(module: nn.Module) -> dict[str, float]:

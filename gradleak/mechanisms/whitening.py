@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import structure
 from ..errors import GradleakError
 
 
@@ -44,19 +45,20 @@ class WhitenedLayer(nn.Module):
 
 
 def insert(module: nn.Module, damping: float, where: str) -> nn.Module:
-    """Return a copy whose first layer with weights is whitened.
+    """Return a copy whose first layer on the pixels is whitened.
 
     Raises:
         GradleakError: that layer is neither linear nor a plain convolution; the line begins with `where`.
     """
     changed = copy.deepcopy(module)
-    name, layer = next(
-        ((n, m) for n, m in changed.named_modules() if n and [*m.parameters(recurse=False)]), ("", module)
-    )
-    if not name or not _understood(layer):
+    found = structure.of(module)
+    weighted = (n for n in found.called if [*changed.get_submodule(n).parameters(recurse=False)])
+    name = next((layer.name for layer in found.on_pixels), next(weighted, ""))
+    layer = changed.get_submodule(name)
+    if not name or not found.on_pixels or not _understood(layer):
         raise GradleakError(
             f"{where}: the first layer with weights is {type(layer).__name__}; it must be Linear, or "
-            "Conv2d with zero padding and one group"
+            "Conv2d with zero padding and one group, and see the pixels as they are"
         )
     changed.set_submodule(name, WhitenedLayer(layer, damping))
     return changed

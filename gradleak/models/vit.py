@@ -69,6 +69,8 @@ class _Patches(nn.Module):
 class _Embedding(nn.Module):
     """Puts the class token first and adds the positions: [B, T, dim] to [B, T + 1, dim]."""
 
+    dropout_after = ("",)
+
     def __init__(self, patches: int, dim: int, std: float):
         super().__init__()
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -102,6 +104,9 @@ class _Attention(nn.Module):
 
 class _Block(nn.Module):
     """Attention and MLP, each behind a layer normalisation and beside a shortcut."""
+
+    # With the activations and the embedding the sites of Scheliga et al. 2023, arXiv:2208.06163.
+    dropout_after = ("attention", "mlp")
 
     def __init__(self, dim: int, heads: int, hidden: int):
         super().__init__()

@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import structure
 from ..defense import Defense, View
 from ..engine import loop
 from ..engine.loop import Plan
@@ -18,10 +19,9 @@ from ..engine.objectives import OBJECTIVES, weigh
 from ..engine.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
 from ..engine.problem import Direct, Facts, Guess, Problem, take
 from ..errors import GradleakError, unknown
-from ..model import Normalise
 from ..reconstruction import Attack, Reconstruction
 from ..seeds import Generators
-from ..threat import Knowledge, Labels, Observation
+from ..threat import Knowledge, Labels, Observation, Setting, rank
 from ..update import LocalTraining, Network, Update, one_hot
 from . import labels as label_rules
 from . import parametrisations, penalties
@@ -113,12 +113,14 @@ class GradientMatching(Attack):
         network = observation.network
         if not (self.features or self.task):
             return self.regularise
+        layer = structure.of(network.module).head.layer if self.features else ""
 
         def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
             total = self.regularise(guess, variables, facts)
             if self.features:
                 seen = _tensors(facts["seen"])
-                total = total + self.features * penalties.feature_distance(network, guess.images, seen)
+                assert layer is not None
+                total = total + self.features * penalties.feature_distance(network, layer, guess.images, seen)
             if self.task:
                 total = total + self.task * network.loss(guess.images, guess.targets, buffers=guess.buffers)
             return total
@@ -178,6 +180,16 @@ class GradientMatching(Attack):
         return None
 
     # What the template does with it.
+
+    def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
+        """Say why labels cannot be inferred where they must be, or what the model lacks for an option."""
+        infers = self.needs.labels is Labels.INFERRED and rank(setting.grants.labels) < rank(Labels.COUNTS)
+        if not (infers or self.features):
+            return None
+        head = structure.of(module).head
+        if self.features and (head.weight is None or head.layer is None):
+            return f"features: {structure.NO_HEAD} and whose gradient is sent"
+        return label_rules.lacking(head, self.label_rule) if infers else None
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Minimise from every restart and return each victim's restart of lowest matching loss."""
@@ -250,16 +262,16 @@ class GradientMatching(Attack):
             labels = self.labels(observation)
             facts["targets"] = one_hot(labels, observation.classes, observation.dtype)
             if self.features:
-                facts["seen"] = penalties.seen_features(observation.gradient, observation.classes, labels)
+                head = structure.of(observation.network.module).head
+                facts["seen"] = penalties.seen_features(observation.gradient, head, labels)
         return facts
 
     def labels(self, observation: Observation) -> Tensor:
         """Labels [N, B]: granted ones, or inferred from the decoded update."""
         if observation.labels is not None:
             return observation.labels
-        return label_rules.infer(
-            observation.gradient, observation.classes, observation.batch_size, rule=self.label_rule
-        )
+        head = structure.of(observation.network.module).head
+        return label_rules.infer(observation.gradient, head, observation.batch_size, rule=self.label_rule)
 
     def plan(self, observation: Observation) -> Plan:
         """How to minimise."""
@@ -286,9 +298,9 @@ class GradientMatching(Attack):
         """Mean and standard deviation [C or 1, 1, 1] of the space searched."""
         like = next(iter(network.parameters.values()))
         if self.space == "normalised":
-            for layer in network.module.modules():
-                if isinstance(layer, Normalise):
-                    return layer.mean, layer.std
+            found = structure.of(network.module)
+            if found.mean is not None and found.std is not None:
+                return found.mean.to(like), found.std.to(like)
         return like.new_zeros(1, 1, 1), like.new_ones(1, 1, 1)
 
     def loss(self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Label inference: which labels a batch has, read from the gradient of the last linear layer.
+"""Label inference: which labels a batch has, read from the gradient of the layer whose output is the logits.
 
 With cross-entropy, row c of that layer's gradient is the batch mean of (p_c - [c = y]) h, its bias gradient
 the mean of p_c - [c = y] (p: softmax output, h: the layer's input): only the rows of classes in the batch can
@@ -17,42 +17,62 @@ import torch
 from torch import Tensor
 
 from ..errors import GradleakError, unknown
+from ..structure import NO_HEAD, Head
 
 Rule = Callable[[Tensor, Tensor | None, int], Tensor]
 
 
-def infer(update: Mapping[str, Tensor], classes: int, batch_size: int, rule: str = "auto") -> Tensor:
+def infer(update: Mapping[str, Tensor], head: Head, batch_size: int, rule: str = "auto") -> Tensor:
     """Return the inferred labels of every victim, [N, B] int64, sorted.
 
     Args:
-        update: stacked gradients [N, ...] by parameter name, in the model's order; not a weight delta.
-        classes: number of classes K.
+        update: stacked gradients [N, ...] by parameter name; not a weight delta.
+        head: the layer whose output is the logits (`gradleak.structure`).
         batch_size: number of labels B.
         rule: a key of `RULES`, or "auto": `bias-corrected` where that layer has a bias, else `wainakh`.
 
     Raises:
-        GradleakError: the rule is unknown or cannot serve this batch size, or no linear layer has K outputs.
+        GradleakError: the rule is unknown or cannot serve this batch size, or the update lacks what it reads.
     """
-    if rule != "auto" and rule not in RULES:
-        raise unknown("label rule", rule, ["auto", *RULES])
-    weight, bias = last_linear(update, classes)
+    reason = lacking(head, rule)
+    if reason is not None:
+        raise GradleakError(reason)
     if rule == "auto":
-        rule = "wainakh" if bias is None else "bias-corrected"
+        rule = "wainakh" if head.bias is None else "bias-corrected"
+    weight, bias = gradients(update, head)
+    if weight is None:
+        assert bias is not None
+        # Rules of the bias read nothing else.
+        weight = bias[..., None]
     return RULES[rule](weight, bias, batch_size).sort(-1).values
 
 
-def last_linear(update: Mapping[str, Tensor], classes: int) -> tuple[Tensor, Tensor | None]:
-    """Return weight [N, K, F] and bias [N, K], or None, of the last linear layer with K = `classes` outputs.
+def lacking(head: Head, rule: str = "auto") -> str | None:
+    """Say why a rule cannot be used on a model with this head, or None.
 
     Raises:
-        GradleakError: the stacked update has no such layer.
+        GradleakError: the rule is unknown.
     """
-    for name in reversed(list(update)):
-        weight = update[name]
-        if name.rpartition(".")[2] == "weight" and weight.ndim == 3 and weight.shape[1] == classes:
-            bias = update.get(name.removesuffix("weight") + "bias")
-            return weight, bias
-    raise GradleakError(f"label inference: the update has no linear layer of {classes} outputs")
+    if rule != "auto" and rule not in RULES:
+        raise unknown("label rule", rule, ["auto", *RULES])
+    if head.weight is None and head.bias is None:
+        return f"label inference: {NO_HEAD} and whose gradient is sent; labels must be granted (grants: labels)"
+    if rule in _ON_BIAS and head.bias is None:
+        return f"label rule {rule!r} needs a bias in the last layer; use 'row-sum' or 'wainakh'"
+    if rule not in ("auto", *_ON_BIAS) and head.weight is None:
+        return (
+            f"label rule {rule!r} needs the gradient of the last layer's weight, which is not in the update "
+            "(frozen, shared or reparametrised); use 'bias-corrected' or 'bias-sign'"
+        )
+    return None
+
+
+def gradients(update: Mapping[str, Tensor], head: Head) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the head's weight [N, K, F] and bias [N, K]; None for what is not sent."""
+    weight = None if head.weight is None else update[head.weight]
+    if weight is not None:
+        weight = weight.mT if head.transposed else weight.flatten(2)
+    return weight, None if head.bias is None else update[head.bias]
 
 
 def row_sum(weight: Tensor, bias: Tensor | None, batch_size: int) -> Tensor:
@@ -113,6 +133,8 @@ RULES: dict[str, Rule] = {
     "wainakh": wainakh,
 }
 """Every rule by name."""
+
+_ON_BIAS = ("bias-sign", "bias-corrected")
 
 
 def _smallest(scores: Tensor, batch_size: int, rule: str) -> Tensor:

@@ -6,11 +6,12 @@ All are plain tensor operations: safe under `torch.func.vmap` and differentiable
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from ..structure import Head
 from ..update import Network, Update
-from .labels import last_linear
+from .labels import gradients
 
 _SMOOTHING = 1e-8  # keeps roots of zero differences differentiable
 
@@ -47,21 +48,22 @@ def l2_norm(images: Tensor) -> Tensor:
     return norm
 
 
-def seen_features(update: Update, classes: int, labels: Tensor) -> dict[str, Tensor]:
-    """What the last linear layer's gradient tells of its inputs, for `feature_distance`.
+def seen_features(update: Update, head: Head, labels: Tensor) -> dict[str, Tensor]:
+    """What the gradient of the head, a linear layer, tells of its inputs, for `feature_distance`.
 
     Row y of its weight gradient over entry y of its bias gradient is a weighted mean of its inputs, in which those of
     label y weigh most. Without a bias nothing is told.
 
     Args:
         update: gradients [N, ...] by parameter name.
-        classes: number of classes.
+        head: with a weight (`gradleak.structure`).
         labels: [N, B].
 
     Returns:
         `inputs` [N, B, F] and `known` [N, B], 0 where the bias gradient vanishes.
     """
-    weight, bias = last_linear(update, classes)
+    weight, bias = gradients(update, head)
+    assert weight is not None
     if bias is None:
         bias = torch.zeros_like(weight[..., 0])
     rows = weight.gather(1, labels[..., None].expand(*labels.shape, weight.shape[-1]))
@@ -71,11 +73,10 @@ def seen_features(update: Update, classes: int, labels: Tensor) -> dict[str, Ten
     return {"inputs": inputs, "known": known[..., 0].to(weight)}
 
 
-def feature_distance(network: Network, images: Tensor, seen: dict[str, Tensor]) -> Tensor:
-    """Mean squared distance between the last linear layer's inputs for images [B, C, H, W] and `seen_features`."""
-    layers = [layer for layer in network.module.modules() if isinstance(layer, nn.Linear)]
+def feature_distance(network: Network, layer: str, images: Tensor, seen: dict[str, Tensor]) -> Tensor:
+    """Mean squared distance between the inputs of the head's layer for images [B, C, H, W] and `seen_features`."""
     noted: list[Tensor] = []
-    handle = layers[-1].register_forward_pre_hook(lambda layer, inputs: noted.append(inputs[0]))
+    handle = network.module.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: noted.append(inputs[0]))
     try:
         network.logits(images)
     finally:

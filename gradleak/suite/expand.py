@@ -16,6 +16,7 @@ from ..scales import METRICS
 
 if TYPE_CHECKING:
     from ..defense import Defense
+    from ..threat import Setting
 from .cells import UTILITY, Cell, build_defense, code_of_file, key_of
 from .read import levels_of
 from .schema import Entry, Prior, Suite, Utility, build_setting
@@ -67,7 +68,7 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]
                 "defense": _guard(guard, defense),
                 "model": model,
                 "dataset": dataset,
-                "setting": _plain(dataclasses.asdict(setting)),
+                "setting": _setting(setting),
                 "knowledge": level,
                 "victims": suite.victims,
                 "tuning": suite.tuning,
@@ -97,7 +98,7 @@ def _utilities(
     if suite.utility is None:
         return
     recipe = suite.utility.model_dump(exclude={"seeds"})
-    setting = _plain(dataclasses.asdict(suite.utility.setting()))
+    setting = _setting(suite.utility.setting())
     grid = itertools.product(datasets, models, suite.utility.seeds or suite.seeds, defenses)
     for (data_entry, dataset), (model_entry, model), seed, (guard, defense) in grid:
         here = {"datasets": data_entry.title, "models": model_entry.title, "defenses": guard.title}
@@ -133,12 +134,22 @@ def _plugin(group: str, entry: Entry) -> dict[str, Any]:
 
 def _chosen(plugin: Any) -> dict[str, Any]:
     """Every hyper-parameter but the `later` ones that are not used: cells keep the keys that they had before these."""
-    unused = {
-        field.name
-        for field in dataclasses.fields(plugin)
-        if field.metadata.get("later") and getattr(plugin, field.name) == field.default
-    }
+    unused = _unused(plugin)
     return {name: value for name, value in registry.options_of(plugin).items() if name not in unused}
+
+
+def _setting(setting: Setting) -> dict[str, Any]:
+    unused = _unused(setting)
+    return {name: value for name, value in _plain(dataclasses.asdict(setting)).items() if name not in unused}
+
+
+def _unused(options: Any) -> set[str]:
+    """Names of the `later` fields that have their defaults."""
+    return {
+        field.name
+        for field in dataclasses.fields(options)
+        if field.metadata.get("later") and getattr(options, field.name) == field.default
+    }
 
 
 def _definitions() -> dict[str, Any]:

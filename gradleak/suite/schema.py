@@ -115,8 +115,15 @@ class Utility(_Strict):
     """Local steps of FedAvg; a FedSGD client (`local_lr` unset) takes one and sends its gradient."""
     local_batch_size: Annotated[int, Ge(1)] | None = None
     local_lr: Annotated[float, Gt(0)] | None = None
+    trainable: Literal["all", "head"] | tuple[str, ...] = "all"
+    """What the clients train and send; see `gradleak.threat.Setting`."""
     seeds: Annotated[list[int], MinLen(1)] | None = None
     """By default the suite's."""
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, plain: Callable[[Utility], dict[str, Any]]) -> dict[str, Any]:
+        """Leave out what came later while it is not used: cells keep their keys."""
+        return {key: value for key, value in plain(self).items() if key != "trainable" or value != "all"}
 
     VERSION: ClassVar[str] = "1"
     """Raised whenever training changes, so that old accuracies are not taken for new ones."""
@@ -127,7 +134,7 @@ class Utility(_Strict):
         Raises:
             GradleakError: values that do not fit each other.
         """
-        keys = ("batch_size", "local_steps", "local_batch_size", "local_lr")
+        keys = ("batch_size", "local_steps", "local_batch_size", "local_lr", "trainable")
         return build_setting({"name": UTILITY, **{key: getattr(self, key) for key in keys}}, where)
 
 
@@ -178,6 +185,9 @@ def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
         for key in given:
             if key not in allowed:
                 raise unknown("key", str(key), allowed, where)
+    trainable = values.get("trainable", "all")
+    if trainable not in ("all", "head") and not isinstance(trainable, list | tuple):
+        raise GradleakError(f"{place}trainable: expected all, head or a list of names, found {_short(trainable)}")
     try:
         setting = TypeAdapter(Setting).validate_python(dict(values))
     except ValidationError as error:
