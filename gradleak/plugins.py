@@ -41,7 +41,7 @@ class _Endless(BaseException):
 
 def adopt(module: str) -> None:
     """Take everything in the package of a module for plugin code, as entry points name it."""
-    _packages.add(module.partition(".")[0])
+    _packages.add(re.split(r"[.:]", module.strip(), maxsplit=1)[0].strip())
 
 
 def is_plugin(module: str) -> bool:

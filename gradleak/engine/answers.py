@@ -136,7 +136,7 @@ def guess(value: Any, shape: tuple[int, ...], classes: int, plugin: object) -> G
     for name, size in needed.items():
         tensor = getattr(value, name)
         if not isinstance(tensor, Tensor) or list(tensor.shape) != size:
-            raise wrong(plugin, "decode", f"{name} of {kind(tensor)}", f"{size} is needed")
+            raise wrong(plugin, "decode", f"{name} of {kind(tensor)}", f"{size} is needed", "initial")
     return value
 
 
