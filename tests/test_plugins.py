@@ -259,6 +259,7 @@ def test_no_defense_without_an_adaptive_answer_is_said_to_give_one(tmp_path: Pat
     assert answer.ok is None and "no adaptive answer" in answer.detail
 
 
+@pytest.mark.filterwarnings("always")
 def test_what_a_plugin_changes_prints_and_looks_at_is_found_and_put_back(tmp_path: Path) -> None:
     body = """
 def reconstruct(self, observation, generator):

@@ -213,7 +213,7 @@ def _try(match: Hook, penalty: Hook, problem: Problem, variables: Variables, kno
         return ""
     for hook, loss in losses.items():
         if hook.foreign and not bool(loss.isfinite()):
-            found = f"{hook.name} returned {float(loss)} at the start of every trial"
+            found = f"{hook.name} returned {float(loss.detach())} at the start of every trial"
             return f"{found}; a finite number is needed{hook.place}"
     return ""
 
