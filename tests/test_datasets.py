@@ -34,6 +34,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data: s
 EMBEDDED = {
     "digits": ((1, 8, 8), 10, 1198, 599, "a29f9c928ac7042a3e21b04176bae760c14e2cdd8e1e7e6df66a59c5940e50ad"),
     "faces": ((1, 25, 25), 2, 120, 80, "46d2b4194a0f091709c5eca545e48b4ac2ac9545d34c18dc498ce65b570ae04f"),
+    "mnist-5k": ((1, 28, 28), 10, 3500, 1500, "55feb21bd16e02fda3dfa4797a68ea774b1ca64eed484202b6ac0a23a5768079"),
     "photos": ((3, 32, 32), 10, 885, 440, "1027f64775910e49e3f734aeae9c1b3f6683ec2c56b2e392f7e5af3c2d252d0c"),
 }
 

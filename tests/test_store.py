@@ -256,7 +256,8 @@ def test_reading_needs_no_torch(path: Path) -> None:
         store.write(finished())
     script = f"""
         import sys
-        from gradleak import flags, leaderboard, report, results, store
+        from gradleak import report
+        from gradleak.board import flags, leaderboard, results, store
         found = results.read(store.Store({str(path)!r}))
         report.render([*leaderboard.boards(found), flags.flag_board(found)])
         sys.exit("torch" in sys.modules)

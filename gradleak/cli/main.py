@@ -276,14 +276,13 @@ def _verify(
 def _doctor() -> None:
     """Say what this machine has: versions, devices, cache, LPIPS weights, extras."""
     import torch
-    from torchvision.models import AlexNet_Weights
 
+    from ..evaluation import perceptual
     from ..process import default_cache
 
     packages = ("torch", "torchvision", "torchmetrics", "lpips", "opacus", "numpy", "scipy", "pandas", "pydantic")
     cache = default_cache()
     nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / Path(AlexNet_Weights.IMAGENET1K_V1.url).name
     facts = {
         "gradleak": __version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -291,7 +290,7 @@ def _doctor() -> None:
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
         "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
         "cache": f"{cache}, {'writable' if os.access(nearest, os.W_OK) else 'NOT writable'} (GRADLEAK_CACHE)",
-        "lpips weights": str(weights) if weights.exists() else f"missing, LPIPS will be NaN: {weights}",
+        "lpips weights": ", ".join(f"{trunk} {perceptual.state(trunk)}" for trunk in perceptual.SOURCES),
         "extras": ", ".join(f"{name} {_installed(name)}" for name in ("pennylane", "breaching", "ray")),
     }
     width = max(map(len, facts))

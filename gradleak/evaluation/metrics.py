@@ -6,16 +6,11 @@ returns one value an image, [B]. `gradleak.scales.METRICS` states unit, directio
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import logging
-import warnings
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     peak_signal_noise_ratio,
@@ -24,8 +19,7 @@ from torchmetrics.functional.image import (
 
 from ..errors import GradleakError
 from ..scales import METRICS
-
-logger = logging.getLogger(__name__)
+from . import perceptual
 
 _SIGMA, _RADIUS = 1.5, 5  # of the Gaussian window of SSIM, 11 pixels wide
 _TRUNCATE = 3.5  # torchmetrics cuts its windows at this many sigmas, rounded to whole pixels
@@ -112,7 +106,7 @@ def lpips(reconstruction: Tensor, truth: Tensor) -> Tensor:
     channels, height, width = truth.shape[1:]
     if min(height, width) < _SMALLEST_FOR_LPIPS or channels not in (1, 3):
         return _missing(truth)
-    network = _lpips_network()
+    network = perceptual.network("alex")
     if network is None:
         return _missing(truth)
     pair = (2 * images.float().expand(-1, 3, -1, -1) - 1 for images in (reconstruction, truth))
@@ -229,29 +223,3 @@ def _distances(left: Tensor, right: Tensor) -> Tensor:
 
 def _missing(truth: Tensor) -> Tensor:
     return truth.new_full((len(truth),), torch.nan)
-
-
-@functools.cache
-def _lpips_network() -> nn.Module | None:
-    from torchvision.models import AlexNet_Weights
-
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(AlexNet_Weights.IMAGENET1K_V1.url).name
-    if not _intact(file):
-        state = "is another file than it should be" if file.exists() else "is missing"
-        source = AlexNet_Weights.IMAGENET1K_V1.url
-        logger.warning("LPIPS is not measured (NaN): %s %s; it can be had from %s", file, state, source)
-        return None
-    import lpips as package
-
-    # The package uses old argument names of torchvision, and draws weights before it loads the real ones.
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore", category=UserWarning)
-        return cast(nn.Module, package.LPIPS(net="alex", version="0.1", verbose=False)).requires_grad_(False)
-
-
-def _intact(file: Path) -> bool:
-    """Whether the file exists and its SHA-256 starts with the digits that end its name."""
-    if not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest().startswith(file.stem.rpartition("-")[2])
