@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import seeds
-from .plugins import PluginError, at, blamed, place_of_hook
+from .errors import GradleakError
+from .plugins import PluginError, at, place_of, place_of_hook, said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,18 @@ def try_out(module: nn.Module, model: Model, shape: tuple[int, int, int], classe
     """
     training = module.training
     like = next(module.parameters(), torch.zeros(()))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), blamed():
-        logits: object = module.eval()(torch.full((2, *shape), 0.5, dtype=like.dtype, device=like.device))
-    module.train(training)
+    images = torch.full((2, *shape), 0.5, dtype=like.dtype, device=like.device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits: object = module.eval()(images)
+    except GradleakError:
+        raise
+    except Exception as error:
+        # The modules may all be torch's: then it is the plugin's choice of them.
+        place = "" if place_of(error) else _of(model)
+        raise PluginError(f"images of shape {list(shape)}: {said(error)}{place}") from error
+    finally:
+        module.train(training)
     if not isinstance(logits, Tensor):
         raise PluginError(f"the network returned {type(logits).__name__}; logits [B, classes] are needed{_of(model)}")
     if tuple(logits.shape) != (2, classes):
