@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import seeds, structure
+from .errors import GradleakError
+from .plugins import PluginError, at, place_of, place_of_hook, said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,46 @@ def initialise(model: Model, shape: tuple[int, int, int], classes: int, *seed: o
     """Build a network whose initial weights depend on `seed` alone; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derive("model", *seed))
-        network = model.build(shape, classes)
+        network = _built(model.build(shape, classes), model)
     structure.mark(network, shape)
     return network
+
+
+def _built(module: object, model: Model) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise PluginError(f"build returned {type(module).__name__}; a torch.nn.Module is needed{_of(model)}")
+    lazy = [name for name, tensor in module.named_parameters() if nn.parameter.is_lazy(tensor)]
+    if lazy:
+        raise PluginError(f"build returned a network whose {lazy[0]!r} has no size yet; give its size{_of(model)}")
+    return module
+
+
+def try_out(module: nn.Module, model: Model, shape: tuple[int, int, int], classes: int) -> None:
+    """Run a network on two images, as a client would.
+
+    Raises:
+        PluginError: it answers something else than logits [2, classes].
+    """
+    training = module.training
+    like = next(module.parameters(), torch.zeros(()))
+    images = torch.full((2, *shape), 0.5, dtype=like.dtype, device=like.device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits: object = module.eval()(images)
+    except GradleakError:
+        raise
+    except Exception as error:
+        # The modules may all be torch's: then it is the plugin's choice of them.
+        place = "" if place_of(error) else _of(model)
+        raise PluginError(f"images of shape {list(shape)}: {said(error)}{place}") from error
+    finally:
+        module.train(training)
+    if not isinstance(logits, Tensor):
+        raise PluginError(f"the network returned {type(logits).__name__}; logits [B, classes] are needed{_of(model)}")
+    if tuple(logits.shape) != (2, classes):
+        found, needed = list(logits.shape), [2, classes]
+        raise PluginError(f"the network returned shape {found} for 2 images; {needed} is needed{_of(model)}")
+
+
+def _of(model: Model) -> str:
+    return at(place_of_hook(model, "build"))

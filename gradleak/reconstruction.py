@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .defense import Defense
+from .engine import answers
 from .engine.loop import Status
+from .plugins import PluginError, at, place_of_hook
 from .seeds import Generators
 from .threat import Knowledge, Observation, Setting
 
@@ -77,3 +82,64 @@ class Attack(ABC):
     ) -> Tensor | None:
         """Own loss [N] of given batches; the evaluator asks it for the truth's. None without a loss."""
         return None
+
+
+def complete(answer: object, attack: Attack, images: Tensor) -> Reconstruction:
+    """Return an attack's answer as it is; what its images show is for the evaluator to judge.
+
+    Args:
+        answer: what `reconstruct` returned.
+        attack: whose answer it is.
+        images: what was attacked, [N, B, C, H, W].
+
+    Raises:
+        PluginError: it is no reconstruction of so many images of this shape, or its other tensors are not what they
+            should be.
+    """
+    if not isinstance(answer, Reconstruction):
+        raise answers.wrong(attack, "reconstruct", answers.kind(answer), "a Reconstruction is needed")
+    victims, size = images.shape[:2]
+    rows = {name: getattr(answer, name) for name in ("loss", "iterations", "gradient_evaluations")}
+    needed = {"images": (answer.images, [*images.shape]), "labels": (answer.labels, [victims, size])}
+    needed |= {name: (value, [victims]) for name, value in {**rows, **answer.details}.items()}
+    for name, (value, shape) in needed.items():
+        if value is None and name != "images":
+            continue
+        if not isinstance(value, Tensor) or list(value.shape) != shape:
+            found = f"{answers.kind(value)} for {name}"
+            raise answers.wrong(attack, "reconstruct", found, f"a tensor of shape {shape} is needed")
+        if value.requires_grad:
+            raise answers.wrong(attack, "reconstruct", f"{name} that require a gradient", "detach them")
+    if len(answer.status) not in (0, victims):
+        found = f"{len(answer.status)} states"
+        raise answers.wrong(attack, "reconstruct", found, f"one for each of {victims} victims is needed, or none")
+    return answer
+
+
+@contextlib.contextmanager
+def left_alone(attack: Attack, observation: Observation) -> Iterator[None]:
+    """Refuse an attack that changes in the block what it was handed: its answer is not one to that observation.
+
+    Raises:
+        PluginError: a tensor of the message, the update or the parameters has another sum than before.
+    """
+    before = _sums(observation)
+    yield
+    after = _sums(observation)
+    changed = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    if changed:
+        place = at(place_of_hook(attack, "reconstruct"))
+        raise PluginError(f"reconstruct changed {', '.join(changed[:3])} in place; work on copies{place}")
+
+
+def _sums(observation: Observation) -> dict[str, Tensor]:
+    groups = {
+        "message": observation.message,
+        "update": observation.update,
+        "parameters": observation.network.parameters,
+    }
+    return {
+        f"{group} {name!r}": tensor.detach().double().sum().nan_to_num()
+        for group, items in groups.items()
+        for name, tensor in items.items()
+    }

@@ -12,17 +12,23 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import pkgutil
+import re
 import sys
-from collections.abc import Callable, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from . import plugins
 from .errors import GradleakError, unknown
+from .plugins import at, place_of_hook
+
+log = logging.getLogger(__name__)
 
 GROUPS = {"attacks": "attack", "datasets": "dataset", "defenses": "defense", "models": "model"}
 """Registry groups and the noun of one member."""
@@ -30,6 +36,7 @@ GROUPS = {"attacks": "attack", "datasets": "dataset", "defenses": "defense", "mo
 _files: dict[tuple[str, str], Path] = {}
 _FINGERPRINT = "__fingerprint__"
 """Attribute of a plugin file's module."""
+_NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 
 
 def names(group: str) -> list[str]:
@@ -76,6 +83,10 @@ def build(group: str, name: str, options: Mapping[str, Any] | None = None, where
         path = ".".join(str(part) for part in first["loc"])
         message = f"{place}{GROUPS[group]} {name!r}: {path} = {first['input']!r}: {first['msg']}"
         raise GradleakError(message) from error
+    except GradleakError:
+        raise
+    except Exception as error:
+        raise GradleakError(f"{place}{GROUPS[group]} {name!r}: {plugins.said(error)}") from error
 
 
 def options_of(plugin: Any) -> dict[str, Any]:
@@ -91,8 +102,9 @@ def describe(group: str, name: str) -> dict[str, Any]:
         # Of an option without a default there is no instance to ask.
         required = [field.name for field in _options(cls) if _is_required(field)]
         plugin = cls if required else build(group, name)
-    except GradleakError as error:
-        return {**facts, "error": str(error)}
+    except Exception as error:
+        # Of whatever kind: one broken plugin must not hide the others.
+        return {**facts, "error": plugins.said(error)}
     facts["summary"] = (inspect.getdoc(cls) or "").partition("\n")[0]
     for fact in ("family", "threat_model", "adaptive", "counter_attacks", "reference", "version"):
         if hasattr(plugin, fact):
@@ -108,21 +120,33 @@ def add_file(path: Path) -> list[tuple[str, str]]:
     """Add the plugin of one file on disk; return its (group, name).
 
     Raises:
-        GradleakError: the file is missing, raises on import, holds no plugin, or its name is taken.
+        GradleakError: the file is missing, its stem is no name, it raises on import, holds no plugin, or one that
+            lacks what its contract asks for, or its name is taken.
     """
+    origin = f"--plugin {path}"
     if not path.is_file():
-        raise GradleakError(f"--plugin {path}: no such file")
-    module = _import_path(path)
-    cls = _public_class(module, str(path))
-    group = _group_of(cls, str(path))
+        raise GradleakError(f"{origin}: no such file")
+    if not _NAME.fullmatch(path.stem):
+        raise GradleakError(
+            f"{origin}: {path.stem!r} is no name for a plugin; rename the file "
+            "(small letters a-z and digits, a letter first, parts joined by _)"
+        )
+    cls = _public_class(_import_path(path), origin)
+    group = _group_of(cls, origin)
     name = _name(path.stem)
     known = _files.get((group, name))
     if known is not None and known.resolve() == path.resolve():
         return [(group, name)]
     if name in _sources(group):
-        raise GradleakError(f"--plugin {path}: {GROUPS[group]} {name!r} exists already; rename the file")
+        place = at(place_of_hook(cls))
+        raise GradleakError(f"{origin}: {GROUPS[group]} {name!r} exists already; rename the file{place}")
     _files[group, name] = path
     return [(group, name)]
+
+
+def groups_of(name: str) -> list[str]:
+    """Return the groups that have a plugin of a name, sorted."""
+    return [group for group in sorted(GROUPS) if name in _sources(group)]
 
 
 def fingerprint(group: str, name: str) -> str:
@@ -136,28 +160,76 @@ def _sources(group: str) -> dict[str, Callable[[], type[Any]]]:
         raise unknown("registry", group, GROUPS)
     package = importlib.import_module(f"gradleak.{group}")
     found: dict[str, Callable[[], type[Any]]] = {}
-
-    def add(name: str, source: Callable[[], type[Any]], origin: str) -> None:
-        if name in found:
-            raise GradleakError(f"{origin}: {GROUPS[group]} {name!r} exists already; rename one of them")
-        found[name] = source
-
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):
             full = f"gradleak.{group}.{module.name}"
-            add(_name(module.name), lambda full=full: _import_module(full), full)  # type: ignore[misc]
-    for entry in _installed(group, tuple(sys.path)):
-        add(entry.name, lambda entry=entry: _import_entry(entry), f"entry point {entry.value}")  # type: ignore[misc]
+            found[_name(module.name)] = lambda full=full: _import_module(full)  # type: ignore[misc]
+    for name, entry in _entries(group, frozenset(found)).items():
+        found[name] = lambda entry=entry: _import_entry(group, entry)  # type: ignore[misc]
     for (owner, name), path in _files.items():
-        if owner == group:
-            add(name, lambda path=path: _public_class(_import_path(path), str(path)), str(path))  # type: ignore[misc]
+        if owner == group and name not in found:
+            found[name] = lambda path=path: _public_class(_import_path(path), str(path))  # type: ignore[misc]
     return found
+
+
+def _entries(group: str, taken: frozenset[str]) -> dict[str, EntryPoint | str]:
+    """Entry points by the names they get, and why one cannot be used; `taken` are the names of built-ins.
+
+    One package with a clash stops nothing: its plugin is listed under a longer name, with what is wrong.
+    """
+    named: dict[str, list[EntryPoint]] = {}
+    for entry in _installed(group, tuple(sys.path)):
+        named.setdefault(entry.name, []).append(entry)
+    found: dict[str, EntryPoint | str] = {}
+    for name, entries in named.items():
+        reason = ""
+        if not _NAME.fullmatch(name):
+            reason = "is no name (small letters a-z and digits, a letter first, parts joined by -)"
+        elif name in taken:
+            reason = "is the name of a built-in"
+        elif len(entries) > 1:
+            reason = "is brought by several packages"
+        if not reason:
+            found[name] = entries[0]
+            continue
+        for entry in entries:
+            line = f"{_origin(entry)}: {name!r} {reason}; it cannot be used until it is renamed"
+            found[f"{name} ({_package(entry)})"] = line
+            _warn(line)
+    return found
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    log.warning("%s", line)
 
 
 @functools.cache
 def _installed(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     """Entry points of what is installed on the path; reading them takes as long as all else."""
-    return tuple(entry_points(group=f"gradleak.{group}"))
+    return tuple(_read_entries(f"gradleak.{group}"))
+
+
+def _read_entries(group: str) -> Iterator[EntryPoint]:
+    seen: set[str] = set()
+    for package in distributions():
+        try:
+            name = package.metadata["Name"] or ""
+            # The first of a name on the path is the one that is imported.
+            found = () if name in seen else package.entry_points.select(group=group)
+        except Exception as error:
+            _warn(f"a package's entry points cannot be read: {plugins.said(error)}")
+            continue
+        seen.add(name)
+        yield from found
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "unknown package"
+
+
+def _origin(entry: EntryPoint) -> str:
+    return f"package {_package(entry)}, entry point {entry.name} = {entry.value}"
 
 
 def _name(stem: str) -> str:
@@ -165,17 +237,27 @@ def _name(stem: str) -> str:
 
 
 def _import_module(full: str) -> type[Any]:
-    return _public_class(_importing(full, lambda: importlib.import_module(full)), full)
+    return _public_class(plugins.importing(full, lambda: importlib.import_module(full)), full)
 
 
-def _import_entry(entry: Any) -> type[Any]:
-    loaded = _importing(f"entry point {entry.value}", entry.load)
-    return _public_class(loaded, entry.value) if isinstance(loaded, ModuleType) else cast(type[Any], loaded)
+def _import_entry(group: str, entry: EntryPoint | str) -> type[Any]:
+    if isinstance(entry, str):
+        raise GradleakError(entry)
+    origin = _origin(entry)
+    plugins.adopt(entry.value)
+    loaded = plugins.importing(origin, entry.load)
+    cls = _public_class(loaded, origin) if isinstance(loaded, ModuleType) else _complete(loaded, origin)
+    if (actual := _group_of(cls, origin)) != group:
+        raise GradleakError(
+            f"{origin}: {cls.__name__} belongs into the group gradleak.{actual}, not gradleak.{group}"
+            f"{at(place_of_hook(cls))}"
+        )
+    return cls
 
 
 def _import_path(path: Path) -> ModuleType:
     # The resolved path keeps two files of the same stem apart in sys.modules.
-    full = f"_gradleak_plugin_{path.stem}_{abs(hash(path.resolve())):x}"
+    full = f"{plugins.FILE}{path.stem}_{abs(hash(path.resolve())):x}"
     if full in sys.modules:
         return sys.modules[full]
     spec = importlib.util.spec_from_file_location(full, path)
@@ -188,20 +270,11 @@ def _import_path(path: Path) -> ModuleType:
     setattr(module, _FINGERPRINT, hashlib.sha256(content).hexdigest())
     try:
         run = lambda: exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)  # noqa: E731
-        _importing(f"--plugin {path}", run)
+        plugins.importing(f"--plugin {path}", run)
     except GradleakError:
         del sys.modules[full]
         raise
     return module
-
-
-def _importing(origin: str, action: Callable[[], Any]) -> Any:
-    try:
-        return action()
-    except GradleakError:
-        raise
-    except Exception as error:
-        raise GradleakError(f"{origin}: importing it raised {type(error).__name__}: {error}") from error
 
 
 def _public_class(module: ModuleType, origin: str) -> type[Any]:
@@ -211,9 +284,35 @@ def _public_class(module: ModuleType, origin: str) -> type[Any]:
         if not name.startswith("_") and cls.__module__ == module.__name__
     ]
     if len(classes) != 1:
-        found = ", ".join(cls.__name__ for cls in classes) or "none"
+        found = ", ".join(f"{cls.__name__}{at(place_of_hook(cls))}" for cls in classes)
+        found = found or f"none ({Path(module.__file__ or '').name}:1)"
         raise GradleakError(f"{origin}: a plugin file holds exactly one public class, found {found}")
-    return classes[0]
+    return _complete(classes[0], origin)
+
+
+def _complete(cls: Any, origin: str) -> type[Any]:
+    """Return a class that declares what every plugin must; its hooks are looked at by what calls them."""
+    if not isinstance(cls, type):
+        raise GradleakError(f"{origin}: a plugin is a class or a module with one, found {type(cls).__name__}")
+    _group_of(cls, origin)
+    lacks, parameters = "", vars(cls).get("__dataclass_params__")
+    if parameters is None:
+        lacks = "is no dataclass of its own; write @dataclass(frozen=True, kw_only=True) above it"
+    elif not parameters.frozen:
+        lacks = "is not frozen; write @dataclass(frozen=True, kw_only=True)"
+    elif abstract := sorted(getattr(cls, "__abstractmethods__", ())):
+        lacks = f"lacks the method {' and '.join(abstract)}"
+    elif missing := _undeclared(cls):
+        lacks = f"does not declare {' and '.join(missing)}"
+    if lacks:
+        raise GradleakError(f"{origin}: {cls.__name__} {lacks}{at(place_of_hook(cls))}")
+    return cls
+
+
+def _undeclared(cls: type[Any]) -> list[str]:
+    """Class attributes that a contract names and a plugin gives no value, such as `reference`."""
+    named = {name: kind for base in cls.__mro__ for name, kind in vars(base).get("__annotations__", {}).items()}
+    return sorted(name for name, kind in named.items() if "ClassVar" in str(kind) and not hasattr(cls, name))
 
 
 def _group_of(cls: type[Any], origin: str) -> str:
@@ -222,7 +321,8 @@ def _group_of(cls: type[Any], origin: str) -> str:
         if issubclass(cls, contract):
             return group
     allowed = ", ".join(f"gradleak.{noun}.{noun.capitalize()}" for noun in GROUPS.values())
-    raise GradleakError(f"{origin}: {cls.__name__} inherits from none of {allowed}")
+    place = at(place_of_hook(cls))
+    raise GradleakError(f"{origin}: {cls.__name__} inherits from none of {allowed}{place}")
 
 
 def _with_preset(cls: type[Any], options: dict[str, Any], where: str) -> dict[str, Any]:

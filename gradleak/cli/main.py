@@ -18,7 +18,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..errors import GradleakError, unknown
-from . import prior
+from . import check, prior
 
 BOARDS = ("defenses", "attacks", "pareto", "compute")
 """Boards that `gradleak leaderboard` can show; both of the first two by default."""
@@ -30,6 +30,7 @@ app = typer.Typer(
     help="Which defense stops which gradient inversion attack, and at what cost.",
 )
 app.add_typer(prior.app, name="prior")
+app.command("check")(check.check)
 
 PluginFiles = Annotated[
     list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to add; may be repeated.")
@@ -269,26 +270,6 @@ def _verify(
         raise typer.Exit(1)
     unchecked = sum(each.ok is None for each in found)
     _say(f"{bundle}: verified" + (f", {unchecked} of {len(found)} checks not possible here" if unchecked else ""))
-
-
-@app.command("check")
-def _check(
-    plugin: Annotated[Path, typer.Argument(metavar="PLUGIN", help="A file with an attack, defense, model or dataset.")],
-    data_root: Annotated[
-        Path | None, typer.Option("--data-root", metavar="DIR", help="Where the data of a dataset is.")
-    ] = None,
-) -> None:
-    """Check what a plugin must promise, on a small case; exit with 1 if it does not keep it."""
-    from ..contract.checks import check_file
-
-    found = check_file(plugin, data_root)
-    for each in found:
-        state = {True: "ok", False: "BROKEN", None: "not checked"}[each.ok]
-        print(f"{state:11}  {each.check}{': ' if each.detail else ''}{each.detail}")
-    broken = sum(each.ok is False for each in found)
-    if broken:
-        _say(f"{plugin}: {broken} of {len(found)} promises are broken")
-        raise typer.Exit(1)
 
 
 @app.command("doctor")

@@ -19,11 +19,12 @@ from ..defense import Defense, View
 from ..federation import client
 from ..mechanisms import batch_statistics
 from ..model import initialise
+from ..reconstruction import complete
 from ..seeds import Generators
 from ..threat import Labels, Level, Observation, Setting, rank
 from ..update import LocalTraining, Network
 from .findings import Unchecked, close, require
-from .victims import VICTIMS, tensors_of, tuning_victims
+from .victims import VICTIMS, Ask, tensors_of, tuning_victims
 
 CHEAP = {"restarts": 1, "trials": 512, "rounds": 20, "iterations": 30}
 """Options that make a run short, where an attack has them and its case says nothing else."""
@@ -63,17 +64,18 @@ USUAL = (
 class AttackCase:
     """An attack on a small case, and what it answers."""
 
-    def __init__(self, name: str, cases: Sequence[Case] = USUAL):
+    def __init__(self, name: str, cases: Sequence[Case] = USUAL, ask: Ask | None = None):
         """Take the attack of a name, and cases of which the first that suits it counts."""
-        self.name, self._cases = name, cases
-        self.attack = self._build(cases[0])
+        self._ask = ask or Ask()
+        self.name, self._cases = name, [Case(self._ask.model)] if self._ask.model else cases
+        self.attack = self._build(self._cases[0])
         self.changed: list[str] = []
         """What its runs changed that is not theirs."""
 
     def _build(self, case: Case) -> Attack:
         fields = {item.name for item in dataclasses.fields(registry.load("attacks", self.name))}
         options = {key: value for key, value in {**CHEAP, **case.options}.items() if key in fields}
-        attack: Attack = registry.build("attacks", self.name, options)
+        attack: Attack = registry.build("attacks", self.name, {**options, **self._ask.options})
         return attack
 
     @cached_property
@@ -83,7 +85,7 @@ class AttackCase:
             raise Unchecked("needs a trained generator")
         for case in self._cases:
             self.attack = attack = self._build(case)
-            data = Data(registry.build("datasets", case.dataset), case.dataset)
+            data = self._ask.data(case.dataset)
             defense: Defense = registry.build("defenses", case.defense, case.defense_options)
             setting = Setting(batch_size=case.batch_size, precision="float64", local_lr=case.local_lr)
             module = initialise(registry.build("models", case.model, case.model_options), data.shape, data.classes, 0)
@@ -106,6 +108,7 @@ class AttackCase:
         names = [("victim", index) for index in chosen]
         before, noise = tensors_of(observation), torch.get_rng_state()
         answer = self.attack.reconstruct(observation, Generators(names, dtype=torch.float64))
+        complete(answer, self.attack, self.scene[1][chosen])
         after = tensors_of(observation)
         self.changed += [name for name in before if not torch.equal(before[name], after[name])]
         self.changed += [] if torch.equal(torch.get_rng_state(), noise) else ["the global generator"]
@@ -160,6 +163,7 @@ def attack_answers_every_victim(case: AttackCase) -> None:
     require(answer.images.shape == images.shape, f"images {tuple(answer.images.shape)}, not {tuple(images.shape)}")
     require(answer.images.dtype == images.dtype, f"images are {answer.images.dtype}, not {images.dtype}")
     require(not answer.images.requires_grad, "images still require a gradient")
+    require(answer.images.isfinite().all(), "images are not finite")
     require(((answer.images >= 0) & (answer.images <= 1)).all(), "images are not in [0, 1]")
     if answer.labels is not None:
         fits = answer.labels.shape == images.shape[:2] and answer.labels.dtype == torch.int64

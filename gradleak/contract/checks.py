@@ -2,18 +2,20 @@
 
 A check is a function that returns if a promise is kept and raises `Broken` if not; its docstring's first line says
 the promise. The victims are tuning victims of the digits, or of the dataset that a case names.
+`gradleak check` runs the steps in a process of their own (see `process`); the tests of built-ins call the checks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import registry
-from ..errors import GradleakError
+from ..plugins import near_misses, place_of_hook
 from .attacks import (
     AttackCase,
     attack_answers_every_victim,
@@ -22,6 +24,7 @@ from .attacks import (
     attack_repeats_itself,
     attack_treats_victims_apart,
 )
+from .behaviour import Watch
 from .datasets import (
     dataset_declares_itself,
     dataset_holds_images,
@@ -40,45 +43,113 @@ from .defenses import (
 )
 from .findings import Finding, found_by
 from .imports import keeps_away_from_the_truth
-from .models import model_can_be_differentiated_twice, model_declares_itself, model_follows_its_seed, model_gives_logits
+from .models import (
+    ModelCase,
+    model_can_be_differentiated_twice,
+    model_declares_itself,
+    model_follows_its_seed,
+    model_gives_logits,
+)
+from .scan import looks_only_at_what_it_is_given
+from .victims import Ask
+
+Step = tuple[str, Callable[[], Finding]]
+"""A promise, and what checks it."""
 
 
-def check_file(path: Path, root: Path | None = None) -> list[Finding]:
-    """Add the plugin of a file and check its contract.
+def check_file(path: Path, ask: Ask | None = None) -> list[Finding]:
+    """Add the plugin of a file and check its contract, in this process.
 
     Args:
         path: the plugin file.
-        root: the data root, for a dataset.
+        ask: what it is checked with.
 
     Raises:
         GradleakError: the file is no plugin.
     """
     ((group, name),) = registry.add_file(path)
-    found = [found_by(partial(keeps_away_from_the_truth, path), "does not reach the truth")]
-    return [*(found if group in ("attacks", "defenses") else []), *check(group, name, root)]
+    return check(group, name, ask)
 
 
-def check(group: str, name: str, root: Path | None = None) -> list[Finding]:
-    """Check a plugin of the registry with its default options."""
+def check(group: str, name: str, ask: Ask | None = None) -> list[Finding]:
+    """Check a plugin of the registry, in this process."""
+    return [run() for _, run in steps(group, name, ask or Ask())]
+
+
+def steps(group: str, name: str, ask: Ask) -> Iterator[Step]:
+    """Yield what is checked of a plugin, one promise after the other; each is to be run before the next is asked for.
+
+    Raises:
+        GradleakError: there is no such plugin, or it cannot be loaded.
+    """
+    cls = registry.load(group, name)
+    source = inspect.getsourcefile(cls)
+    path = None if source is None else Path(source)
+    watch, met = Watch(path), set[str]()
+
+    def step(check: Callable[[], None], promise: str, *hooks: str) -> Step:
+        def run() -> Finding:
+            with watch():
+                return found_by(check, promise, place_of_hook(cls, *hooks), met)
+
+        return promise, run
+
+    if path is not None and group in ("attacks", "defenses"):
+        package = (group,) if cls.__module__.startswith(f"gradleak.{group}.") else ()
+        yield step(partial(keeps_away_from_the_truth, path, package), "does not reach the truth")
+        yield step(partial(looks_only_at_what_it_is_given, path), _promise(looks_only_at_what_it_is_given))
+    yield _names_its_hooks(cls)
+    needed = _required(cls, ask.options)
+    if needed:
+        built = Finding("can be built with its defaults", None, f"no default for {', '.join(needed)}")
+        yield built.check, lambda: built
+        return
+    promise = "can be built with these options" if ask.options else "can be built with its defaults"
+    name_of, build = step(lambda: registry.build(group, name, ask.options), promise)
+    found = build()
+    if not found.ok:
+        yield name_of, lambda: found
+        return
+    case = _case(group, name, ask)
+    for each in CHECKS[group]:
+        yield step(partial(each, case), _promise(each), *ABOUT.get(each, ()))
+    for look in (watch.keeps_quiet, watch.leaves_the_process_alone, watch.takes_little_memory):
+        yield _promise(look), partial(found_by, look, _promise(look), place_of_hook(cls, *MAIN[group]))
+
+
+def _case(group: str, name: str, ask: Ask) -> Any:
     prepare: dict[str, Callable[[], Any]] = {
-        "attacks": lambda: AttackCase(name),
-        "defenses": lambda: DefenseCase(registry.build("defenses", name)),
-        "models": lambda: registry.build("models", name),
-        "datasets": lambda: (registry.build("datasets", name), name, root),
+        "attacks": lambda: AttackCase(name, ask=ask),
+        "defenses": lambda: DefenseCase(registry.build("defenses", name, ask.options), ask),
+        "models": lambda: ModelCase(registry.build("models", name, ask.options), ask.shape),
+        "datasets": lambda: (registry.build("datasets", name, ask.options), name, ask.root),
     }
-    try:
-        registry.build(group, name)
-    except GradleakError as error:
-        cls = registry.load(group, name)
-        fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-        required = [each.name for each in fields if each.default is each.default_factory is dataclasses.MISSING]
-        detail = f"no default for {', '.join(required)}" if required else str(error)
-        return [Finding("can be built with its defaults", None if required else False, detail)]
-    case = prepare[group]()
-    return [
-        found_by(partial(each, case), (each.__doc__ or "").partition("\n")[0].rstrip(".")) for each in CHECKS[group]
-    ]
+    return prepare[group]()
 
+
+def _required(cls: type[Any], given: Mapping[str, Any]) -> list[str]:
+    fields = dataclasses.fields(cls)
+    required = [each.name for each in fields if each.default is each.default_factory is dataclasses.MISSING]
+    return [name for name in required if name not in given]
+
+
+def _names_its_hooks(cls: type[Any]) -> Step:
+    promise = "names its methods as the contract does"
+
+    def run() -> Finding:
+        near = near_misses(cls)
+        return Finding(promise, None if near else True, "; ".join(near), warning=bool(near))
+
+    return promise, run
+
+
+def _promise(check: Callable[..., None]) -> str:
+    first = (check.__doc__ or "").partition("\n")[0].rstrip(".")
+    return first[:1].lower() + first[1:]
+
+
+MAIN = {"attacks": ("reconstruct",), "defenses": ("protect",), "models": ("build",), "datasets": ("read",)}
+"""The method that a group's plugins are made of."""
 
 CHECKS: dict[str, tuple[Callable[[Any], None], ...]] = {
     "attacks": (
@@ -101,3 +172,17 @@ CHECKS: dict[str, tuple[Callable[[Any], None], ...]] = {
     "datasets": (dataset_declares_itself, dataset_holds_images, dataset_repeats_itself, dataset_keeps_victims_private),
 }
 """By group, the checks of one plugin."""
+
+ABOUT: dict[Callable[[Any], None], tuple[str, ...]] = {
+    check: hooks
+    for hooks, checks in {
+        ("reconstruct",): CHECKS["attacks"][1:],
+        ("protect", "release", "encode", "prepare_model"): CHECKS["defenses"][1:5],
+        ("simulate", "protect"): CHECKS["defenses"][5:6],
+        ("nll", "simulate", "per_example"): CHECKS["defenses"][6:],
+        ("build",): CHECKS["models"][1:],
+        ("read",): CHECKS["datasets"][1:],
+    }.items()
+    for check in checks
+}
+"""Which methods a promise is about, in the order in which they are blamed."""

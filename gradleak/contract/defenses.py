@@ -20,8 +20,8 @@ from ..federation import client
 from ..model import initialise
 from ..threat import Setting
 from ..update import LocalTraining, Network, Update, one_hot
-from .findings import close, require, same
-from .victims import VICTIMS, tuning_victims
+from .findings import Unchecked, close, require, same
+from .victims import VICTIMS, Ask, tuning_victims
 
 DEFENSES = ("noise", "compression", "sketch", "representation", "data", "model", "aggregation", "none")
 """Families of defenses."""
@@ -35,9 +35,14 @@ class DefenseCase:
 
     setting = Setting(batch_size=2, precision="float64")
 
-    def __init__(self, defense: Defense):
+    def __init__(self, defense: Defense, ask: Ask | None = None):
         """Keep the defense."""
-        self.defense = defense
+        self.defense, self._ask = defense, ask or Ask()
+
+    @cached_property
+    def data(self) -> Data:
+        """What the clients have."""
+        return self._ask.data("digits")
 
     @cached_property
     def network(self) -> Network:
@@ -47,7 +52,7 @@ class DefenseCase:
     @cached_property
     def batches(self) -> tuple[Tensor, Tensor]:
         """Images [N, B, C, H, W] and labels [N, B]."""
-        return tuning_victims(Data(registry.build("datasets", "digits"), "digits"), self.setting.batch_size)
+        return tuning_victims(self.data, self.setting.batch_size)
 
     @cached_property
     def sent(self) -> client.Sent:
@@ -74,12 +79,13 @@ class DefenseCase:
         return dict(vmap(lambda message: self.defense.decode(message, public))(self.sent.message))
 
     def _network(self, defense: Defense) -> Network:
-        options = {"widths": (12,), "activation": "sigmoid"}
-        module = initialise(registry.build("models", "mlp", options), (1, 8, 8), 10, 0)
+        options = {} if self._ask.model else {"widths": (12,), "activation": "sigmoid"}
+        model = registry.build("models", self._ask.model or "mlp", options)
+        module = initialise(model, self.data.shape, self.data.classes, 0)
         return client.client_network(module, defense, self.setting)
 
     def _send(self, defense: Defense, network: Network) -> client.Sent:
-        return client.send(network, *self.batches, 10, defense, self.setting, 5, list(range(VICTIMS)))
+        return client.send(network, *self.batches, self.data.classes, defense, self.setting, 5, list(range(VICTIMS)))
 
 
 def defense_declares_itself(case: DefenseCase) -> None:
@@ -172,7 +178,11 @@ def defense_can_be_attacked_adaptively(case: DefenseCase) -> None:
         per_example=view.per_example if defense.per_example_gradients else None,
     )
     images, labels = case.batches
-    facts: Facts = {"message": sent.message, "targets": one_hot(labels, 10, images.dtype), "buffers": sent.buffers}
+    facts: Facts = {
+        "message": sent.message,
+        "targets": one_hot(labels, case.data.classes, images.dtype),
+        "buffers": sent.buffers,
+    }
     start = {"images": 0.5 * images + 0.25}
     single, stacked = Sequential()(problem, start, facts), Vmap()(problem, start, facts)
     slopes = single.gradients["images"]
@@ -182,3 +192,6 @@ def defense_can_be_attacked_adaptively(case: DefenseCase) -> None:
     close(stacked.gradients, single.gradients, "gradients in a stack and alone", rtol=1e-6, atol=1e-9)
     zeros = {name: torch.zeros_like(tensor[0]) for name, tensor in sent.update.items()}
     require(match(zeros, {"message": case.rows(sent.message)[0]}).isfinite(), "the loss of a zero guess is not finite")
+    # Last, because a defense of data or model answers by what the attacker's own model then is.
+    if not defense.is_adaptive_target:
+        raise Unchecked("it has no adaptive answer: neither `simulate` nor `nll` nor `per_example` is its own")

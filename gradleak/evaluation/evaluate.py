@@ -6,6 +6,7 @@ Only this module and `client` may hold a victim's images; the attack gets an `Ob
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -15,12 +16,15 @@ from ..board.store import CellResult
 from ..engine import loop, memory
 from ..federation import client, utility
 from ..mechanisms import batch_statistics
+from ..reconstruction import complete, left_alone
 from ..seeds import Generators
 from ..suite import UTILITY, Cell, Utility, attack_and_defense, build_defense_of, build_setting, check_files, unnamed
 from .identity import identity, provenance
 from .observe import observe
 from .score import of_victims, rows_of
 from .workshop import Progress, Resources, data_of, described, device_name, generator_of, network_of, versions
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None) -> CellResult:
@@ -35,7 +39,7 @@ def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None)
     try:
         check_files(cell.config)
         result = (_train if cell.is_utility else _evaluate)(cell, resources, progress)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = described(error, resources)
         facts = {} if cell.is_utility else identity(cell.config)
         result = CellResult(key=cell.key, config=cell.config, status="failed", error=message, provenance=facts)
@@ -92,11 +96,13 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
     clock = time.perf_counter()
     try:
         streams = Generators(names, resources.device, setting.dtype, shared)
-        answer = attack.reconstruct(observation, streams)
+        with left_alone(attack, observation):
+            answer = complete(attack.reconstruct(observation, streams), attack, images)
         status = [state.value for state in answer.status] or ["ok"] * len(images)
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
+        log.warning("%s: out of memory: %s", config["attack"]["label"], described(error, resources))
         answer, status = None, ["oom"] * len(images)
     seconds = (time.perf_counter() - clock) / len(images)
     rows = rows_of(config, attack, data, observation, sent, images, labels, answer, status, seconds, resources)

@@ -14,6 +14,7 @@ from torch.func import vmap
 from ..attack import Attack
 from ..dataset import Data
 from ..defense import Defense, View
+from ..engine import answers
 from ..federation import client
 from ..mechanisms import batch_statistics
 from ..search.generators import Generator
@@ -44,6 +45,8 @@ def observe(
         message = {name: tensor[other] for name, tensor in message.items()}
         private = {name: tensor[other] for name, tensor in private.items()}
         statistics = {name: tensor[other] for name, tensor in statistics.items()}
+    update = dict(vmap(lambda row: answers.tensors(defense.decode(row, sent.public), defense, "decode"))(message))
+    answers.shaped(update, network.parameters, "the model's parameters", defense, "decode", "protect", skip=1)
     size = batch_size_of(attack, defense, setting, granted.defense)
     labels = labels[:, :size]
     known = {"known": labels, "counts": labels.sort(-1).values}.get(granted.labels.value)
@@ -56,7 +59,7 @@ def observe(
     return Observation(
         network=network,
         message=message,
-        update=vmap(lambda row: defense.decode(row, sent.public))(message),
+        update=update,
         view=view,
         shape=data.shape,
         classes=data.classes,

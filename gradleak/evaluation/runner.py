@@ -19,10 +19,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from .. import registry, suite
 from ..board.store import CellResult, Store, victim_list
 from ..errors import GradleakError
+from ..plugins import blamed, near_misses
 from ..suite import Cell
 from . import check, workshop
 from .executors import Executor, cost
 from .workshop import Resources
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,18 @@ def plan(path: Path, store: Path, resources: Resources, plugins: Sequence[Path] 
         GradleakError: the suite, a plugin file or the store is not as it should be, or a cell cannot run.
     """
     for plugin in plugins:
-        registry.add_file(plugin)
+        for group, name in registry.add_file(plugin):
+            for line in near_misses(registry.load(group, name)):
+                log.warning("--plugin %s: %s", plugin, line)
     chosen = suite.read(path)
     statuses: dict[str, str] = {}
     if store.exists():
         with Store(store) as found:
             statuses = found.statuses()
     try:
-        cells = suite.expand(chosen, workshop.digest(resources), resources.data_root)
-        cells = check.check(cells, resources)
+        with blamed():
+            cells = suite.expand(chosen, workshop.digest(resources), resources.data_root)
+            cells = check.check(cells, resources)
     except GradleakError as error:
         raise GradleakError(f"suite {path}: {error}") from error
     keys = {cell.key for cell in cells}

@@ -22,8 +22,9 @@ from ..dataset import Data
 from ..defense import Defense
 from ..errors import GradleakError
 from ..federation import client
-from ..model import Model, initialise
+from ..model import Model, initialise, try_out
 from ..paths import conceal
+from ..plugins import place_of, said
 from ..process import default_cache
 from ..search.generators import Generator, load_generator
 from ..suite import Cell, build_defense_of, build_setting
@@ -67,11 +68,12 @@ def digest(resources: Resources) -> Callable[[str, Mapping[str, Any]], tuple[str
     return of
 
 
-def described(error: Exception, resources: Resources) -> str:
+def described(error: BaseException, resources: Resources) -> str:
     """Say what was raised and where, without the folders of this machine: stores are published."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(last.filename).name}:{last.lineno}"
-    text = str(error) if isinstance(error, GradleakError) else f"{type(error).__name__}: {error} ({where})"
+    text = said(error)
+    if not isinstance(error, GradleakError) and not place_of(error):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{text} ({Path(last.filename).name}:{last.lineno})"
     return conceal(text, {"<cache>": resources.cache or default_cache(), "<data root>": resources.data_root})
 
 
@@ -99,7 +101,10 @@ def _read(name: str, options: str, root: Path | None, download: bool) -> Data:
 def untrained(model: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """Return an untrained model, to look at its structure only."""
     config = json.loads(model)
-    return initialise(registry.build("models", config["name"], config["options"]), shape, classes, 0)
+    plugin: Model = registry.build("models", config["name"], config["options"])
+    module = initialise(plugin, shape, classes, 0)
+    try_out(module, plugin, shape, classes)
+    return module
 
 
 def client_of(config: Mapping[str, Any], data: Data) -> Network:

@@ -17,6 +17,7 @@ from torch.func import vmap
 
 from .. import seeds, structure
 from ..defense import Defense, Memory, Message, Public
+from ..engine import answers
 from ..errors import GradleakError
 from ..mechanisms import batch_statistics
 from ..threat import BatchNorm, Setting
@@ -113,16 +114,19 @@ def send(
         together: compute the clients' updates in one stack, which is faster and equal up to rounding.
     """
     template = {name: tensor for name, tensor in network.parameters.items()}
-    public = defense.public(template, setting.batch_size, torch.Generator().manual_seed(round_seed))
+    with answers.draws_its_own(defense, "public"):
+        public = defense.public(template, setting.batch_size, torch.Generator().manual_seed(round_seed))
     per_example = partial(defense.per_example, public=public) if defense.per_example_gradients else None
     started = time.perf_counter()
     generators = [torch.Generator().manual_seed(seed) for seed in client_seeds]
     encoded, soft, drawn = [], [], []
     for batch, classes_of, generator in zip(images, labels, generators, strict=True):
-        inputs, targets = defense.encode(batch, one_hot(classes_of, classes, batch.dtype), generator)
+        with answers.draws_its_own(defense, "encode"):
+            inputs, targets = defense.encode(batch, one_hot(classes_of, classes, batch.dtype), generator)
         encoded.append(inputs)
         soft.append(targets)
-        drawn.append(defense.private_buffers(network.module, inputs, generator))
+        with answers.draws_its_own(defense, "private_buffers"):
+            drawn.append(defense.private_buffers(network.module, inputs, generator))
     train = partial(local_update, network, training=setting.local_training, per_example=per_example)
     if together:
         stacked = vmap(
@@ -139,7 +143,9 @@ def send(
         inputs, targets, buffers = encoded[index], soft[index], drawn[index]
         loss = partial(_loss_after, network, inputs, targets, buffers)
         memory = None if memories is None else memories[index]
-        message, memory = defense.release_next(updates[index], public, generator, loss, memory)
+        with answers.draws_its_own(defense, "protect", "release", "release_next"):
+            message, memory = defense.release_next(updates[index], public, generator, loss, memory)
+        answers.tensors(message, defense, "protect", "release", "release_next")
         messages.append({name: tensor.detach() for name, tensor in message.items()})
         kept.append(memory)
         if setting.grants.batch_norm is BatchNorm.BATCH:

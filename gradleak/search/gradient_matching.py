@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import structure
 from ..defense import Defense, View
-from ..engine import loop
+from ..engine import answers, loop
 from ..engine.loop import Plan
 from ..engine.objectives import OBJECTIVES, weigh
 from ..engine.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
@@ -111,12 +111,16 @@ class GradientMatching(Attack):
     def prior(self, observation: Observation) -> Callable[[Guess, Variables, Facts], Tensor]:
         """Whole prior of one trial: `regularise`, and what takes the model to compute."""
         network = observation.network
+
+        def regularise(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+            return answers.scalar(self.regularise(guess, variables, facts), self, self._penalty)
+
         if not (self.features or self.task):
-            return self.regularise
+            return regularise
         layer = structure.of(network.module).head.layer if self.features else ""
 
         def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
-            total = self.regularise(guess, variables, facts)
+            total = regularise(guess, variables, facts)
             if self.features:
                 seen = _tensors(facts["seen"])
                 assert layer is not None
@@ -195,7 +199,7 @@ class GradientMatching(Attack):
         """Minimise from every restart and return each victim's restart of lowest matching loss."""
         victims, compute = observation.victims, observation.compute
         problem, facts = self.problem(observation), self.facts(observation)
-        starts = [self.initial(observation, generator.child("restart", r)) for r in range(self.restarts)]
+        starts = [self._begin(observation, generator.child("restart", r)) for r in range(self.restarts)]
         start = {name: torch.cat([row[name] for row in starts]) for name in starts[0]}
         owner = torch.arange(victims, device=observation.device).repeat(self.restarts)
         names = [name for r in range(self.restarts) for name in generator.child("restart", r, "steps").names]
@@ -203,32 +207,53 @@ class GradientMatching(Attack):
         plan, perturb = self.plan(observation), self.perturbation(observation, streams)
         if perturb is not None:
             plan = dataclasses.replace(plan, perturb=perturb)
+        self._try(observation, problem, start, facts, owner)
         outcome = loop.minimise(problem, start, facts, owner, plan, compute)
         final = loop.finish(problem, outcome.variables, take(facts, owner), compute.width)
         return self._pick(outcome, final, victims)
 
+    def _begin(self, observation: Observation, generator: Generators) -> Variables:
+        return answers.stacked(self.initial(observation, generator), observation.victims, self, "initial")
+
+    def _try(self, observation: Observation, problem: Problem, start: Variables, facts: Facts, owner: Tensor) -> None:
+        view = _complete(observation)
+        likelihood = view is not None and view.defense.has_likelihood
+        match = answers.Hook(view.defense, "nll") if view is not None and likelihood else answers.Hook(self, "distance")
+        answers.try_first(match, answers.Hook(self, self._penalty), problem, start, facts, owner)
+
+    @property
+    def _penalty(self) -> str:
+        return "penalty" if type(self).regularise is GradientMatching.regularise else "regularise"
+
     def problem(self, observation: Observation) -> Problem:
         """One trial's loss."""
-        view = observation.view if observation.view is not None and observation.view.complete else None
+        view = _complete(observation)
+        shape = (observation.batch_size, *observation.shape)
         # Of unknown local steps the guess is one gradient, which a weight difference points away from.
         turned = observation.weight_difference and observation.training.lr is None
 
         def match(update: Update, facts: Facts) -> Tensor:
             if view is None:
-                return self.distance(update, _tensors(facts["update"]))
+                return answers.scalar(self.distance(update, _tensors(facts["update"])), self, "distance", update)
             if turned:
                 update = {name: -tensor for name, tensor in update.items()}
-            message, simulated = _tensors(facts["message"]), view.simulate(update)
-            if view.defense.has_likelihood:
-                return view.nll(message, simulated)
-            return self.distance(simulated, message)
+            defense, message = view.defense, _tensors(facts["message"])
+            simulated = answers.tensors(view.simulate(update), defense, "simulate")
+            answers.differentiable(simulated, defense, "simulate", update)
+            if defense.has_likelihood:
+                return answers.scalar(view.nll(message, simulated), defense, "nll", simulated)
+            answers.shaped(simulated, message, "the message", defense, "simulate", "protect")
+            return answers.scalar(self.distance(simulated, message), self, "distance", simulated)
+
+        def decode(variables: Variables, facts: Facts) -> Guess:
+            return answers.guess(self.decode(variables, facts), shape, observation.classes, self)
 
         direct = None if turned and view is not None else self._direct(view)
         clips = view is not None and view.defense.per_example_gradients
         return Problem(
             network=observation.network,
             training=observation.training,
-            decode=self.decode,
+            decode=decode,
             match=match if direct is None else direct,
             penalty=self.prior(observation),
             per_example=view.per_example if view is not None and clips else None,
@@ -335,6 +360,12 @@ class GradientMatching(Attack):
 def single_step(training: LocalTraining) -> LocalTraining:
     """Return the FedSGD protocol an attacker assumes who does not know the client's local training."""
     return dataclasses.replace(training, steps=1, batch_size=None, lr=None)
+
+
+def _complete(observation: Observation) -> View | None:
+    """Return what is known of the defense, if that is enough to simulate its messages."""
+    view = observation.view
+    return view if view is not None and view.complete else None
 
 
 def _tensor(value: Tensor | dict[str, Tensor]) -> Tensor:

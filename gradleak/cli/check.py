@@ -1,0 +1,86 @@
+"""`gradleak check`: what a plugin must promise, looked at in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from ..errors import GradleakError, unknown
+
+
+def check(
+    plugin: Annotated[
+        str,
+        typer.Argument(metavar="PLUGIN", help="A file with an attack, defense, model or dataset, or the name of one."),
+    ],
+    group: Annotated[str, typer.Option(metavar="GROUP", help="Of a name: attacks, defenses, models or datasets.")] = "",
+    options: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OPTIONS", help="Its options, as '{lr: 0.1}' or lr=0.1; may be repeated."),
+    ] = None,
+    dataset: Annotated[str, typer.Option(metavar="NAME", help="Whose images are attacked [default: digits].")] = "",
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="What clients train [default: the first that suits].")
+    ] = "",
+    shape: Annotated[
+        str, typer.Option(metavar="C,H,W", help="Random images of this shape; of a model, the one shape it is for.")
+    ] = "",
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", metavar="DIR", help="Where the data of a dataset is.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Time for each promise.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything that is found, as JSON.")] = False,
+) -> None:
+    """Check what a plugin must promise, on a small case; exit with 1 if it does not keep it.
+
+    It runs in a process of its own, which may end, crash or be ended after its time.
+    """
+    from .. import registry
+    from ..contract import process
+
+    if group and group not in registry.GROUPS:
+        raise unknown("group", group, registry.GROUPS)
+    root = None if data_root is None else str(data_root)
+    job = process.Job(plugin, group, _options(options or []), dataset, model, _shape(shape), root)
+    found = []
+    for each in process.findings(job, timeout):
+        found.append(each)
+        if not as_json:
+            print(f"{each.state:11}  {each.check}{': ' if each.detail else ''}{each.detail}", flush=True)
+    broken = sum(each.state == "BROKEN" for each in found)
+    if as_json:
+        listed = [{"state": each.state, **asdict(each)} for each in found]
+        print(json.dumps({"plugin": plugin, "broken": broken, "findings": listed}, indent=2))
+    if broken:
+        print(f"gradleak: {plugin}: {broken} of {len(found)} promises are broken", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in given:
+        try:
+            name, equals, value = text.partition("=")
+            parsed = {name: yaml.safe_load(value)} if equals and name.isidentifier() else yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise GradleakError(f"--options {text}: no YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(parsed, dict):
+            raise GradleakError(f"--options {text}: write '{{name: value}}' or name=value")
+        found |= parsed
+    return found
+
+
+def _shape(text: str) -> tuple[int, int, int] | None:
+    if not text:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise GradleakError(f"--shape {text}: write channels, height and width, as 3,32,32")
+    channels, height, width = (int(part) for part in parts)
+    return channels, height, width
