@@ -40,7 +40,7 @@ def _pixels(*sizes: int, seed: int = 0) -> Tensor:
 class _Own(nn.Module):
     """A small network with something of one's own between its layers."""
 
-    def __init__(self, between: Callable[[nn.Module, Tensor], Any], **parts: nn.Module):
+    def __init__(self, between: Callable[[Any, Tensor], Any], **parts: nn.Module):
         super().__init__()
         self.first, self.head = nn.Linear(16, 8), nn.Linear(8, CLASSES)
         self.between, self.calls = between, 0
@@ -62,17 +62,17 @@ def _refusal(
     return clients.refusal(network, images, labels, _pixels(batch, *SHAPE, seed=1), CLASSES, guard, chosen)
 
 
-def _counted(own: nn.Module, z: Tensor) -> Tensor:
+def _counted(own: _Own, z: Tensor) -> Tensor:
     own.calls += 1
-    return z / cast(int, own.calls)
+    return z / own.calls
 
 
-def _averaged(own: nn.Module, z: Tensor) -> Tensor:
+def _averaged(own: _Own, z: Tensor) -> Tensor:
     cast(Tensor, own.average).mul_(0.9).add_(0.1 * z.detach().mean(0))
     return z
 
 
-def _part(name: str) -> Callable[[nn.Module, Tensor], Any]:
+def _part(name: str) -> Callable[[Any, Tensor], Any]:
     return lambda own, z: getattr(own, name)(z)
 
 
@@ -107,14 +107,14 @@ def test_a_model_that_is_no_function_is_refused_by_its_layer(name: str) -> None:
 
 def test_spectral_norm_iterates_in_train_mode_only() -> None:
     module = _Own(lambda own, z: z)
-    nn.utils.parametrizations.spectral_norm(cast(nn.Linear, module.first))
+    nn.utils.parametrizations.spectral_norm(module.first)
     assert "changes its buffer" in (_refusal(module) or "")
     assert _refusal(module, "eval") is None
 
 
 def test_random_layers_are_functions_in_eval_mode_and_noise_is_not() -> None:
     assert _refusal(_Own(lambda own, z: F.dropout(z, 0.5, own.training)), "eval") is None
-    assert _refusal(_Own(lambda own, z: own.rrelu(z), rrelu=nn.RReLU()), "eval") is None
+    assert _refusal(_Own(_part("rrelu"), rrelu=nn.RReLU()), "eval") is None
     assert "private_buffers" in (_refusal(_Own(lambda own, z: z + torch.randn_like(z)), "eval") or "")
 
 
