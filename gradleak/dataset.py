@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -51,6 +52,20 @@ class Split:
             hasher.update(tensor.contiguous().numpy().data)
         return hasher.hexdigest()
 
+    @cached_property
+    def public(self) -> frozenset[bytes]:
+        """SHA-256 of every train image."""
+        return frozenset(map(_hash, self.train.images))
+
+    def copies(self, indices: Tensor) -> Tensor:
+        """Return those of these test images [K] that are in the train split too, byte for byte."""
+        shared = [_hash(self.test.images[index]) in self.public for index in indices.tolist()]
+        return indices[torch.tensor(shared, dtype=torch.bool)]
+
+
+def _hash(image: Tensor) -> bytes:
+    return hashlib.sha256(image.contiguous().numpy().data).digest()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset(ABC):
@@ -75,19 +90,81 @@ class Dataset(ABC):
 
 
 @lru_cache(maxsize=4)
-def _read(dataset: Dataset, root: Path | None, download: bool) -> Split:
+def _read(dataset: Dataset, name: str, root: Path | None, download: bool) -> Split:
     """Read once a process: the cells of a suite share their datasets, and nobody writes to them."""
-    return dataset.read(root, download)
+    split = dataset.read(root, download)
+    wrong = next(_wrong(split), None)
+    if wrong is not None:
+        raise GradleakError(f"dataset {name!r}: {wrong}")
+    return split
+
+
+def _wrong(split: Split) -> Iterator[str]:
+    """Say what keeps a split from being one, first things first."""
+    if not isinstance(split, Split):
+        yield f"read returned {type(split).__name__} (allowed: Split)"
+        return
+    for half, part in (("train", split.train), ("test", split.test)):
+        yield from _wrong_tensors(half, part)
+    shapes = [tuple(part.images.shape[1:]) for part in (split.train, split.test)]
+    if shapes[0] != shapes[1]:
+        yield f"train images are {shapes[0]}, test images {shapes[1]} (allowed: one shape)"
+    classes = len(split.classes)
+    if classes < 2:
+        yield f"{classes} class, of which every gradient is zero (allowed: two classes or more)"
+    for half, part in (("train", split.train), ("test", split.test)):
+        low, high = int(part.labels.min()), int(part.labels.max())
+        if low < 0 or high >= classes:
+            yield f"{half} labels lie in {low} to {high} (allowed: 0 to {classes - 1}, as there are {classes} classes)"
+
+
+def _wrong_tensors(half: str, part: Images) -> Iterator[str]:
+    """Say what keeps one half from being images [K, C, H, W] float32 in [0, 1] with labels [K] int64."""
+    if not all(isinstance(tensor, Tensor) for tensor in (part.images, part.labels)):
+        kinds = [type(tensor).__name__ for tensor in (part.images, part.labels)]
+        yield f"{half} images and labels are {' and '.join(kinds)} (allowed: tensors)"
+        return
+    images, labels = part.images, part.labels
+    if images.ndim != 4 or labels.shape != images.shape[:1]:
+        yield (
+            f"{half} images {list(images.shape)} and labels {list(labels.shape)} "
+            "(allowed: [K, channels, height, width] and [K])"
+        )
+        return
+    if not images.numel():
+        yield f"no {half} images (allowed: one or more)"
+    if images.dtype is not torch.float32:
+        divided = "" if images.is_floating_point() else ", divided by the largest value"
+        yield f"{half} images are {_name(images.dtype)} (allowed: float32 in [0, 1]{divided})"
+    if labels.dtype is not torch.int64:
+        yield f"{half} labels are {_name(labels.dtype)} (allowed: int64)"
+    if any(tensor.device.type != "cpu" or tensor.requires_grad for tensor in (images, labels)):
+        yield f"{half} images lie on {images.device} or want a gradient (allowed: detached, on the CPU)"
+    odd = int((~images.isfinite()).flatten(1).any(1).sum())
+    if odd:
+        yield f"{odd} of {len(images)} {half} images hold NaN or infinity (allowed: finite numbers in [0, 1])"
+    low, high = float(images.min()), float(images.max())
+    if low < 0 or high > 1:
+        yield f"{half} images lie in [{low:.4g}, {high:.4g}] (allowed: [0, 1]; models normalise by themselves)"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Data:
     """A dataset that has been read: its splits, its frozen victims, and its hash."""
 
     def __init__(self, dataset: Dataset, name: str, root: Path | None = None, download: bool = False):
-        """Read the dataset (`name` is its registry name)."""
+        """Read the dataset (`name` is its registry name).
+
+        Raises:
+            GradleakError: as `Dataset.read`, or what was read is no `Split` of finite float32 images in [0, 1] of one
+                shape with int64 labels from 0 of two or more classes.
+        """
         self.name = name
         self.version = dataset.version
-        self.split = _read(dataset, root, download)
+        self.split = _read(dataset, name, root, download)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -28,7 +28,8 @@ class Model(ABC):
         """Return the network for images of shape (C, H, W) in [0, 1]; it returns logits [B, classes].
 
         The caller has seeded the global generator (see `initialise`), so torch's initialisers may be used.
-        Every module must be twice differentiable on every device (no fused attention).
+        Every module must be twice differentiable on every device (no fused attention). As clients run it, the network
+        is a function: it draws nothing, keeps nothing between calls, and every run checks that before it starts.
 
         Raises:
             GradleakError: the architecture cannot take images of this shape.

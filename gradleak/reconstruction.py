@@ -24,9 +24,10 @@ class Reconstruction:
     """An attack's answer for N victims."""
 
     images: Tensor
-    """[N, B, C, H, W] in [0, 1], in the attacker's own order."""
+    """[N, B, C, H, W] in [0, 1], in the attacker's own order; a victim whose images leave it by more than 1e-6, or are
+    not finite, is `invalid`, which counts as failed."""
     labels: Tensor | None = None
-    """Labels of these images, [N, B], int64."""
+    """Labels of these images, [N, B], int64; a victim with one that is no class is `invalid`."""
     loss: Tensor | None = None
     """The attacker's own loss of exactly these images, [N]; what restarts were picked by."""
     status: list[Status] = field(default_factory=list)

@@ -234,15 +234,15 @@ def test_folder_with_splits(tmp_path: Path, second: str) -> None:
 def test_folder_takes_the_centre_of_a_wide_image(tmp_path: Path) -> None:
     wide = np.zeros((16, 48), np.uint8)
     wide[:, 16:32] = 255
-    for index in range(3):
-        write_png(tmp_path / "only" / f"{index}.png", wide)
+    for index in range(6):
+        write_png(tmp_path / "ab"[index % 2] / f"{index}.png", wide)
     part = data("folder", tmp_path.parent, path=tmp_path.name, size=4, channels=1)
     assert part.split.train.images.mean() > 0.95
 
 
 def test_folder_limit_is_a_prefix_of_one_draw(tmp_path: Path) -> None:
     for index in range(30):
-        write_png(tmp_path / "only" / f"{index:02}.png", np.full((2, 2), index, np.uint8))
+        write_png(tmp_path / "ab"[index % 2] / f"{index:02}.png", np.full((2, 2), index, np.uint8))
     whole = data("folder", tmp_path.parent, path=tmp_path.name, size=2, channels=1, limit=20).split.train
     some = data("folder", tmp_path.parent, path=tmp_path.name, size=2, channels=1, limit=5).split.train
     assert len(some) == 5

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradleak import registry
 from gradleak.dataset import Data, Dataset, Images, Split
 from gradleak.errors import GradleakError
-from gradleak.model import initialise
+from gradleak.model import Model, initialise
 from gradleak.process import default_cache
 from gradleak.training.networks import accuracy, prepare, train
 
@@ -226,3 +226,21 @@ def test_default_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRADLEAK_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache() == tmp_path / ".cache" / "gradleak"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Dropping(Model):
+    reference = "own"
+
+    def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.5), nn.Linear(16, classes))
+
+
+def test_random_layers_are_trained_alike_whatever_was_drawn_before(tmp_path: Path) -> None:
+    trained = []
+    for index in range(2):
+        torch.manual_seed(index)
+        before = torch.get_rng_state()
+        trained.append(prepare(_Dropping(), "dropping", FEW, 1, 0, tmp_path / str(index))[0])
+        assert torch.get_rng_state().equal(before)
+    assert same(*trained)

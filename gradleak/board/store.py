@@ -29,7 +29,7 @@ from ..errors import GradleakError
 SCHEMA = 1
 """Raised whenever the tables below change; a store of another schema is refused, never converted in place."""
 
-STATUSES = ("ok", "diverged", "oom", "timeout", "error")
+STATUSES = ("ok", "diverged", "oom", "timeout", "invalid", "error")
 """How the attack on one victim ended; everything but `ok` is scored at the floor."""
 
 Array = npt.NDArray[Any]
@@ -90,7 +90,7 @@ class CellResult:
     """The resolved choices: attack, defense, model, dataset, setting, knowledge, victims, seed and suite."""
     status: Literal["ok", "failed"] = "ok"
     error: str = ""
-    """What went wrong, if the cell failed."""
+    """What went wrong, if the cell failed or its attack's whole answer was invalid."""
     started: str = ""
     """ISO 8601, UTC."""
     seconds: float = 0.0

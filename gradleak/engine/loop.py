@@ -55,6 +55,8 @@ class Status(StrEnum):
     DIVERGED = "diverged"
     OUT_OF_MEMORY = "oom"
     TIMEOUT = "timeout"
+    INVALID = "invalid"
+    """The answer was none: not finite, out of range, of another shape or type, or of classes that do not exist."""
     ERROR = "error"
 
 

@@ -8,8 +8,11 @@ from dataclasses import replace
 
 from ..errors import GradleakError
 from ..federation import utility
+from ..search.generators import Generator
+from ..state import restored
 from ..suite import Cell, Utility, attack_and_defense, build_defense_of, build_setting
 from ..threat import Level
+from .checks import combinations, generators
 from .observe import batch_size_of, granted_of
 from .workshop import Resources, client_of, data_of, fitting_prior
 
@@ -17,11 +20,27 @@ from .workshop import Resources, client_of, data_of, fitting_prior
 def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
     """Refuse cells that cannot run, before any of them does; return all but the optional ones that cannot.
 
+    Every combination of dataset, model, setting and defense is tried on real victims: models and clients must be
+    functions (see `checks`). What is tried is never shown to an attack.
+
     Raises:
         GradleakError: an attack needs knowledge that its setting does not grant, cannot run on a model or
-            under a defense at all, more victims are asked for than the dataset holds, or a prior's generator cannot
-            be had or makes other images than the victims'.
+            under a defense at all, more victims are asked for than the dataset holds, one of them is public, a prior's
+            generator cannot be had or makes other images than the victims', or a client is no function.
     """
+    with restored():
+        kept = _fitting(cells, resources)
+        tried: set[str] = set()
+        for cell in kept:
+            mark = None if cell.is_utility else combinations.mark_of(cell)
+            if mark is not None and mark not in tried:
+                tried.add(mark)
+                combinations.check(cell, resources)
+    return kept
+
+
+def _fitting(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
+    """Compare what cells ask for with what there is; nothing is computed but networks' structure."""
     seen: dict[str, bool] = {}
     kept: list[Cell] = []
     for cell in cells:
@@ -41,7 +60,7 @@ def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
         attack, defense = attack_and_defense(config)
         setting = build_setting(config["setting"])
         data = data_of(config["dataset"], resources)
-        data.victim_indices(config["victims"] * defense.cohort, setting.batch_size, config["tuning"])
+        combinations.private(data, config, setting, defense)
         data.candidates(config["candidates"], config["tuning"])
         missing = attack.needs.missing(granted_of(attack, setting, config["knowledge"]))
         if missing:
@@ -50,7 +69,9 @@ def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
                 f"{setting.name!r} does not grant; add it to the setting's `grants`"
             )
         if "prior" in config:
-            fitting_prior(config["prior"], data, resources)
+            prior = fitting_prior(config["prior"], data, resources)
+            if isinstance(prior, Generator):
+                generators.check(prior, config["prior"]["source"], data)
         if attack.observes_other_victim and config["victims"] < 2:
             raise GradleakError(f"attack {config['attack']['label']!r} needs at least 2 victims")
         network = client_of(config, data)

@@ -13,12 +13,13 @@ from datetime import UTC, datetime
 
 from .. import seeds
 from ..board.store import CellResult
-from ..engine import loop, memory
+from ..engine import loop
 from ..federation import client, utility
 from ..mechanisms import batch_statistics
-from ..reconstruction import complete, left_alone
+from ..process import full_precision
 from ..seeds import Generators
 from ..suite import UTILITY, Cell, Utility, attack_and_defense, build_defense_of, build_setting, check_files, unnamed
+from .answer import ask, guarded
 from .identity import identity, provenance
 from .observe import observe
 from .score import of_victims, rows_of
@@ -36,9 +37,11 @@ def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     clock = time.perf_counter()
     loop.forget_widths()
+    full_precision()
     try:
         check_files(cell.config)
-        result = (_train if cell.is_utility else _evaluate)(cell, resources, progress)
+        with guarded(cell.title):
+            result = (_train if cell.is_utility else _evaluate)(cell, resources, progress)
     except (Exception, SystemExit) as error:
         message = described(error, resources)
         facts = {} if cell.is_utility else identity(cell.config)
@@ -69,16 +72,17 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
         bare[part].pop("file", None)
     context = [json.dumps(bare[key], sort_keys=True) for key in ("dataset", "model", "setting")]
     guard = json.dumps(bare["defense"], sort_keys=True)
-    sent = client.send(
-        network,
-        images,
-        labels,
-        data.classes,
-        defense,
-        setting,
-        seeds.derive("round", config["seed"], *context, guard),
-        client.seeds_for(list(range(config["victims"])), config["seed"], *context, guard, clients=defense.cohort),
-    )
+    with guarded(f"defense {config['defense']['label']!r}"):
+        sent = client.send(
+            network,
+            images,
+            labels,
+            data.classes,
+            defense,
+            setting,
+            seeds.derive("round", config["seed"], *context, guard),
+            client.seeds_for(list(range(config["victims"])), config["seed"], *context, guard, clients=defense.cohort),
+        )
     sent = client.aggregated(sent, defense.cohort)
     images, labels = (tensor.unflatten(0, (-1, defense.cohort)).flatten(1, 2) for tensor in (images, labels))
     generator = generator_of(config, data, resources).to(resources.device, setting.dtype) if "prior" in config else None
@@ -93,23 +97,15 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
     # Numbers that say nothing of whose they are.
     names = [seeds.derive(config["seed"], "attack", config["attack"]["name"], *context, i) for i in range(len(images))]
     shared = seeds.derive(config["seed"], "attack", config["attack"]["name"], *context)
-    clock = time.perf_counter()
-    try:
-        streams = Generators(names, resources.device, setting.dtype, shared)
-        with left_alone(attack, observation):
-            answer = complete(attack.reconstruct(observation, streams), attack, images)
-        status = [state.value for state in answer.status] or ["ok"] * len(images)
-    except (RuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        log.warning("%s: out of memory: %s", config["attack"]["label"], described(error, resources))
-        answer, status = None, ["oom"] * len(images)
-    seconds = (time.perf_counter() - clock) / len(images)
-    rows = rows_of(config, attack, data, observation, sent, images, labels, answer, status, seconds, resources)
+    streams = Generators(names, resources.device, setting.dtype, shared)
+    given = ask(config["attack"]["label"], attack, observation, streams)
+    answer = given.reconstruction
+    rows = rows_of(config, attack, data, observation, sent, images, labels, given, resources)
     rows, guesses = of_victims(rows, None if answer is None else answer.images, setting.batch_size)
     return CellResult(
         key=cell.key,
         config=config,
+        error=given.error,
         provenance=provenance(config, attack, defense, setting, sent, accuracy, answer),
         rows=rows,
         reconstructions={} if guesses is None else dict(enumerate(guesses.float().cpu().numpy())),

@@ -18,6 +18,7 @@ from ..federation import client
 from ..threat import Observation
 from ..update import Network
 from . import metrics
+from .answer import Answer
 from .workshop import Resources, described
 
 log = logging.getLogger(__name__)
@@ -44,16 +45,16 @@ def rows_of(
     sent: client.Sent,
     images: Tensor,
     labels: Tensor,
-    answer: Reconstruction | None,
-    status: list[str],
-    seconds: float,
+    given: Answer,
     resources: Resources,
 ) -> list[ImageRow]:
-    """One row an image: the metrics of every reconstruction against its truth."""
+    """One row an image: the metrics of every reconstruction against its truth; an invalid one has none."""
     norms = _norms(sent.message)
     shared = [
-        {"status": state, "seconds": seconds, "message_norm": norm} for state, norm in zip(status, norms, strict=True)
+        {"status": state, "seconds": given.seconds, "message_norm": norm}
+        for state, norm in zip(given.status, norms, strict=True)
     ]
+    answer = given.reconstruction
     if answer is None:
         return [
             ImageRow.of({"victim": victim, "image": image, **shared[victim]})
@@ -86,7 +87,10 @@ def rows_of(
         victim, image = row["victim"], row["image"]
         own = {name: column[victim] for name, column in values.items()}
         best = {} if oracle is None else {"oracle_psnr": oracle[victim][image]}
-        rows.append(ImageRow.of({**row, **shared[victim], **own, **best, **notes}))
+        if victim in given.notes:
+            row = {name: row[name] for name in ("victim", "image", "matched", "finite")}
+            best = {"note": f"invalid answer: {given.notes[victim]}"}
+        rows.append(ImageRow.of({**row, **shared[victim], **own, **notes, **best}))
     return rows
 
 

@@ -21,6 +21,7 @@ from ..errors import GradleakError
 from ..model import Model, initialise
 from ..process import default_cache
 from ..registry import options_of
+from ..state import restored
 
 RECIPE = "1"
 """Raised whenever training or a built-in architecture changes, so that no old checkpoint is used again."""
@@ -68,7 +69,10 @@ def prepare(
     if path.exists():
         score = _load(network, path)
     else:
-        score = train(network, data, epochs, seed, device, progress)
+        with restored():
+            # Random layers, which a client in eval mode may have, draw from the global generator.
+            torch.manual_seed(seeds.derive("random layers", data.name, seed))
+            score = train(network, data, epochs, seed, device, progress)
         network.cpu()
         _save(network, score, path)
     return network.eval(), score
