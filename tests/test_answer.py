@@ -215,7 +215,7 @@ def test_invalid_answers_are_failures_in_the_store(tmp_path: Path) -> None:
         read = results.read(store)
     errors = dict(zip(cells["attack"], cells["error"], strict=True))
     whole = next(error for label, error in errors.items() if "whole" in label)
-    assert whole == "invalid answer: images of shape [1, 1, 8, 8] (allowed: [3, 1, 1, 8, 8])"
+    assert whole == "invalid answer: images of shape [1, 1, 8, 8] (allowed: [3, 1, 1, 8, 8]) (odd_answer.py:11)"
     some = rows[rows["attack"].str.contains("some")].sort_values("victim")
     assert some["status"].tolist() == ["invalid", "ok", "ok"] and some["psnr"].isna().tolist() == [True, False, False]
     assert (rows[rows["attack"].str.contains("whole")]["status"] == "invalid").all()

@@ -75,18 +75,6 @@ CELLS = [
     ("search", "def initial(self, observation, generator): #@\n  return {}", "initial returned an empty dict"),
     ("search", "def initial(self, observation, generator): #@\n  return {'pixels': torch.zeros(1, 8)}", "[2, ...] is"),
     ("search", "def decode(self, variables, facts): #@\n  return variables", "decode returned a dict; a Guess is"),
-    ("attack", "def reconstruct(self, observation, generator): #@\n  pass", "returned None; a Reconstruction is"),
-    (
-        "attack",
-        "def reconstruct(self, o, g): #@\n  return Reconstruction(images=torch.ones(2, 64))",
-        "shape [2, 64] for images",
-    ),
-    (
-        "attack",
-        "def reconstruct(self, o, g): #@\n  return Reconstruction(images=torch.ones(2, 1, *o.shape),"
-        "details={'a': 3.0})",
-        "3.0 for a; a tensor",
-    ),
     ("attack", "def reconstruct(self, o, g):\n  raise SystemExit(7) #@", "SystemExit: 7"),
     ("attack", "def reconstruct(self, o, g):\n  raise ValueError('one\\ntwo') #@", "ValueError: one two"),
     (
@@ -95,6 +83,29 @@ CELLS = [
         "  return Reconstruction(images=torch.ones(2, 1, *o.shape))",
         "reconstruct changed message '2.bias'",
     ),
+    (
+        "defense",
+        "def protect(self, update, public, generator): #@\n  return {n: t.flatten()[:3] for n, t in update.items()}",
+        "shape [3] for '2.weight'; [4, 64] is needed",
+    ),
+]
+# Refused before anything runs.
+INVALID = [
+    ("attack", "def reconstruct(self, observation, generator): #@\n  pass", "NoneType (allowed: Reconstruction)"),
+    (
+        "attack",
+        "def reconstruct(self, o, g): #@\n  return Reconstruction(images=torch.ones(2, 64))",
+        "images of shape [2, 64]",
+    ),
+    (
+        "attack",
+        "def reconstruct(self, o, g): #@\n  return Reconstruction(images=torch.ones(2, 1, *o.shape),"
+        "details={'a': 3.0})",
+        "details['a'] are float (allowed: a tensor)",
+    ),
+]
+# What is found before anything runs.
+PLANS = [
     (
         "defense",
         "def protect(self, update, public, generator): #@\n  return list(update)",
@@ -107,17 +118,9 @@ CELLS = [
     ),
     (
         "defense",
-        "def protect(self, update, public, generator): #@\n  return {n: t.flatten()[:3] for n, t in update.items()}",
-        "shape [3] for '2.weight'; [4, 64] is needed",
-    ),
-    (
-        "defense",
         "def encode(self, images, targets, generator):\n  return images @ targets, targets #@",
         "RuntimeError: ",
     ),
-]
-# Refused before anything runs.
-PLANS = [
     ("model", "def build(self, shape, classes): #@\n  return None", "build returned NoneType; a torch.nn.Module"),
     (
         "model",
@@ -205,6 +208,16 @@ def test_a_cell_fails_with_the_plugin_s_line(
     assert run(tmp_path, kind, path) == 1
     (failed,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gradleak: failed: ")]
     assert says in failed and failed.endswith(f"(thing.py:{line})")
+
+
+@pytest.mark.parametrize(("kind", "body", "says"), INVALID)
+def test_an_answer_that_is_none_is_invalid_by_the_plugin_s_line(
+    kind: str, body: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, line = write(tmp_path, kind, body)
+    assert run(tmp_path, kind, path) == 0
+    (said,) = [text for text in capsys.readouterr().err.splitlines() if "is invalid" in text]
+    assert says in said and said.endswith(f"(thing.py:{line})")
 
 
 @pytest.mark.parametrize(("kind", "body", "says"), PLANS)
