@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 
+from ..attack import GradientMatching
+from ..engine.derivatives import not_computable
 from ..errors import GradleakError
 from ..federation import client, utility
 from ..suite import Cell, Utility, attack_and_defense, build_defense_of, build_setting
@@ -55,6 +57,9 @@ def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
             raise GradleakError(f"attack {config['attack']['label']!r} needs at least 2 victims")
         module = untrained(json.dumps(config["model"], sort_keys=True), data.shape, data.classes)
         network = client.client_network(module, defense, setting)
+        refused = not_computable(network, data.shape, data.classes, setting, isinstance(attack, GradientMatching))
+        if refused is not None:
+            raise GradleakError(f"model {config['model']['label']!r} under setting {setting.name!r}: {refused}")
         level = Level(config["knowledge"])
         faced = replace(setting, batch_size=batch_size_of(attack, defense, setting, level))
         reason = attack.unsuited(network.module, faced, defense)

@@ -5,7 +5,6 @@ Only this module and `evaluate` may hold a victim's images.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from ..defense import Defense, Memory, Message, Public
 from ..errors import GradleakError
 from ..mechanisms import batch_statistics
 from ..threat import BatchNorm, Setting
-from ..update import Network, Update, by_transform, local_update, one_hot, stack
+from ..update import Network, Update, by_transform, copied, local_update, one_hot, stack
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def freeze(prepared: nn.Module, defense: Defense, setting: Setting) -> Network:
             f"setting {setting.name!r}: mode 'train' mixes the examples of a batch in batch normalisation, "
             "but the defense clips each example's gradient; use mode 'eval' or a model without it"
         )
-    return Network.of(copy.deepcopy(prepared).to(setting.dtype), setting.mode)
+    return Network.of(copied(prepared).to(setting.dtype), setting.mode)
 
 
 def send(

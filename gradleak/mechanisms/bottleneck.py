@@ -6,7 +6,6 @@ it like anything else that a network is called with (`Network.logits(buffers=...
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from .. import seeds
 from ..errors import GradleakError
-from ..update import Extended
+from ..update import Extended, copied
 
 
 class Bottleneck(nn.Module):
@@ -72,7 +71,7 @@ def insert(module: nn.Module, width: int, beta: float, expand: bool, seed: int) 
     Raises:
         GradleakError: the model has no linear layer behind another.
     """
-    changed = copy.deepcopy(module)
+    changed = copied(module)
     linear = [(name, layer) for name, layer in changed.named_modules() if type(layer) is nn.Linear]
     if not linear or not linear[-1][0]:
         raise GradleakError("bottleneck: the model has no linear layer to put it before")

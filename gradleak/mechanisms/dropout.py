@@ -6,7 +6,6 @@ it like anything else that a network is called with (`Network.logits(buffers=...
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import GradleakError
 from ..models.vit import _Block, _Embedding
+from ..update import copied
 
 _WRAPPED = (nn.ReLU, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Softmax, _Embedding)
 
@@ -50,7 +50,7 @@ def insert(module: nn.Module, rate: float) -> nn.Module:
     Raises:
         GradleakError: the model has no such place.
     """
-    changed = copy.deepcopy(module)
+    changed = copied(module)
     for name, layer in list(changed.named_modules(remove_duplicate=False)):
         if name and isinstance(layer, _WRAPPED):
             changed.set_submodule(name, nn.Sequential(layer, MaskedDropout(rate)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TypeGuard, cast
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import GradleakError
+from ..update import copied
 
 
 class WhitenedLayer(nn.Module):
@@ -49,7 +49,7 @@ def insert(module: nn.Module, damping: float, where: str) -> nn.Module:
     Raises:
         GradleakError: that layer is neither linear nor a plain convolution; the line begins with `where`.
     """
-    changed = copy.deepcopy(module)
+    changed = copied(module)
     name, layer = next(
         ((n, m) for n, m in changed.named_modules() if n and [*m.parameters(recurse=False)]), ("", module)
     )
