@@ -341,7 +341,7 @@ def measure(build: Build, mode: str, size: int = 32) -> Found:
     refused = twice_differentiable(network, start["pixels"][0], targets)
     if refused is not None:
         return Found("refused", 0.0, time.process_time() - started, refused)
-    name, backend, reason = choose("layerwise", problem, start, facts, 300)
+    name, backend, reason, _ = choose("layerwise", problem, start, facts, 300)
     seconds = time.process_time() - started
     values = backend(problem, start, backend.prepare(problem, facts))
     wanted = torch.stack([by_hand(network.module, facts, start["pixels"], row) for row in range(VICTIMS)])
