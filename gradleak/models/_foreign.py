@@ -70,7 +70,7 @@ def quieten(network: nn.Module) -> nn.Module:
     """Switch off what draws at random in training: dropout and stochastic depth, which nobody could repeat."""
     for part in network.modules():
         if isinstance(part, nn.modules.dropout._DropoutNd) or type(part).__name__ == "StochasticDepth":
-            part.p = 0.0
+            part.p = 0.0  # type: ignore[assignment]
         if type(part).__name__ == "DropPath":
             part.drop_prob = 0.0  # type: ignore[assignment]
         if isinstance(part, nn.MultiheadAttention):
