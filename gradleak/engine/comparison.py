@@ -116,8 +116,8 @@ def _says_something(truth: Values) -> bool:
 
 
 def _norm(values: Values) -> Tensor:
-    sizes: list[Tensor] = [tensor.double().norm() for tensor in values.gradients.values()]
-    return torch.linalg.vector_norm(torch.stack(sizes))
+    sizes = torch.stack([tensor.double().norm() for tensor in values.gradients.values()])
+    return sizes.square().sum().sqrt()
 
 
 def _gap(one: Values, other: Values) -> float:
