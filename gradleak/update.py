@@ -16,7 +16,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import GradleakError
@@ -156,15 +155,27 @@ def twice_differentiable_kernels(module: nn.Module, like: Tensor | None = None) 
     if torch.compiler.is_compiling():
         yield
         return
-    fast = torch.backends.mha.get_fastpath_enabled()
     recurrent = like is not None and like.is_cuda and any(isinstance(m, nn.RNNBase) for m in module.modules())
     plain = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
-    torch.backends.mha.set_fastpath_enabled(False)
+    # Set by hand: `torch.nn.attention.sdpa_kernel` takes longer than a small layer.
+    usual = [enabled() for enabled, _ in _FAST]
     try:
-        with sdpa_kernel(SDPBackend.MATH), plain:
+        for _, enable in _FAST:
+            enable(False)
+        with plain:
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        for (_, enable), was in zip(_FAST, usual, strict=True):
+            enable(was)
+
+
+_FAST = (
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+"""Kernels without a second derivative: whether they are allowed, and how to say so."""
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
