@@ -169,5 +169,6 @@ def _best(outcomes: list[Outcome], finals: list[Final]) -> tuple[Outcome, Final]
         status=status,
         trace=torch.cat([outcome.trace for outcome in outcomes], dim=1),
         backend=outcomes[0].backend,
+        reason=outcomes[0].reason,
     )
     return outcome, final

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from gradleak import seeds
 from gradleak.defense import Defense, Message, Public
 from gradleak.errors import GradleakError
-from gradleak.update import Update
+from gradleak.update import Update, copied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class DiscreteBottleneck(Defense):
         Raises:
             GradleakError: the model has no linear layer behind another.
         """
-        changed = copy.deepcopy(module)
+        changed = copied(module)
         linear = [(name, layer) for name, layer in changed.named_modules() if type(layer) is nn.Linear]
         if not linear or not linear[-1][0]:
             raise GradleakError("defense 'discrete-bottleneck': the model has no linear layer to put codes before")

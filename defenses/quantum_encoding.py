@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -31,6 +30,7 @@ from gradleak.mechanisms.quantum import (
     unpool,
 )
 from gradleak.model import Normalise
+from gradleak.update import copied
 
 _Quantum = Literal["angle", "product", "exponential", "reupload", "amplitude"]
 _Classical = Literal["fourier", "chebyshev", "angle-patches", "amplitude-patches"]
@@ -298,7 +298,7 @@ def _widened(module: nn.Module, factor: int) -> nn.Module:
     The first layer is drawn anew, normal, of the old standard deviation over sqrt(factor), which keeps the
     scale of what it puts out.
     """
-    module = copy.deepcopy(module)
+    module = copied(module)
     layers = dict(module.named_modules())
     for name, layer in layers.items():
         if isinstance(layer, Normalise):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,7 +15,7 @@ from gradleak.defense import Defense, Message, Public
 from gradleak.engine.objectives import cosine
 from gradleak.errors import GradleakError
 from gradleak.mechanisms.packing import pack_bits, pack_floats
-from gradleak.update import flatten
+from gradleak.update import copied, flatten
 
 _CHUNK = 32  # features whose image gradients are computed at once
 
@@ -46,7 +45,7 @@ class Soteria(Defense):
         Raises:
             GradleakError: the model has no such linear layer.
         """
-        changed = copy.deepcopy(module)
+        changed = copied(module)
         called = [(name, changed.get_submodule(name)) for name in structure.of(module).called]
         linear = [(name, layer) for name, layer in called if type(layer) is nn.Linear and name]
         if not -len(linear) <= self.layer < len(linear):

@@ -42,6 +42,8 @@ class Reconstruction:
     """The picked restart's matching loss at evenly spaced iterations, [N, points]."""
     backend: str = ""
     """Engine backend that computed it."""
+    backend_reason: str = ""
+    """Why it was not the backend that was asked for."""
     guessed: dict[str, Tensor] = field(default_factory=dict)
     """Whatever else was recovered, [N, ...], such as dropout masks by buffer name."""
     details: dict[str, Tensor] = field(default_factory=dict)

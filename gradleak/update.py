@@ -6,11 +6,12 @@ taken: `by_autograd` (plain double backward) or `by_transform` (torch.func, can 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class Network:
         sent = structure.sent_of(module)
         if not sent:
             raise GradleakError("the model has no parameter that is trained (requires_grad), so nothing would be sent")
-        module = copy.deepcopy(module).train(mode == "train").requires_grad_(False)
+        module = copied(module).train(mode == "train").requires_grad_(False)
         for name, layer in module.named_modules():
             if isinstance(layer, _BatchNorm) and mode == "train":
                 layer.track_running_stats = False
@@ -118,7 +119,7 @@ class Network:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Network:
         """Copy to a device and a floating point type."""
-        return Network.of(copy.deepcopy(self.module).to(device, dtype), "train" if self.module.training else "eval")
+        return Network.of(copied(self.module).to(device, dtype), "train" if self.module.training else "eval")
 
     def logits(
         self, images: Tensor, parameters: Update | None = None, buffers: dict[str, Tensor] | None = None
@@ -147,7 +148,64 @@ class Network:
         self, inputs: tuple[Tensor, ...], parameters: Update | None, buffers: dict[str, Tensor] | None
     ) -> Tensor | tuple[Tensor, Tensor]:
         state = {**self.buffers, **(buffers or {}), **self.parameters, **(parameters or {})}
-        return cast(Tensor, functional_call(self.module, state, inputs, strict=False))
+        with twice_differentiable_kernels(self.module, next(iter(state.values()), None)):
+            return cast(Tensor, functional_call(self.module, state, inputs, strict=False))
+
+
+@contextlib.contextmanager
+def twice_differentiable_kernels(module: nn.Module, like: Tensor | None = None) -> Iterator[None]:
+    """Let torch use only kernels that have a second derivative, where it has such.
+
+    Fused attention, the fast path of `nn.TransformerEncoder` and cuDNN's recurrent layers have none.
+
+    Args:
+        module: what is called inside.
+        like: a tensor that lies where it is called.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    recurrent = like is not None and like.is_cuda and any(isinstance(m, nn.RNNBase) for m in module.modules())
+    plain = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    # Set by hand: `torch.nn.attention.sdpa_kernel` takes longer than a small layer.
+    usual = [enabled() for enabled, _ in _FAST]
+    try:
+        for _, enable in _FAST:
+            enable(False)
+        with plain:
+            yield
+    finally:
+        for (_, enable), was in zip(_FAST, usual, strict=True):
+            enable(was)
+
+
+_FAST = (
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+"""Kernels without a second derivative: whether they are allowed, and how to say so."""
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a module with its parameters, also one whose weights are computed before every call.
+
+    Pruning and the hooks of `weight_norm` and `spectral_norm` keep the last such weight as a plain attribute
+    with a graph, which cannot be copied and need not be.
+
+    Args:
+        module: what is copied.
+        memo: tensors that are shared instead, by their id, as for `copy.deepcopy`.
+    """
+    memo = dict(memo or {})
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and id(value) not in memo:
+                wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+                if wrapped or not value.is_leaf:
+                    memo[id(value)] = torch.zeros(value.shape) if wrapped else value.detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
@@ -265,6 +323,7 @@ __all__ = [
     "Update",
     "by_autograd",
     "by_transform",
+    "copied",
     "cross_entropy",
     "dot",
     "flatten",
@@ -272,5 +331,6 @@ __all__ = [
     "one_hot",
     "squared_norm",
     "stack",
+    "twice_differentiable_kernels",
     "unflatten",
 ]

@@ -25,6 +25,7 @@ from gradleak.defenses.soteria import Soteria
 from gradleak.defenses.tract import TrAct
 from gradleak.defenses.vib import VIB
 from gradleak.engine import backends
+from gradleak.engine.choice import choose
 from gradleak.engine.objectives import relative_squared
 from gradleak.engine.problem import Facts, Guess, Problem
 from gradleak.errors import GradleakError
@@ -232,7 +233,7 @@ def test_backends_agree(defense: Defense) -> None:
     start = {"images": 0.5 * images + 0.25}
     reference = backends.Sequential()(problem, start, facts)
     for name in backends.BACKENDS:
-        _, backend = backends.choose(name, problem, start, facts, 1)
+        backend = choose(name, problem, start, facts, 1).backend
         values = backend(problem, start, backend.prepare(problem, facts))
         torch.testing.assert_close(values.total, reference.total)
         torch.testing.assert_close(values.gradients, reference.gradients, rtol=1e-6, atol=1e-9)

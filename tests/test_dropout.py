@@ -17,6 +17,7 @@ from gradleak.attack import GradientMatching, Reconstruction
 from gradleak.dataset import Data
 from gradleak.defense import Defense, View
 from gradleak.engine import backends
+from gradleak.engine.choice import choose
 from gradleak.errors import GradleakError
 from gradleak.evaluation.metrics import psnr
 from gradleak.federation import client
@@ -223,7 +224,7 @@ def test_backends_agree(name: str, masks: str) -> None:
     reference = backends.Sequential()(problem, start, facts)
     assert all(gradient.abs().max() > 0 for gradient in reference.gradients.values())
     for name in backends.BACKENDS:
-        _, backend = backends.choose(name, problem, start, facts, 1)
+        backend = choose(name, problem, start, facts, 1).backend
         values = backend(problem, start, backend.prepare(problem, facts))
         torch.testing.assert_close(values.total, reference.total)
         torch.testing.assert_close(values.gradients, reference.gradients)

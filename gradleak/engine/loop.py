@@ -12,23 +12,20 @@ from __future__ import annotations
 import functools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..process import full_precision
-from ..threat import Compute, Width
-from ..update import by_transform
+from ..threat import Compute
 from . import memory
-from .backends import choose, kind_of
+from .choice import choose, kind_of
+from .final import Final, chunks, evaluate, finish, join
 from .optimisers import Optimiser, Schedule, Variables
-from .problem import Facts, Guess, Problem, Values, take
+from .problem import Facts, Problem, Values, take
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +36,17 @@ _LOOK = {"cuda": 16}
 
 _halved: dict[tuple[str, str], int] = {}
 _measured: dict[tuple[str, str], int] = {}
-"""Widths that had to be gone down to, or were measured, since `forget_widths`, by kind of problem and backend."""
+"""Widths that had to be gone down to, or were measured, since `forget_widths`, by kind of problem and the backend
+that was asked for."""
 
 
 def forget_widths() -> None:
     """Forget what was measured or halved: what one cell could not hold must not change another's last digits."""
     _halved.clear()
     _measured.clear()
+
+
+__all__ = ["Final", "Outcome", "Plan", "Status", "evaluate", "finish", "forget_widths", "minimise"]
 
 
 class Status(StrEnum):
@@ -97,6 +98,8 @@ class Outcome:
     trace: Tensor
     """Matching loss at `trace_points` + 1 evenly spaced iterations, [T, points]; NaN where a trial had ended."""
     backend: str
+    reason: str = ""
+    """Why `backend` is not the one that was asked for."""
 
 
 def minimise(problem: Problem, start: Variables, facts: Facts, owner: Tensor, plan: Plan, compute: Compute) -> Outcome:
@@ -113,79 +116,6 @@ def minimise(problem: Problem, start: Variables, facts: Facts, owner: Tensor, pl
     return _Run(problem, start, facts, owner, plan, compute).finish()
 
 
-@dataclass(frozen=True)
-class Final:
-    """T trials as they are returned: images clamped to [0, 1] and the matching loss of exactly these."""
-
-    images: Tensor
-    targets: Tensor
-    buffers: dict[str, Tensor]
-    matching: Tensor
-
-
-def finish(problem: Problem, variables: Variables, facts: Facts, width: Width) -> Final:
-    """Decode T trials, clamp their images, and evaluate the matching loss once more, `width` at a time."""
-
-    def one(row: Variables, known: Facts) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
-        guess = problem.decode(row, known)
-        guess = replace(guess, images=guess.images.clamp(0, 1))
-        matching = problem.match(problem.simulate(guess, by_transform), known)
-        return guess.images, guess.targets, guess.buffers, matching
-
-    return Final(*_each(one, (variables, facts), width))
-
-
-def evaluate(problem: Problem, guesses: dict[str, Any], facts: Facts, width: Width) -> Tensor:
-    """Matching loss [N] of given guesses (fields of `Guess`, stacked), `width` at a time."""
-
-    def one(row: dict[str, Any], known: Facts) -> Tensor:
-        return problem.match(problem.simulate(Guess(**row), by_transform), known)
-
-    matching: Tensor = _each(one, (guesses, facts), width)
-    return matching
-
-
-def _each(one: Callable[..., Any], rows: tuple[Any, ...], width: Width) -> Any:
-    """Apply a function of one row to all rows of stacked trees, `width` at a time or fewer where memory is short."""
-    first = tree_leaves(rows)[0]
-    if width == "auto":
-        fits = memory.fitting(lambda several: vmap(one)(*next(_chunks(rows, several))), first.device)
-        part = min(fits, len(first))
-    else:
-        part = width
-    while True:
-        try:
-            return _join([vmap(one)(*chunk) for chunk in _chunks(rows, part)], len(first))
-        except (RuntimeError, MemoryError) as error:
-            part = _half(part, error)
-        # Only here is what the error held free again.
-        memory.release(first.device)
-
-
-def _half(width: int, error: RuntimeError | MemoryError) -> int:
-    """Half a width that memory did not hold; another error, or memory too small for one trial, is raised."""
-    if not memory.is_out_of_memory(error):
-        raise error
-    if width == 1:
-        reason = str(error).partition("\n")[0]
-        raise torch.OutOfMemoryError(f"one trial alone is too large for the memory ({reason})") from error
-    half = memory.whole(width // 2)
-    log.warning("out of memory with %d trials at once; going on with %d", width, half)
-    return half
-
-
-def _chunks(rows: tuple[Any, ...], width: int) -> Iterator[tuple[Any, ...]]:
-    """Cut stacked trees into chunks of one width; the last is filled up with repeats of the last row."""
-    total = len(tree_leaves(rows)[0])
-    for begin in range(0, total, width):
-        index = torch.arange(begin, begin + width).clamp(max=total - 1)
-        yield tree_map(lambda tensor, index=index: tensor[index.to(tensor.device)], rows)
-
-
-def _join(parts: list[Any], total: int) -> Any:
-    return tree_map(lambda *tensors: torch.cat(tensors)[:total].detach(), *parts)
-
-
 class _Run:
     """The loop of `minimise`, its slots and its bookkeeping."""
 
@@ -198,13 +128,16 @@ class _Run:
         self.device = device = owner.device
         if device.type == "cuda":
             full_precision()
+        self.kind = (kind_of(problem, start, facts), compute.backend)
         width = min(_USUAL if compute.width == "auto" else compute.width, self.trials)
-        first = {name: tensor[:width] for name, tensor in start.items()}
-        self.name, self.backend = choose(compute.backend, problem, first, take(facts, owner[:width]), plan.iterations)
+        width = min(width, _halved.get(self.kind, width))
+        first, known = {name: tensor[:width] for name, tensor in start.items()}, take(facts, owner[:width])
+        self.name, self.backend, self.reason, fits = choose(compute.backend, problem, first, known, plan.iterations)
         self.facts = self.backend.prepare(problem, facts)
-        self.kind = (kind_of(problem, start, facts), self.name)
         if compute.width == "auto":
             width = min(self._fitting(), self.trials)
+        elif fits < width:
+            _halved[self.kind] = fits
         self.width = self.part = min(width, _halved.get(self.kind, width))
         if compute.compile and not self.backend.compile():
             _say(f"backend {self.name!r} is not compiled; only 'vmap' is")
@@ -260,6 +193,7 @@ class _Run:
             self.status,
             self.trace[rows],
             self.name,
+            self.reason,
         )
 
     def _fitting(self) -> int:
@@ -307,7 +241,7 @@ class _Run:
             try:
                 return self._in_parts()
             except (RuntimeError, MemoryError) as error:
-                self.part = _half(self.part, error)
+                self.part = memory.half(self.part, error)
             # Only here is what the error held free again.
             _halved[self.kind] = self.part
             memory.release(self.device)
@@ -315,8 +249,8 @@ class _Run:
     def _in_parts(self) -> Values:
         if self.part == self.width:
             return self.backend(self.problem, self.current, self.known)
-        parts = [self.backend(self.problem, *rows) for rows in _chunks((self.current, self.known), self.part)]
-        return Values(*_join([(part.total, part.matching, part.gradients) for part in parts], self.width))
+        parts = [self.backend(self.problem, *rows) for rows in chunks((self.current, self.known), self.part)]
+        return Values(*join([(part.total, part.matching, part.gradients) for part in parts], self.width))
 
     def _keep_best(self, values: Values, finite: Tensor) -> None:
         live = ~self.idle

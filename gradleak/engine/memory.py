@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+log = logging.getLogger(__name__)
 
 SHARE = 0.6
 """Of what is available: resident memory grows by up to 1.4 times what tensors take (allocator, scratch space)."""
@@ -36,6 +39,18 @@ def fitting(step: Callable[[int], object], device: torch.device) -> int:
 def whole(width: int) -> int:
     """Round a width down to a multiple of 8, below that to a power of 2: kernels treat all rows of such alike."""
     return width - width % 8 if width >= 8 else 1 << (width.bit_length() - 1)
+
+
+def half(width: int, error: RuntimeError | MemoryError) -> int:
+    """Half a width that memory did not hold; another error, or memory too small for one trial, is raised."""
+    if not is_out_of_memory(error):
+        raise error
+    if width == 1:
+        reason = str(error).partition("\n")[0]
+        raise torch.OutOfMemoryError(f"one trial alone is too large for the memory ({reason})") from error
+    less = whole(width // 2)
+    log.warning("out of memory with %d trials at once; going on with %d", width, less)
+    return less
 
 
 def peak(action: Callable[[], object], device: torch.device) -> int:

@@ -95,9 +95,16 @@ class Values:
 class Backend(ABC):
     """A way to compute the losses and gradients of stacked trials; made anew for every problem."""
 
-    @abstractmethod
+    def refusal(self, problem: Problem, variables: Variables, facts: Facts) -> str | None:
+        """Say why it cannot compute the problem for chunks like this one, or None; asked before anything else.
+
+        Raises nothing but what says that memory is short.
+        """
+        return None
+
     def applies(self, problem: Problem, variables: Variables, facts: Facts) -> bool:
-        """Whether it can compute the problem for chunks like this one; asked before anything else."""
+        """Whether it can compute the problem for chunks like this one."""
+        return self.refusal(problem, variables, facts) is None
 
     def prepare(self, problem: Problem, facts: Facts) -> Facts:
         """Facts of all N victims as this backend likes them; some may be replaced by what only it understands."""

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 
+from ..attack import GradientMatching
+from ..engine.derivatives import not_computable
 from ..errors import GradleakError
 from ..federation import utility
 from ..search.generators import Generator
@@ -75,6 +77,9 @@ def _fitting(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
         if attack.observes_other_victim and config["victims"] < 2:
             raise GradleakError(f"attack {config['attack']['label']!r} needs at least 2 victims")
         network = client_of(config, data)
+        refused = not_computable(network, data.shape, data.classes, setting, isinstance(attack, GradientMatching))
+        if refused is not None:
+            raise GradleakError(f"model {config['model']['label']!r} under setting {setting.name!r}: {refused}")
         level = Level(config["knowledge"])
         faced = replace(setting, batch_size=batch_size_of(attack, defense, setting, level))
         reason = attack.unsuited(network.module, faced, defense)

@@ -56,4 +56,5 @@ def provenance(
         "client_seconds": sent.seconds,
         "model_accuracy": accuracy,
         "backend": "" if answer is None else answer.backend,
+        "backend_reason": "" if answer is None else answer.backend_reason,
     }

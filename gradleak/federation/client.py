@@ -5,7 +5,6 @@ Only this module and `evaluate` may hold a victim's images.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from ..engine import answers
 from ..errors import GradleakError
 from ..mechanisms import batch_statistics
 from ..threat import BatchNorm, Setting
-from ..update import Network, Update, by_transform, local_update, one_hot, stack
+from ..update import Network, Update, by_transform, copied, local_update, one_hot, stack
 from .trainable import choose
 
 
@@ -84,7 +83,7 @@ def freeze(prepared: nn.Module, defense: Defense, setting: Setting) -> Network:
             f"setting {setting.name!r}: mode 'train' mixes the examples of a batch in batch normalisation, "
             "but the defense clips each example's gradient; use mode 'eval' or a model without it"
         )
-    return Network.of(choose(copy.deepcopy(prepared), setting.trainable).to(setting.dtype), setting.mode)
+    return Network.of(choose(copied(prepared), setting.trainable).to(setting.dtype), setting.mode)
 
 
 def send(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,7 @@ from ..errors import GradleakError
 from ..suite import Utility
 from ..threat import Setting
 from ..training import networks
-from ..update import Network, Update, one_hot
+from ..update import Network, Update, copied, one_hot
 from . import client
 
 HELD_OUT = 10
@@ -213,7 +212,7 @@ def _batches_an_epoch(data: Data, recipe: Utility) -> int:
 
 def _module(network: Network) -> nn.Module:
     """Return the network as a module that holds its parameters."""
-    module = copy.deepcopy(network.module)
+    module = copied(network.module)
     module.load_state_dict(network.parameters, strict=False)
     return module
 

@@ -6,7 +6,6 @@ it like anything else that a network is called with (`Network.logits(buffers=...
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from .. import seeds, structure
 from ..errors import GradleakError
-from ..update import Extended
+from ..update import Extended, copied
 
 
 class Bottleneck(nn.Module):
@@ -72,7 +71,7 @@ def insert(module: nn.Module, width: int, beta: float, expand: bool, seed: int) 
     Raises:
         GradleakError: the model has no such layer behind another.
     """
-    changed = copy.deepcopy(module)
+    changed = copied(module)
     name = structure.of(module).head.layer
     last = changed.get_submodule(name) if name else None
     if not name or type(last) is not nn.Linear:

@@ -6,7 +6,6 @@ it like anything else that a network is called with (`Network.logits(buffers=...
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import structure
 from ..errors import GradleakError
+from ..update import copied
 
 MaskShapes = dict[str, tuple[int, ...]]
 """Shape [B, ...] of every site's mask, by buffer name."""
@@ -49,7 +49,7 @@ def insert(module: nn.Module, rate: float) -> nn.Module:
         GradleakError: the model has no such place.
     """
     found = structure.of(module)
-    changed = copy.deepcopy(module)
+    changed = copied(module)
     own = [name for name in found.called if isinstance(changed.get_submodule(name), nn.modules.dropout._DropoutNd)]
     if own:
         for name in _everywhere(changed, own):

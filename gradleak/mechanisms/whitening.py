@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TypeGuard, cast
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from .. import structure
 from ..errors import GradleakError
+from ..update import copied
 
 
 class WhitenedLayer(nn.Module):
@@ -50,7 +50,7 @@ def insert(module: nn.Module, damping: float, where: str) -> nn.Module:
     Raises:
         GradleakError: that layer is neither linear nor a plain convolution; the line begins with `where`.
     """
-    changed = copy.deepcopy(module)
+    changed = copied(module)
     found = structure.of(module)
     weighted = (n for n in found.called if [*changed.get_submodule(n).parameters(recurse=False)])
     name = next((layer.name for layer in found.on_pixels), next(weighted, ""))

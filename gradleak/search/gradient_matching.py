@@ -349,6 +349,7 @@ class GradientMatching(Attack):
             candidates=candidates if self.restarts > 1 else None,
             trace=outcome.trace[picked],
             backend=outcome.backend,
+            backend_reason=outcome.reason,
             guessed={name: tensor[picked] for name, tensor in final.buffers.items()},
         )
 

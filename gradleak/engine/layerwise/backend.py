@@ -9,18 +9,17 @@ positions meet a large matrix not even those are formed (ghost products, after G
 
 from __future__ import annotations
 
-import copy
 import functools
-import logging
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...update import Extended, Network, Update
+from ..memory import is_out_of_memory
 from ..objectives import _TINY as TINY
 from ..optimisers import Variables
 from ..problem import Backend, Direct, Facts, Guess, Problem, Values
@@ -29,9 +28,8 @@ from .anything import Anything
 from .convolution import Convolution
 from .layer import Layer, NotUnderstoodError, ObservedUpdates, Pull, on_batch
 from .pointwise import SMOOTH, Pointwise
+from .probe import private_copy, probe, run, unusual
 from .product import LinearProduct, Product
-
-log = logging.getLogger(__name__)
 
 
 class Layerwise(Backend):
@@ -41,16 +39,21 @@ class Layerwise(Backend):
         self._problem: Problem | None = None
         self._layers: list[Layer] = []
 
-    def applies(self, problem: Problem, variables: Variables, facts: Facts) -> bool:
-        """Whether the model's layers are understood and its parameters are the same for all trials."""
+    def refusal(self, problem: Problem, variables: Variables, facts: Facts) -> str | None:
+        """Say why the model's layers are not understood, or why its parameters are not the same for all trials."""
         try:
             self._look_at(problem)
             with torch.no_grad():
-                self._forward(problem, variables, facts)
+                images = self._decode(problem, variables, facts).images
+                self._let_copy(images)
+                probe(problem.network, self._network, self._layers, images[0])
         except NotUnderstoodError as reason:
-            log.debug("backend 'layerwise' does not apply: %s", reason)
-            return False
-        return True
+            return str(reason)
+        except Exception as error:  # whatever a model does with a batch that is not one victim's
+            if is_out_of_memory(error):
+                raise
+            return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return None
 
     def prepare(self, problem: Problem, facts: Facts) -> Facts:
         """Replace observed gradients of low rank by their factors, where the objective allows it.
@@ -115,25 +118,27 @@ class Layerwise(Backend):
         if problem.per_example is not None:
             raise NotUnderstoodError("the gradients of single examples are changed")
         network = problem.network
+        unusual(network.module)
         if isinstance(network.module, Extended):
             raise NotUnderstoodError("the model adds a term to the loss")
         every = [name for name, _ in network.module.named_parameters(remove_duplicate=False)]
         if len(every) != len(network.parameters):
             raise NotUnderstoodError("layers share parameters")
-        # The copy's layers get a forward pass of ours; parameters and buffers are not copied.
-        memo = {id(tensor): tensor for tensor in [*network.module.parameters(), *network.module.buffers()]}
-        module = copy.deepcopy(network.module, memo)
+        module = private_copy(network.module)
         self._layers = list(_layers(module, "", network))
         for layer in self._layers:
-            layer.module.forward = layer.forward
-        for child in module.modules():
+            layer.module.forward = layer.run
+        stacked = {child for layer in self._layers if isinstance(layer, Anything) for child in layer.module.modules()}
+        for child in set(module.modules()) - stacked:
             if type(child) in SMOOTH and getattr(child, "approximate", "none") == "none":
                 child.forward = functools.partial(Pointwise.apply, SMOOTH[type(child)])
-        self._network = Network(module, network.parameters, network.buffers)
+        # Layers know their parameters: whoever else reads them gets what shows.
+        hidden = {name: tensor.new_full((), math.nan).expand_as(tensor) for name, tensor in network.parameters.items()}
+        self._network = Network(module, hidden, network.buffers)
         self._problem = problem
 
-    def _forward(self, problem: Problem, variables: Variables, facts: Facts) -> tuple[Guess, Tensor]:
-        """Decode all trials and run them through the network, whose layers take notes."""
+    def _decode(self, problem: Problem, variables: Variables, facts: Facts) -> Guess:
+        """Images and targets of all trials."""
 
         def decode(row: Variables, known: Facts) -> tuple[Tensor, Tensor]:
             guess = problem.decode(row, known)
@@ -141,15 +146,28 @@ class Layerwise(Backend):
                 raise NotUnderstoodError("buffers or parameters are guessed")
             return guess.images, guess.targets
 
-        images, targets = vmap(decode)(variables, facts)
+        return Guess(*vmap(decode)(variables, facts))
+
+    def _let_copy(self, images: Tensor) -> None:
+        """Find the layers whose output is changed in place by what comes next; they hand on copies."""
+        run(self._network, self._layers, images)
+        changed = [layer for layer in self._layers if layer.overwritten]
+        if not changed:
+            return
+        for layer in changed:
+            layer.copies = True
+        run(self._network, self._layers, images)
         for layer in self._layers:
-            layer.forget()
-            layer.victims = len(images)
-        scores = self._network.logits(images.flatten(0, 1))
-        for layer in self._layers:
-            if layer.parameters and not layer.wanted:
-                raise NotUnderstoodError(f"{type(layer.module).__name__} is never called")
-        return Guess(images, targets), scores
+            if layer.overwritten:
+                raise NotUnderstoodError(f"the input of {type(layer.module).__name__} is changed in place afterwards")
+
+    def _forward(self, problem: Problem, variables: Variables, facts: Facts) -> tuple[Guess, Tensor]:
+        """Decode all trials and run them through the network, whose layers take notes."""
+        guess = self._decode(problem, variables, facts)
+        scores = run(self._network, self._layers, guess.images)
+        if any(layer.overwritten for layer in self._layers):
+            raise NotUnderstoodError("a layer's output is changed in place")
+        return guess, scores
 
     def _match(self, problem: Problem, facts: Facts) -> tuple[Tensor, Pull]:
         direct = _closed_form(problem)
@@ -194,13 +212,17 @@ def _layers(module: nn.Module, prefix: str, network: Network) -> list[Layer]:
     return [layer for name, child in module.named_children() for layer in _layers(child, f"{prefix}{name}.", network)]
 
 
+_NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
+
+
 def _kind(module: nn.Module) -> Callable[[Any, str, Network], Layer] | None:
     if type(module) is nn.Linear:
         return LinearProduct
     if type(module) is nn.Conv2d:
         plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
         return Convolution if plain else None
-    if isinstance(module, _BatchNorm | nn.GroupNorm) and (module.affine or on_batch(module)):
+    # Exact types: a subclass may do more.
+    if type(module) in _NORMALISATIONS and (module.affine or on_batch(module)):
         return Affine
     if type(module) is nn.LayerNorm and module.elementwise_affine:
         return Affine

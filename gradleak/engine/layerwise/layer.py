@@ -39,6 +39,8 @@ class Layer(ABC):
         own = {prefix + name: name for name, _ in module.named_buffers()}
         self.buffers = {own[full]: tensor for full, tensor in network.buffers.items() if full in own}
         self.victims = 0
+        self.copies = False
+        """Whether the output is handed on as a copy, since what comes next works in place."""
         self.forget()
 
     def forget(self) -> None:
@@ -48,6 +50,23 @@ class Layer(ABC):
         self.sensitivities: list[Tensor] = []
         """These gradients, with a graph."""
         self._gradients: Update | None = None
+        self.seen: list[Tensor] = []
+        """Input of each call."""
+        self._marks: list[tuple[Tensor, int]] = []
+
+    def run(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """Stand in for the module: run the layer on its only input, and note what must not change after."""
+        if named or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            raise NotUnderstoodError(f"{type(self.module).__name__} is called with more than one tensor")
+        self.seen.append(inputs[0])
+        output = self.forward(inputs[0])
+        self._marks = [(tensor, tensor._version) for tensor in (output, inputs[0])]
+        return output.clone() if self.copies else output
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether input or output were changed in place after the call."""
+        return any(tensor._version != version for tensor, version in self._marks)
 
     @abstractmethod
     def forward(self, inputs: Tensor) -> Tensor:
