@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import seeds
 from .errors import GradleakError
+from .options import Options
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dataset(ABC):
+class Dataset(Options, ABC):
     """A source of labelled images of one shape; a plugin implements `read`. Its options are hashable."""
 
     reference: ClassVar[str]

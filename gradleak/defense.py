@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .options import Options
 from .update import Update
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Guarantee:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Defense:
+class Defense(Options):
     """A defense; a plugin implements `protect`, and `simulate` or `nll` so that it can be attacked adaptively."""
 
     family: ClassVar[str]

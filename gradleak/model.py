@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import seeds
+from .options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model(ABC):
+class Model(Options, ABC):
     """An architecture; a plugin implements `build`."""
 
     reference: ClassVar[str]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .defense import Defense
 from .engine.loop import Status
+from .options import Options
 from .seeds import Generators
 from .threat import Knowledge, Observation, Setting
 
@@ -43,7 +44,7 @@ class Reconstruction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(ABC):
+class Attack(Options, ABC):
     """A gradient inversion attack; a plugin implements `reconstruct`."""
 
     family: ClassVar[str]

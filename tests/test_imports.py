@@ -17,7 +17,7 @@ HALL = {"", "__main__"}
 """What opens the package; it has no layer."""
 
 LAYERS = [
-    {"errors", "paths", "seeds", "scales", "process", "board.statistics"},
+    {"errors", "options", "paths", "seeds", "scales", "process", "board.statistics"},
     {"registry"},
     {"dataset", "datasets", "model", "models"},
     {"update"},
