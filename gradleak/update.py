@@ -140,6 +140,28 @@ class Network:
         return cast(Tensor, functional_call(self.module, state, inputs, strict=False))
 
 
+def loss_after(
+    network: Network, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]
+) -> Callable[[Update], Tensor]:
+    """Return the loss of a batch after a step from the network's parameters, without a graph.
+
+    It is computed in float64, so that what a defense decides by it does not hang on the rounding of a machine.
+    """
+    exact: list[Network] = []
+
+    def loss(step: Update) -> Tensor:
+        if not exact:  # Most defenses never ask.
+            exact.append(network.to(images.device, torch.float64))
+        with torch.no_grad():
+            parameters = {name: tensor + step[name].double() for name, tensor in exact[0].parameters.items()}
+            drawn = {
+                name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in buffers.items()
+            }
+            return exact[0].loss(images.double(), targets.double(), parameters, drawn)
+
+    return loss
+
+
 def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of class scores [B, classes] against class probabilities [B, classes]."""
     return -(targets * scores.log_softmax(dim=-1)).sum(dim=-1).mean()

@@ -143,6 +143,10 @@ def evaluate(problem: Problem, guesses: dict[str, Any], facts: Facts, width: Wid
     return matching
 
 
+_FILLED = 1024
+"""A last chunk is filled up to its width, but to no more trials than these."""
+
+
 def _each(one: Callable[..., Any], rows: tuple[Any, ...], width: Width) -> Any:
     """Apply a function of one row to all rows of stacked trees, `width` at a time or fewer where memory is short."""
     first = tree_leaves(rows)[0]
@@ -150,7 +154,7 @@ def _each(one: Callable[..., Any], rows: tuple[Any, ...], width: Width) -> Any:
         fits = memory.fitting(lambda several: vmap(one)(*next(_chunks(rows, several))), first.device)
         part = min(fits, len(first))
     else:
-        part = width
+        part = min(width, max(_FILLED, len(first)))
     while True:
         try:
             return _join([vmap(one)(*chunk) for chunk in _chunks(rows, part)], len(first))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import platform
 import traceback
 from collections.abc import Callable, Mapping
@@ -45,8 +46,8 @@ class Resources:
         if kind == "cuda" and not torch.cuda.is_available():
             raise GradleakError(f"device {self.device!r} is not there (torch sees no CUDA device; use cpu)")
         try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
+            float(torch.zeros((), device=self.device))  # A device without numbers (meta) cannot say what they are.
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise GradleakError(f"device {self.device!r} is not there ({reason}); use cpu or cuda") from error
 
@@ -65,7 +66,7 @@ def digest(resources: Resources) -> Callable[[str, Mapping[str, Any]], tuple[str
     return of
 
 
-def described(error: Exception, resources: Resources) -> str:
+def described(error: BaseException, resources: Resources) -> str:
     """Say what was raised and where, without the folders of this machine: stores are published."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(last.filename).name}:{last.lineno}"
@@ -97,7 +98,27 @@ def _read(name: str, options: str, root: Path | None, download: bool) -> Data:
 def untrained(model: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """Return an untrained model, to look at its structure only."""
     config = json.loads(model)
-    return initialise(registry.build("models", config["name"], config["options"]), shape, classes, 0)
+    plugin: Model = registry.build("models", config["name"], config["options"])
+    _refuse_too_large(plugin, config["name"], shape, classes)
+    try:
+        return initialise(plugin, shape, classes, 0)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise GradleakError(f"model {config['name']!r}: building it raised {type(error).__name__}: {reason}") from error
+
+
+def _refuse_too_large(plugin: Model, name: str, shape: tuple[int, int, int], classes: int) -> None:
+    """Refuse a model whose weights this machine cannot hold, before any memory is touched."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            module = plugin.build(shape, classes)
+    except (Exception, SystemExit):  # Not every model can be built without memory; the real one says what is wrong.
+        return
+    tensors = [*module.parameters(), *module.buffers()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if size > memory:
+        raise GradleakError(f"model {name!r}: its weights take {size:,.0f} GiB; this machine has {memory:,.0f} GiB")
 
 
 def network_of(config: Mapping[str, Any], setting: Setting, resources: Resources) -> tuple[nn.Module, float]:

@@ -193,7 +193,11 @@ class GradientMatching(Attack):
             plan = dataclasses.replace(plan, perturb=perturb)
         outcome = loop.minimise(problem, start, facts, owner, plan, compute)
         final = loop.finish(problem, outcome.variables, take(facts, owner), compute.width)
-        return self._pick(outcome, final, victims)
+        answer = self._pick(outcome, final, victims)
+        if observation.view is not None and observation.view.defense.softens and "targets" in facts:
+            # What the client trains on need not be largest at the label.
+            answer = dataclasses.replace(answer, labels=self.labels(observation))
+        return answer
 
     def problem(self, observation: Observation) -> Problem:
         """One trial's loss."""
@@ -236,7 +240,7 @@ class GradientMatching(Attack):
     def facts(self, observation: Observation) -> Facts:
         """What is known of each victim, stacked."""
         mean, std = self.coordinates(observation.network)
-        victims = observation.victims
+        victims, view = observation.victims, observation.view
         unrolled = observation.training.lr is not None
         facts: Facts = {
             "message": observation.message,
@@ -248,7 +252,8 @@ class GradientMatching(Attack):
         }
         if self.needs.labels is not Labels.OPTIMISED:
             labels = self.labels(observation)
-            facts["targets"] = one_hot(labels, observation.classes, observation.dtype)
+            targets = one_hot(labels, observation.classes, observation.dtype)
+            facts["targets"] = targets if view is None else torch.stack([view.soften(each) for each in targets])
             if self.features:
                 facts["seen"] = penalties.seen_features(observation.gradient, observation.classes, labels)
         return facts

@@ -45,6 +45,7 @@ def load(path: Path, where: str) -> Any:
         raise GradleakError(f"{where}: not a text file in UTF-8") from error
     try:
         loader = _Loader(text)
+        loader.name = "this file"
         try:
             root = loader.get_single_node()
             if root is None:

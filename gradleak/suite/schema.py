@@ -111,7 +111,7 @@ def _entry(value: Any) -> Any:
         return {"name": value}
     if isinstance(value, dict) and len(value) == 1 and "name" not in value:
         name, options = next(iter(value.items()))
-        return {"name": name, "options": options or {}}
+        return {"name": name, "options": {} if options is None else options}
     return value
 
 
@@ -252,4 +252,5 @@ def first_mistake(error: ValidationError) -> str:
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = text if text.isprintable() else repr(text)
     return text if len(text) <= 60 else f"{text[:57]}..."
