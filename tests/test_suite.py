@@ -180,6 +180,12 @@ REFUSED += [
     ("rate of a subclass", lambda s: s.update(attacks=[{"inverting-gradients": {"lr": -0.1}}]), ["greater than 0"]),
     ("huge iterations", lambda s: s.update(attacks=[{"dlg": {"iterations": 10**20}}]), ["iterations", "64 bits"]),
     ("rate of local steps", lambda s: s.update(settings=[{"local_lr": "1"}]), ["settings[0]", "local_lr", "not text"]),
+    ("path out of the root", lambda s: s.update(datasets=[{"folder": {"path": "../x"}}]), ["datasets[0]", "below"]),
+    (
+        "local batches that do not fit",
+        lambda s: s.update(settings=[{"batch_size": 4, "local_batch_size": 3, "local_lr": 0.1}]),
+        ["settings[0]", "does not divide"],
+    ),
     ("backend", lambda s: s.update(engine={"backend": "vmapp"}), ["engine", "'vmapp'", "'vmap'"]),
     ("empty name", lambda s: s.update(name=""), ["name", "at least 1"]),
     ("path for a name", lambda s: s.update(name="../x"), ["name", "without /"]),

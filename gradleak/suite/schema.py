@@ -232,7 +232,10 @@ def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
     setting = Setting(**checked)
     if setting.local_lr is None and (setting.local_steps > 1 or setting.local_batch_size is not None):
         raise GradleakError(f"{place}local_steps and local_batch_size need local_lr (FedAvg)")
-    setting.local_training.batches(setting.batch_size)
+    try:
+        setting.local_training.batches(setting.batch_size)
+    except GradleakError as error:
+        raise GradleakError(f"{place}{error}") from error
     return setting
 
 
