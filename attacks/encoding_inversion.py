@@ -14,6 +14,7 @@ from gradleak.engine.problem import Facts, Guess, Problem
 from gradleak.mechanisms.encoding import Encoding
 from gradleak.seeds import Generators
 from gradleak.threat import Knowledge, Labels, Level, Observation, Setting
+from gradleak.update import one_hot
 
 _IMAGES = "encoded from"
 """Name under which a guess carries the images before their encoding; no model has a buffer of that name."""
@@ -60,6 +61,12 @@ class EncodingInversion(GradientMatching):
             return Guess(images, targets, {_IMAGES: guess.images})
 
         return replace(plain, decode=decode)
+
+    def facts(self, observation: Observation) -> Facts:
+        """What is known of each victim; targets are labels, which the guess sends through the encoding."""
+        facts = super().facts(observation)
+        facts["targets"] = one_hot(self.labels(observation), observation.classes, observation.dtype)
+        return facts
 
     def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
         """Prior on the images before the encoding."""

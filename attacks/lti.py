@@ -21,7 +21,7 @@ from gradleak.engine.loop import Status
 from gradleak.engine.optimisers import cosine_decay
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Knowledge, Level, Observation, Setting
-from gradleak.update import Network, Update, local_update, one_hot, stack
+from gradleak.update import local_update, loss_after, one_hot, stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class LTI(Attack):
                 buffers=buffers,
             )
             update = {name: tensor.detach() for name, tensor in update.items()}
-            loss = partial(_loss_after, network, inputs, targets, buffers)
+            loss = loss_after(network, inputs, targets, buffers)
             message, _ = defense.release_next(update, known, stream, loss, None)
             rows.append(hashing(stack([message])))
             truths.append(images.float())
@@ -191,13 +191,6 @@ def _ordered(images: Tensor, guess: Tensor) -> Tensor:
     cost = (guess[:, :, None] - images[:, None]).square().flatten(3).sum(-1).cpu().numpy()
     order = torch.as_tensor(np.stack([linear_sum_assignment(table)[1] for table in cost]), device=images.device)
     return images.gather(1, order.view(*order.shape, 1, 1, 1).expand_as(images))
-
-
-def _loss_after(network: Network, images: Tensor, targets: Tensor, buffers: dict[str, Tensor], step: Update) -> Tensor:
-    """A client's loss after a step, which some defenses ask for."""
-    with torch.no_grad():
-        parameters = {name: tensor + step[name] for name, tensor in network.parameters.items()}
-        return network.loss(images, targets, parameters, buffers)
 
 
 def _tell(compute: Compute, share: float, loss: float) -> None:

@@ -14,6 +14,9 @@ from gradleak.defense import Defense, Loss, Message, Public
 from gradleak.engine.objectives import relative_squared
 from gradleak.update import Update
 
+_RESOLUTION = 1e-14
+"""Relative change of a loss in float64 below which rounding would decide."""
+
 log = logging.getLogger(__name__)
 
 
@@ -35,7 +38,7 @@ class Censor(Defense):
     """
 
     family = "noise"
-    version = "2"
+    version = "3"
     reference = "arXiv:2501.15718"
 
     trials: Annotated[int, Ge(1)] = 20
@@ -46,20 +49,26 @@ class Censor(Defense):
 
     def release(self, update: Update, public: Public, generator: torch.Generator, loss: Loss) -> Message:
         """Return the trial of lowest loss after a step, or the gradient if none is below the loss now."""
-        message = update
+        best: Message | None = None
         least = loss({name: torch.zeros_like(tensor) for name, tensor in update.items()})
+        least = least - _RESOLUTION * least.abs()
         for _ in range(self.trials):
-            candidate = self.protect(update, public, generator)
+            candidate = self._trial(update, generator)
             value = loss({name: -self.lr * tensor for name, tensor in candidate.items()})
             if bool(value < least):
-                message, least = candidate, value
-        if message is update:
+                best, least = candidate, value
+        if best is None:
             log.info("censor: no trial lowers the loss; the gradient itself is sent")
-        return message
+            return update
+        return _as(best, update)
 
     def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
         """Return one trial."""
-        return {name: self._orthogonal(tensor, generator) for name, tensor in update.items()}
+        return _as(self._trial(update, generator), update)
+
+    def _trial(self, update: Update, generator: torch.Generator) -> Message:
+        """Return one trial in float64."""
+        return {name: self._orthogonal(tensor.double(), generator) for name, tensor in update.items()}
 
     def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Return the relative squared distance of a gradient that was sent, else the mean squared cosine of tensors."""
@@ -81,6 +90,10 @@ class Censor(Defense):
         rest: Tensor = direction - along * gradient
         trial: Tensor = rest * norm / rest.norm().clamp(min=1e-30)
         return trial
+
+
+def _as(message: Message, like: Update) -> Message:
+    return {name: tensor.to(like[name]) for name, tensor in message.items()}
 
 
 def _is_gradient(message: Message) -> Tensor:

@@ -80,7 +80,9 @@ class Outpost(Defense):
 
     def _informative(self, tensor: Tensor) -> Tensor:
         """Mask of the entries that get noise."""
-        fisher = tensor.square() if tensor.ndim < 2 else tensor.square().mean(0)
+        # In float64, or the rounding of the mean would pick among close entries.
+        squares = tensor.double().square()
+        fisher = squares if tensor.ndim < 2 else squares.mean(0)
         kept = math.ceil(self.share * fisher.numel())
         threshold = fisher.flatten().topk(kept).values.amin()
         return (fisher >= threshold).to(tensor).expand_as(tensor)

@@ -57,13 +57,17 @@ class Soteria(Defense):
         return changed
 
     def private_buffers(self, module: nn.Module, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return which columns to keep, [B, features], one row for all images; nothing is random."""
-        name, layer = next((n, m) for n, m in module.named_modules() if isinstance(m, _Defended))
+        """Return which columns to keep, [B, features], one row for all images; nothing is random.
+
+        They are picked in float64: features of close scores are not told apart by rounding.
+        """
+        exact = copied(module).double()
+        name, layer = next((n, m) for n, m in exact.named_modules() if isinstance(m, _Defended))
         seen: list[Tensor] = []
         hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
-            leaf = images.detach().requires_grad_()
-            module(leaf)
+            leaf = images.detach().double().requires_grad_()
+            exact(leaf)
         finally:
             hook.remove()
         features = seen[0]
@@ -71,7 +75,7 @@ class Soteria(Defense):
         sizes = features.detach().abs().T
         scores = torch.where(sizes > 0, norms / sizes.clamp(min=1e-30), torch.inf).sum(1)
         removed = scores.topk(int(self.ratio * len(scores)), largest=False).indices
-        kept = torch.ones_like(scores).index_fill(0, removed, 0.0)
+        kept = torch.ones_like(scores).index_fill(0, removed, 0.0).to(images)
         return {f"{name}.kept": kept.expand(len(images), -1).clone()}
 
     def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:

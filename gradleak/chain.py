@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .defense import Defense, Guarantee, Message, Public
+from .defense import Defense, Guarantee, Loss, Memory, Message, Public
 from .errors import GradleakError
 from .threat import Setting
 from .update import Update
@@ -30,11 +31,17 @@ class Chain(Defense):
     defenses: tuple[Defense, ...]
 
     def __post_init__(self) -> None:
+        if not self.defenses:
+            raise GradleakError("chain: at least one defense is needed")
         for defense in self._each:
+            first, then = type(defense).__name__, type(self.defenses[self._start]).__name__
             if not defense.linear:
-                first, then = type(defense).__name__, type(self.defenses[self._start]).__name__
                 raise GradleakError(f"chain: {first} is not linear, so it cannot come before {then}, which clips")
-        *before, last = self.defenses
+            if _overrides(defense, "release", "release_next"):
+                raise GradleakError(
+                    f"chain: {first} needs the client's loss or memory, so it cannot come before {then}"
+                )
+        *before, last = [defense for defense in self.defenses if _acts(defense)] or self.defenses
         for defense in before:
             first, then = type(defense).__name__, type(last).__name__
             if defense.cohort > 1:
@@ -84,8 +91,8 @@ class Chain(Defense):
 
     @property
     def cohort(self) -> int:
-        """The last member's, which alone may aggregate."""
-        return self.defenses[-1].cohort
+        """That of the member that aggregates, if one does."""
+        return max(defense.cohort for defense in self.defenses)
 
     @property
     def has_likelihood(self) -> bool:
@@ -108,6 +115,17 @@ class Chain(Defense):
         for defense in self.defenses:
             images, targets = defense.encode(images, targets, generator)
         return images, targets
+
+    def soften(self, targets: Tensor) -> Tensor:
+        """Return what all members make of guessed labels, in order."""
+        for defense in self.defenses:
+            targets = defense.soften(targets)
+        return targets
+
+    @property
+    def softens(self) -> bool:
+        """Whether any member does."""
+        return any(defense.softens for defense in self.defenses)
 
     def encode_test(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return what all members have encoded, in order."""
@@ -142,10 +160,28 @@ class Chain(Defense):
         return gradient
 
     def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
-        """Protect an update whose examples have been through `per_example`."""
+        """Protect an update whose examples have been through `per_example`, without the client's loss."""
         for index, defense in self._whole:
             update = defense.protect(update, _own(public, index), generator)
         return update
+
+    def release(self, update: Update, public: Public, generator: torch.Generator, loss: Loss) -> Message:
+        """As a client's first `release_next`."""
+        return self.release_next(update, public, generator, loss, None)[0]
+
+    def release_next(
+        self, update: Update, public: Public, generator: torch.Generator, loss: Loss, memory: Memory
+    ) -> tuple[Message, Memory]:
+        """Release by every member, each with a memory of its own, and the loss of what the server decodes."""
+        kept = list(memory or [None] * len(self.defenses))
+        for index, defense in self._whole:
+            seen = partial(self._loss_of, index, public, loss)
+            update, kept[index] = defense.release_next(update, _own(public, index), generator, seen, kept[index])
+        return update, None if all(each is None for each in kept) else tuple(kept)
+
+    def _loss_of(self, index: int, public: Public, loss: Loss, step: Update) -> Tensor:
+        """Loss after a step that is shaped like the messages before a member."""
+        return loss(self._decode(step, public, index))
 
     def simulate(self, update: Update, public: Public) -> Message:
         """Simulate an update whose examples have been through `per_example`."""
@@ -154,12 +190,16 @@ class Chain(Defense):
         return update
 
     def at_round(self, index: int, epoch: int) -> Chain:
-        """Return the chain of what every member is in that round; no member keeps a memory in a chain."""
+        """Return the chain of what every member is in that round."""
         return Chain(tuple(defense.at_round(index, epoch) for defense in self.defenses))
 
     def decode(self, message: Message, public: Public) -> Update:
         """Decode by every member, last to first."""
-        for index in reversed(range(len(self.defenses))):
+        return self._decode(message, public, len(self.defenses))
+
+    def _decode(self, message: Message, public: Public, members: int) -> Update:
+        """Decode by the first members, last to first."""
+        for index in reversed(range(members)):
             message = self.defenses[index].decode(message, _own(public, index))
         return message
 
@@ -169,7 +209,8 @@ class Chain(Defense):
 
     def pack(self, message: Message, public: Public) -> bytes:
         """As the last member that changes messages, or as the shares of a sum."""
-        index = self._last if self.cohort == 1 else len(self.defenses) - 1
+        aggregating = [index for index, defense in enumerate(self.defenses) if defense.cohort > 1]
+        index = max(aggregating, default=self._last)
         return self.defenses[index].pack(message, _own(public, index))
 
     def guarantee(self, setting: Setting) -> Guarantee | None:
@@ -200,17 +241,28 @@ class Chain(Defense):
 
     @property
     def _last(self) -> int:
-        """The last member that changes messages: one that is linear with the default `simulate` does not.
+        """The last member that changes messages: one that leaves them alone does not.
 
         A sum only rounds them, so that the likelihood is that of what comes before.
         """
         changing = [
-            index
-            for index, defense in enumerate(self.defenses)
-            if (not defense.linear or defense.has_likelihood or type(defense).simulate is not Defense.simulate)
-            and defense.cohort == 1
+            index for index, defense in enumerate(self.defenses) if _changes_messages(defense) and defense.cohort == 1
         ]
         return max(changing, default=len(self.defenses) - 1)
+
+
+def _overrides(defense: Defense, *names: str) -> bool:
+    return any(getattr(type(defense), name) is not getattr(Defense, name) for name in names)
+
+
+def _changes_messages(defense: Defense) -> bool:
+    changed = not defense.linear or defense.has_likelihood
+    return changed or _overrides(defense, "release", "release_next", "simulate", "decode", "pack")
+
+
+def _acts(defense: Defense) -> bool:
+    """Whether a member does anything to an update or its message."""
+    return _changes_messages(defense) or defense.per_example_gradients or defense.cohort > 1
 
 
 def _strongest(guarantees: Iterable[Guarantee | None]) -> Guarantee | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import seeds
 from .errors import GradleakError
+from .options import Options
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _hash(image: Tensor) -> bytes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dataset(ABC):
+class Dataset(Options, ABC):
     """A source of labelled images of one shape; a plugin implements `read`. Its options are hashable."""
 
     reference: ClassVar[str]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .options import Options
 from .update import Update
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Guarantee:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Defense:
+class Defense(Options):
     """A defense; a plugin implements `protect`, and `simulate` or `nll` so that it can be attacked adaptively."""
 
     family: ClassVar[str]
@@ -68,6 +69,25 @@ class Defense:
     def encode(self, images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the images [B, C, H, W] and class probabilities [B, classes] that the client trains on."""
         return images, targets
+
+    def soften(self, targets: Tensor) -> Tensor:
+        """Return the class probabilities that a client trains on whose labels are `targets` [B, classes].
+
+        A matching attack that knows the defense asks it. By default what `encode` makes of them if it draws nothing
+        and leaves images alone (label smoothing), else `targets`; override it where `encode` cannot be tried on
+        images [B, 1, 8, 8].
+        """
+        if type(self).encode is Defense.encode:
+            return targets
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(len(targets), 1, 8, 8, generator=generator).to(targets)
+        before = generator.get_state()
+        try:
+            encoded, soft = self.encode(images.clone(), targets.clone(), generator)
+        except Exception:  # Encodings that need other images, or several, are not of targets alone.
+            return targets
+        alone = encoded.shape == images.shape and torch.equal(encoded, images)
+        return soft if alone and torch.equal(generator.get_state(), before) else targets
 
     def encode_test(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return the images [K, C, H, W] as the trained model must be given them. Default: as they are."""
@@ -166,7 +186,13 @@ class Defense:
         """Whether knowing the defense changes what a matching attack does."""
         cls = type(self)
         changed = cls.simulate is not Defense.simulate or cls.per_example is not Defense.per_example
-        return changed or self.has_likelihood
+        return changed or self.has_likelihood or self.softens
+
+    @property
+    def softens(self) -> bool:
+        """Whether the client trains on other class probabilities than its labels, in a way that is known."""
+        labels = torch.eye(4)
+        return not torch.equal(self.soften(labels), labels)
 
 
 @dataclass(frozen=True)
@@ -180,6 +206,10 @@ class View:
     def complete(self) -> bool:
         """Whether the message can be simulated."""
         return self.public is not None
+
+    def soften(self, targets: Tensor) -> Tensor:
+        """Return the class probabilities [B, classes] that a client with guessed labels trains on."""
+        return self.defense.soften(targets)
 
     def per_example(self, gradient: Update) -> Update:
         """Return one example's guessed gradient as the client changes it before averaging."""

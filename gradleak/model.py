@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from . import seeds, structure
 from .errors import GradleakError
+from .options import Options
 from .plugins import PluginError, at, place_of, place_of_hook, said
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model(ABC):
+class Model(Options, ABC):
     """An architecture; a plugin implements `build`."""
 
     reference: ClassVar[str]

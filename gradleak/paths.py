@@ -18,6 +18,8 @@ def _relative(path: _Given) -> _Given:
     text = str(path)
     if PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute() or text.startswith("~"):
         raise PydanticCustomError("relative_path", "absolute paths name a machine; give it relative to --data-root")
+    if ".." in (*PurePosixPath(text).parts, *PureWindowsPath(text).parts):
+        raise PydanticCustomError("relative_path", "a path must stay below --data-root, without ..")
     return path
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .defense import Defense
 from .engine import answers
 from .engine.loop import Status
+from .options import Options
 from .plugins import PluginError, at, place_of_hook
 from .seeds import Generators
 from .threat import Knowledge, Observation, Setting
@@ -51,7 +52,7 @@ class Reconstruction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(ABC):
+class Attack(Options, ABC):
     """A gradient inversion attack; a plugin implements `reconstruct`."""
 
     family: ClassVar[str]

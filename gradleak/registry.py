@@ -22,10 +22,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from . import plugins
 from .errors import GradleakError, unknown
+from .options import check
 from .plugins import at, place_of_hook
 
 log = logging.getLogger(__name__)
@@ -72,21 +71,21 @@ def build(group: str, name: str, options: Mapping[str, Any] | None = None, where
     cls = load(group, name, where)
     options = _with_preset(cls, dict(options or {}), where)
     place = f"{where}: " if where else ""
-    fields = {field.name for field in _options(cls)}
+    fields = {field.name for field in _options(cls) if field.init}
     for option in options:
         if option not in fields:
-            raise unknown(f"option of {GROUPS[group]} {name!r}", option, fields, where)
+            raise unknown(f"option of {GROUPS[group]} {name!r}", str(option), fields, where)
+    missing = [field.name for field in _options(cls) if _is_required(field) and field.name not in options]
+    if missing:
+        raise GradleakError(f"{place}{GROUPS[group]} {name!r}: option {missing[0]!r} is missing, and has no default")
+    itself = f"{GROUPS[group]} {name!r}"
+    options = check(cls, options, f"{place}{itself}")
     try:
-        return _adapter(cls).validate_python(options)  # type: ignore[arg-type]
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
-        message = f"{place}{GROUPS[group]} {name!r}: {path} = {first['input']!r}: {first['msg']}"
-        raise GradleakError(message) from error
-    except GradleakError:
-        raise
-    except Exception as error:
-        raise GradleakError(f"{place}{GROUPS[group]} {name!r}: {plugins.said(error)}") from error
+        return cls(**options)
+    except (Exception, SystemExit) as error:
+        text = plugins.said(error)
+        said = "" if text.startswith(itself) else f"{itself}: "
+        raise GradleakError(f"{place}{said}{text}") from error
 
 
 def options_of(plugin: Any) -> dict[str, Any]:
@@ -345,10 +344,4 @@ def _options(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-@functools.cache
-def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
-    cls.__pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
-    return TypeAdapter(cls)
+    return field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

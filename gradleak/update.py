@@ -179,7 +179,7 @@ def twice_differentiable_kernels(module: nn.Module, like: Tensor | None = None) 
             enable(was)
 
 
-_FAST = (
+_FAST: tuple[tuple[Callable[[], bool], Callable[[bool], Any]], ...] = (
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
@@ -206,6 +206,28 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
                 if wrapped or not value.is_leaf:
                     memo[id(value)] = torch.zeros(value.shape) if wrapped else value.detach().clone()
     return copy.deepcopy(module, memo)
+
+
+def loss_after(
+    network: Network, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]
+) -> Callable[[Update], Tensor]:
+    """Return the loss of a batch after a step from the network's parameters, without a graph.
+
+    It is computed in float64, so that what a defense decides by it does not hang on the rounding of a machine.
+    """
+    exact: list[Network] = []
+
+    def loss(step: Update) -> Tensor:
+        if not exact:  # Most defenses never ask.
+            exact.append(network.to(images.device, torch.float64))
+        with torch.no_grad():
+            parameters = {name: tensor + step[name].double() for name, tensor in exact[0].parameters.items()}
+            drawn = {
+                name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in buffers.items()
+            }
+            return exact[0].loss(images.double(), targets.double(), parameters, drawn)
+
+    return loss
 
 
 def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from gradleak.defense import Defense
 from gradleak.defenses.augmentation import Augmentation
 from gradleak.defenses.dp_sgd import DPSGD
 from gradleak.defenses.dropout import Dropout
-from gradleak.defenses.none import NoDefense
 from gradleak.defenses.secure_aggregation import SecureAggregation
 from gradleak.defenses.sign import Sign
 from gradleak.defenses.sketch import Sketch
@@ -141,7 +140,7 @@ def test_no_image_is_met_twice(tuning: bool) -> None:
 @pytest.mark.parametrize(
     "members, complaint",
     [
-        ((SUM, NoDefense()), "SecureAggregation must be the last, as NoDefense would be the server's own"),
+        ((SUM, Sketch()), "SecureAggregation must be the last, as Sketch would be the server's own"),
         ((TopK(), SUM), "messages of TopK do not add up, so it cannot come before SecureAggregation"),
         ((Sketch(), Sign(), SUM), "messages of Sign do not add up"),
     ],

@@ -170,6 +170,32 @@ REFUSED: list[tuple[str, Callable[[dict[str, Any]], object], list[str]]] = [
 ]
 
 
+REFUSED += [
+    ("grant of the defense", lambda s: s.update(settings=[{"grants": {"defense": "oracle"}}]), ["knowledge", "oracle"]),
+    ("seed below zero", lambda s: s.update(seeds=[-1]), ["seeds[0]", "greater than or equal to 0"]),
+    ("seed beyond 63 bits", lambda s: s.update(seeds=[2**63]), ["seeds[0]", "64 bits"]),
+    ("true for a number", lambda s: s.update(victims=True), ["victims", "integer, not true or false"]),
+    ("text for a number", lambda s: s.update(attacks=[{"dlg": {"lr": "0.1"}}]), ["lr = '0.1'", "not text"]),
+    ("infinite rate", lambda s: s.update(attacks=[{"dlg": {"lr": float("inf")}}]), ["lr = inf", "finite"]),
+    ("rate of a subclass", lambda s: s.update(attacks=[{"inverting-gradients": {"lr": -0.1}}]), ["greater than 0"]),
+    ("huge iterations", lambda s: s.update(attacks=[{"dlg": {"iterations": 10**20}}]), ["iterations", "64 bits"]),
+    ("rate of local steps", lambda s: s.update(settings=[{"local_lr": "1"}]), ["settings[0]", "local_lr", "not text"]),
+    ("path out of the root", lambda s: s.update(datasets=[{"folder": {"path": "../x"}}]), ["datasets[0]", "below"]),
+    (
+        "local batches that do not fit",
+        lambda s: s.update(settings=[{"batch_size": 4, "local_batch_size": 3, "local_lr": 0.1}]),
+        ["settings[0]", "does not divide"],
+    ),
+    ("backend", lambda s: s.update(engine={"backend": "vmapp"}), ["engine", "'vmapp'", "'vmap'"]),
+    ("empty name", lambda s: s.update(name=""), ["name", "at least 1"]),
+    ("path for a name", lambda s: s.update(name="../x"), ["name", "without /"]),
+    ("long name", lambda s: s.update(name="x" * 500), ["name", "at most 120"]),
+    ("two lines in a label", lambda s: s.update(defenses=[{"name": "none", "label": "a\nb"}]), ["control characters"]),
+    ("escape in a setting", lambda s: s.update(settings=[{"name": "\x1b[2J"}]), ["settings[0]", "name"]),
+    ("options that are none", lambda s: s.update(attacks=[{"dlg": False}]), ["attacks[0]", "dictionary"]),
+]
+
+
 @pytest.mark.parametrize(("change", "says"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
 def test_a_wrong_suite_is_refused_in_one_line(tmp_path: Path, change: Any, says: list[str]) -> None:
     content = copy.deepcopy(SUITE)
@@ -187,6 +213,60 @@ def test_a_wrong_suite_is_refused_in_one_line(tmp_path: Path, change: Any, says:
 def test_a_file_that_is_no_suite_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(GradleakError, match="suite"):
         suite.read(_write(tmp_path, text))
+
+
+PLAIN = yaml.safe_dump(SUITE)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (PLAIN + "victims: 3\n", "key 'victims' is given twice, first on line"),
+        ("name: &x\n  y: *x\n", "line 1: a value holds itself"),
+        ("a: &a\n  <<: *a\n", "line 1: a value holds itself"),
+        ("a: &a [x, *a]\n", "line 1: a value holds itself"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+            + "".join(
+                f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n" for old, new in zip("abcdef", "bcdefg", strict=True)
+            ),
+            "more than 100000 values",
+        ),
+        ("victims: 010\n", "line 1: 010 is a different number"),
+        ("victims: 1:30\n", "1:30 is a different number"),
+        ("victims: 1_000\n", "1_000 is a different number"),
+        ("victims: 0x10\n", "0x10 is a different number"),
+        ("lr: 1_0.5\n", "1_0.5 is a different number"),
+        ("? [a]\n: b\n", "a key must be a word, found a list"),
+        ("name: !!python/object/apply:os.system ['true']\n", "not YAML"),
+        ("name: " + "[" * 3000 + "]" * 3000 + "\n", "nested too deep"),
+        ("name: " + "9" * 5000 + "\n", "a number of 5000 digits"),
+        ("name: 2024-13-45\n", "a value cannot be read"),
+    ],
+)
+def test_what_readers_of_yaml_trip_over_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(GradleakError, match=r"^suite ") as caught:
+        suite.read(_write(tmp_path, text))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_spellings_that_mean_the_same_are_the_same_suite(tmp_path: Path) -> None:
+    path = _write(tmp_path, PLAIN)
+    plain = suite.read(path)
+    for content in (b"\xef\xbb\xbf" + PLAIN.encode(), PLAIN.replace("\n", "\r\n").encode()):
+        path.write_bytes(content)
+        assert suite.read(path) == plain
+    path.write_text(PLAIN + "attacks: &a [{dlg: {lr: 1e-3}}]\n".replace("attacks", "reported"))
+    assert suite.read(path).reported == [{"dlg": {"lr": 0.001}}]
+    merged = PLAIN.replace("- lenet", "- {<<: &m {name: lenet}, label: net}")
+    path.write_text(merged)
+    assert [entry.title for entry in suite.read(path).models][-1] == "net"
+
+
+def test_keys_leave_out_the_suite(tmp_path: Path) -> None:
+    first, second = (_expand(tmp_path, _with(name=name, version=number)) for name, number in (("a", 1), ("b", 2)))
+    assert [cell.key for cell in first] == [cell.key for cell in second]
+    assert first[0].config["suite"] != second[0].config["suite"]
 
 
 def test_an_attack_that_no_level_is_enough_for_is_refused(tmp_path: Path) -> None:

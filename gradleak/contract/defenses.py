@@ -19,7 +19,7 @@ from ..engine.problem import Facts, Guess, Problem
 from ..federation import client
 from ..model import initialise
 from ..threat import Setting
-from ..update import LocalTraining, Network, Update, one_hot
+from ..update import LocalTraining, Network, Update, flatten, loss_after, one_hot
 from .findings import Unchecked, close, require, same
 from .victims import VICTIMS, Ask, tuning_victims
 
@@ -152,6 +152,22 @@ def defense_simulates_what_it_sends(case: DefenseCase) -> None:
         if defense.linear:
             double = defense.simulate({name: 2 * tensor for name, tensor in update.items()}, public)
             close(double, {name: 2 * tensor for name, tensor in single.items()}, "simulated of twice the update")
+
+
+def defense_decides_by_more_than_rounding(case: DefenseCase) -> None:
+    """Sends the same of an update in float32 and in float64: whatever it compares, rounding does not decide."""
+    defense, sent = case.defense, case.sent
+    narrow = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in sent.public.items()}
+    for index, update in enumerate(case.rows(sent.update)):
+        buffers = {name: tensor[index] for name, tensor in sent.buffers.items()}
+        loss = loss_after(case.network, sent.images[index], sent.targets[index], buffers)
+        low = {name: tensor.float() for name, tensor in update.items()}
+        high = {name: tensor.double() for name, tensor in low.items()}
+        first = defense.release(low, narrow, torch.Generator().manual_seed(index), loss)
+        second = defense.release(high, sent.public, torch.Generator().manual_seed(index), loss)
+        gap = flatten({name: first[name].double() - tensor for name, tensor in second.items()}).norm()
+        size = flatten({name: tensor.double() for name, tensor in second.items()}).norm()
+        require(bool(gap <= 1e-3 * size), "the message is another one in float32; decide in float64 (tensor.double())")
 
 
 def defense_can_be_attacked_adaptively(case: DefenseCase) -> None:

@@ -77,5 +77,5 @@ def _open(file: str, size: int, channels: int) -> NDArray[np.uint8]:
             if image.mode[0] in "IF":  # Pillow would clip 16-bit and float pixels, not scale them
                 raise GradleakError(f"{file}: pixels of mode {image.mode!r}; allowed: 8-bit images")
             return square(image, size, channels)
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise GradleakError(f"{file}: cannot be read as an image ({error})") from error

@@ -64,6 +64,10 @@ def evaluate(problem: Problem, guesses: dict[str, Any], facts: Facts, width: Wid
     return matching
 
 
+_FILLED = 1024
+"""A last chunk is filled up to its width, but to no more trials than these."""
+
+
 def _each(
     problem: Problem,
     decode: Callable[[Any, Facts], Guess],
@@ -89,7 +93,7 @@ def _each(
         fits = memory.fitting(lambda several: stacked(*next(chunks(rows, several))), first.device)
         part = min(fits, len(first))
     else:
-        part = width
+        part = min(width, max(_FILLED, len(first)))
     while True:
         try:
             return join([stacked(*chunk) for chunk in chunks(rows, part)], len(first))

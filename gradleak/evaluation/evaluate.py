@@ -42,7 +42,7 @@ def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None)
         check_files(cell.config)
         with guarded(cell.title):
             result = (_train if cell.is_utility else _evaluate)(cell, resources, progress)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # A plugin that exits ends its cell, and no more.
         message = described(error, resources)
         facts = {} if cell.is_utility else identity(cell.config)
         result = CellResult(key=cell.key, config=cell.config, status="failed", error=message, provenance=facts)

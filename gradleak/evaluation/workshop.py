@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 import platform
 import traceback
 from collections.abc import Callable, Mapping
@@ -48,8 +49,8 @@ class Resources:
         if kind == "cuda" and not torch.cuda.is_available():
             raise GradleakError(f"device {self.device!r} is not there (torch sees no CUDA device; use cpu)")
         try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
+            float(torch.zeros((), device=self.device))  # A device without numbers (meta) cannot say what they are.
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise GradleakError(f"device {self.device!r} is not there ({reason}); use cpu or cuda") from error
 
@@ -102,7 +103,11 @@ def untrained(model: str, shape: tuple[int, int, int], classes: int) -> nn.Modul
     """Return an untrained model, to look at its structure only."""
     config = json.loads(model)
     plugin: Model = registry.build("models", config["name"], config["options"])
-    module = initialise(plugin, shape, classes, 0)
+    _refuse_too_large(plugin, config["name"], shape, classes)
+    try:
+        module = initialise(plugin, shape, classes, 0)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise GradleakError(f"model {config['name']!r}: {said(error)}") from error
     try_out(module, plugin, shape, classes)
     return module
 
@@ -119,6 +124,20 @@ def client_of(config: Mapping[str, Any], data: Data) -> Network:
 def _client(model: str, defense: str, setting: str, shape: tuple[int, int, int], classes: int) -> Network:
     guard = build_defense_of(json.loads(defense)) if defense else Defense()
     return client.client_network(untrained(model, shape, classes), guard, build_setting(json.loads(setting)))
+
+
+def _refuse_too_large(plugin: Model, name: str, shape: tuple[int, int, int], classes: int) -> None:
+    """Refuse a model whose weights this machine cannot hold, before any memory is touched."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            module = plugin.build(shape, classes)
+    except (Exception, SystemExit):  # Not every model can be built without memory; the real one says what is wrong.
+        return
+    tensors = [*module.parameters(), *module.buffers()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if size > memory:
+        raise GradleakError(f"model {name!r}: its weights take {size:,.0f} GiB; this machine has {memory:,.0f} GiB")
 
 
 def network_of(config: Mapping[str, Any], setting: Setting, resources: Resources) -> tuple[nn.Module, float]:

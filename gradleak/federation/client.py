@@ -20,7 +20,7 @@ from ..engine import answers
 from ..errors import GradleakError
 from ..mechanisms import batch_statistics
 from ..threat import BatchNorm, Setting
-from ..update import Network, Update, by_transform, copied, local_update, one_hot, stack
+from ..update import Network, Update, by_transform, copied, local_update, loss_after, one_hot, stack
 from .trainable import choose
 
 
@@ -140,7 +140,7 @@ def send(
     messages, kept, seen = [], [], []
     for index, generator in enumerate(generators):
         inputs, targets, buffers = encoded[index], soft[index], drawn[index]
-        loss = partial(_loss_after, network, inputs, targets, buffers)
+        loss = loss_after(network, inputs, targets, buffers)
         memory = None if memories is None else memories[index]
         with answers.draws_its_own(defense, "protect", "release", "release_next"):
             message, memory = defense.release_next(updates[index], public, generator, loss, memory)
@@ -199,12 +199,6 @@ def seeds_for(victims: list[int], *context: object, clients: int = 1) -> list[in
     """
     own = [seeds.derive("client", *context, victim) for victim in victims]
     return [seeds.derive("other client", seed, other) if other else seed for seed in own for other in range(clients)]
-
-
-def _loss_after(network: Network, images: Tensor, targets: Tensor, buffers: dict[str, Tensor], step: Update) -> Tensor:
-    with torch.no_grad():
-        parameters = {name: tensor + step[name] for name, tensor in network.parameters.items()}
-        return network.loss(images, targets, parameters, buffers)
 
 
 def _drew(generator: torch.Generator, seed: int) -> bool:

@@ -210,7 +210,11 @@ class GradientMatching(Attack):
         self._try(observation, problem, start, facts, owner)
         outcome = loop.minimise(problem, start, facts, owner, plan, compute)
         final = loop.finish(problem, outcome.variables, take(facts, owner), compute.width)
-        return self._pick(outcome, final, victims)
+        answer = self._pick(outcome, final, victims)
+        if observation.view is not None and observation.view.defense.softens and "targets" in facts:
+            # What the client trains on need not be largest at the label.
+            answer = dataclasses.replace(answer, labels=self.labels(observation))
+        return answer
 
     def _begin(self, observation: Observation, generator: Generators) -> Variables:
         return answers.stacked(self.initial(observation, generator), observation.victims, self, "initial")
@@ -273,7 +277,7 @@ class GradientMatching(Attack):
     def facts(self, observation: Observation) -> Facts:
         """What is known of each victim, stacked."""
         mean, std = self.coordinates(observation.network)
-        victims = observation.victims
+        victims, view = observation.victims, observation.view
         unrolled = observation.training.lr is not None
         facts: Facts = {
             "message": observation.message,
@@ -285,7 +289,8 @@ class GradientMatching(Attack):
         }
         if self.needs.labels is not Labels.OPTIMISED:
             labels = self.labels(observation)
-            facts["targets"] = one_hot(labels, observation.classes, observation.dtype)
+            targets = one_hot(labels, observation.classes, observation.dtype)
+            facts["targets"] = targets if view is None else torch.stack([view.soften(each) for each in targets])
             if self.features:
                 head = structure.of(observation.network.module).head
                 facts["seen"] = penalties.seen_features(observation.gradient, head, labels)

@@ -7,16 +7,17 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from .. import registry
 from ..errors import GradleakError, unknown
+from ..options import check
 
 if TYPE_CHECKING:
     from ..attack import Attack
     from ..defense import Defense
 from .cells import build_defense
+from .document import load
 from .schema import AXES, KNOWLEDGE, Entry, Prior, Suite, build_setting, first_mistake
 
 
@@ -26,16 +27,7 @@ def read(path: Path) -> Suite:
     Raises:
         GradleakError: one line with the file, the path in it, what was found and what is allowed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise GradleakError(f"suite {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise GradleakError(f"suite {path}: not a text file in UTF-8") from error
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise GradleakError(f"suite {path}: not YAML: {' '.join(str(error).split())}") from error
+    content = load(path, f"suite {path}")
     if not isinstance(content, dict):
         raise GradleakError(f"suite {path}: expected keys and values, found {type(content).__name__}")
     for key in content:
@@ -64,6 +56,7 @@ def _check(suite: Suite, where: str) -> None:
                 raise GradleakError(f"{place}: {entry.title!r} is listed twice; give one a label")
             titles.add(entry.title)
     _check_prior(suite.prior, f"{where}: prior")
+    _check_backend(suite.engine.backend, f"{where}: engine")
     if suite.utility is not None:
         suite.utility.setting(f"{where}: utility")
     names: set[str] = set()
@@ -137,6 +130,13 @@ def levels_of(suite: Suite, attack: Attack, defense: Defense, optional: bool = F
     return enough if differs else enough[:1]
 
 
+def _check_backend(name: str, where: str) -> None:
+    from ..engine.backends import BACKENDS
+
+    if name not in (allowed := [*BACKENDS, "auto"]):
+        raise unknown("backend", name, allowed, where)
+
+
 def _check_prior(prior: Prior, where: str) -> None:
     if prior.source is not None and (prior.dataset is not None or prior.options):
         raise GradleakError(f"{where}: source: a user's generator takes no dataset and no options")
@@ -152,7 +152,4 @@ def _check_prior(prior: Prior, where: str) -> None:
     for key in prior.options:
         if key not in allowed:
             raise unknown("key", key, allowed, f"{where}: options")
-    try:
-        TypeAdapter(Recipe).validate_python(prior.options)
-    except ValidationError as error:
-        raise GradleakError(f"{where}: options: {first_mistake(error)}") from error
+    check(Recipe, prior.options, f"{where}: options")

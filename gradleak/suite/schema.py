@@ -7,10 +7,21 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, MinLen
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer
+from annotated_types import Ge, Gt, MaxLen, MinLen
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    model_serializer,
+)
+from pydantic_core import PydanticCustomError
 
 from ..errors import GradleakError, unknown
+from ..options import check, count, finite, whole
 from ..paths import RelativeFile
 
 if TYPE_CHECKING:
@@ -28,16 +39,38 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise PydanticCustomError("printable", "Input should be one line without control characters")
+    return text
+
+
+def _no_path(name: str) -> str:
+    if "/" in name or "\\" in name:
+        raise PydanticCustomError("name", "Input should be a name, without / and \\")
+    return name
+
+
+LONGEST = 120
+"""Characters of a name."""
+Label = Annotated[str, MaxLen(LONGEST), AfterValidator(_printable)]
+"""What tables, pages and progress lines print."""
+Whole = Annotated[int, BeforeValidator(whole)]
+Positive = Annotated[int, Ge(1), BeforeValidator(whole)]
+Rate = Annotated[float, Gt(0), BeforeValidator(finite)]
+Seeds = Annotated[list[Annotated[int, Ge(0), BeforeValidator(whole)]], MinLen(1)]
+
+
 class Entry(_Strict):
     """One plugin of a grid: `name`, `{name: {options}}`, or the long form with `label` and `only`."""
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
-    label: str = ""
+    label: Label = ""
     """What tables call it; by default the name with the options that were given."""
     only: dict[str, list[str]] = Field(default_factory=dict)
     """Restricts an attack or defense to labels of other axes, e.g. `{models: [mlp]}`."""
-    optional: bool = False
+    optional: StrictBool = False
     """An attack that is left out, instead of refused, where it cannot run or lacks knowledge."""
 
     @property
@@ -49,7 +82,7 @@ class Entry(_Strict):
 
 
 def _width(value: Any) -> Any:
-    if value != "auto" and not (type(value) is int and value >= 1):
+    if value != "auto" and not (type(value) is int and 1 <= value < 2**63):
         raise ValueError("a number of trials (1 or more), or auto")
     return value
 
@@ -62,9 +95,9 @@ class Engine(_Strict):
     width: Annotated[int | Literal["auto"], BeforeValidator(_width)] = 32
     """Trials optimised together, at most; `auto`: as many as memory is measured to hold, which other machines need not
     repeat to the last digit."""
-    compile: bool = False
+    compile: StrictBool = False
     """Compile the backend `vmap` with torch, which takes a minute for every cell: for long attacks."""
-    timeout: Annotated[float, Gt(0)] | None = None
+    timeout: Rate | None = None
     """Seconds an attack may take on one cell's victims; those not done are marked."""
 
     @model_serializer(mode="wrap")
@@ -78,7 +111,7 @@ def _entry(value: Any) -> Any:
         return {"name": value}
     if isinstance(value, dict) and len(value) == 1 and "name" not in value:
         name, options = next(iter(value.items()))
-        return {"name": name, "options": options or {}}
+        return {"name": name, "options": {} if options is None else options}
     return value
 
 
@@ -105,19 +138,19 @@ class Prior(_Strict):
 class Utility(_Strict):
     """Federated training that shows what accuracy each defense leaves, on every dataset and model of the suite."""
 
-    clients: Annotated[int, Ge(1)] = 10
-    rounds: Annotated[int, Ge(1)] = 100
-    batch_size: Annotated[int, Ge(1)] = 16
+    clients: Positive = 10
+    rounds: Positive = 100
+    batch_size: Positive = 16
     """Images that a client takes in a round."""
-    lr: Annotated[list[Annotated[float, Gt(0)]], MinLen(1), BeforeValidator(_several)] = [0.1, 0.3, 1.0]
+    lr: Annotated[list[Rate], MinLen(1), BeforeValidator(_several)] = [0.1, 0.3, 1.0]
     """Rates of the server to choose from, on images held out."""
-    local_steps: Annotated[int, Ge(1)] = 1
+    local_steps: Positive = 1
     """Local steps of FedAvg; a FedSGD client (`local_lr` unset) takes one and sends its gradient."""
-    local_batch_size: Annotated[int, Ge(1)] | None = None
-    local_lr: Annotated[float, Gt(0)] | None = None
+    local_batch_size: Positive | None = None
+    local_lr: Rate | None = None
     trainable: Literal["all", "head"] | tuple[str, ...] = "all"
     """What the clients train and send; see `gradleak.threat.Setting`."""
-    seeds: Annotated[list[int], MinLen(1)] | None = None
+    seeds: Seeds | None = None
     """By default the suite's."""
 
     @model_serializer(mode="wrap")
@@ -141,19 +174,30 @@ class Utility(_Strict):
 Plugins = Annotated[list[Plugin], MinLen(1)]
 
 
+def _grants_no_defense(values: dict[str, Any]) -> dict[str, Any]:
+    grants = values.get("grants")
+    if isinstance(grants, Mapping) and "defense" in grants:
+        allowed = ", ".join(KNOWLEDGE)
+        raise PydanticCustomError(
+            "grants",
+            f"What is known of the defense is no grant of a setting; write `knowledge: [...]` of the suite ({allowed})",
+        )
+    return values
+
+
 class Suite(_Strict):
     """A grid: every attack against every defense on every model, dataset, setting and seed."""
 
-    name: str
-    version: int = 1
+    name: Annotated[Label, MinLen(1), AfterValidator(_no_path)]
+    version: Whole = 1
     description: str = ""
-    victims: Annotated[int, Ge(1)] = 16
+    victims: Annotated[int, Ge(1), BeforeValidator(count)] = 16
     """Victims (client batches) of every cell, the first of the dataset's frozen list."""
-    tuning: bool = False
+    tuning: StrictBool = False
     """Attack the tuning victims instead, which no published table shows."""
-    seeds: Annotated[list[int], MinLen(1)] = [0]
+    seeds: Seeds = [0]
     """Each draws a model, a round and the attack's randomness anew."""
-    candidates: Annotated[int, Ge(2)] = 100
+    candidates: Annotated[int, Ge(2), BeforeValidator(count)] = 100
     """Images among which re-identification must find the true one."""
     knowledge: Annotated[list[str], MinLen(1)] = ["oblivious", "public"]
     engine: Engine = Engine()
@@ -162,7 +206,7 @@ class Suite(_Strict):
     """Unset, no model is trained under the defenses."""
     datasets: Plugins
     models: Plugins
-    settings: Annotated[list[dict[str, Any]], MinLen(1)] = [{}]
+    settings: Annotated[list[Annotated[dict[str, Any], AfterValidator(_grants_no_defense)]], MinLen(1)] = [{}]
     attacks: Plugins
     defenses: Plugins
     reported: list[dict[str, Any]] = []
@@ -188,13 +232,20 @@ def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
     trainable = values.get("trainable", "all")
     if trainable not in ("all", "head") and not isinstance(trainable, list | tuple):
         raise GradleakError(f"{place}trainable: expected all, head or a list of names, found {_short(trainable)}")
-    try:
-        setting = TypeAdapter(Setting).validate_python(dict(values))
-    except ValidationError as error:
-        raise GradleakError(f"{place}{first_mistake(error)}") from error
+    plain = dict(values)
+    if "grants" in plain:
+        plain["grants"] = Knowledge(**check(Knowledge, values.get("grants") or {}, f"{place}grants"))
+    checked = check(Setting, plain, where or "setting")
+    name = checked.get("name", "default")
+    if not (name and name.isprintable() and len(name) <= LONGEST):
+        raise GradleakError(f"{place}name: one line of 1 to {LONGEST} characters is needed, found {_short(repr(name))}")
+    setting = Setting(**checked)
     if setting.local_lr is None and (setting.local_steps > 1 or setting.local_batch_size is not None):
         raise GradleakError(f"{place}local_steps and local_batch_size need local_lr (FedAvg)")
-    setting.local_training.batches(setting.batch_size)
+    try:
+        setting.local_training.batches(setting.batch_size)
+    except GradleakError as error:
+        raise GradleakError(f"{place}{error}") from error
     return setting
 
 
@@ -214,4 +265,5 @@ def first_mistake(error: ValidationError) -> str:
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = text if text.isprintable() else repr(text)
     return text if len(text) <= 60 else f"{text[:57]}..."
