@@ -15,7 +15,7 @@ _Given = TypeVar("_Given", str, Path)
 
 
 def _relative(path: _Given) -> _Given:
-    text = str(path)
+    text: str = str(path)
     if PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute() or text.startswith("~"):
         raise PydanticCustomError("relative_path", "absolute paths name a machine; give it relative to --data-root")
     if ".." in (*PurePosixPath(text).parts, *PureWindowsPath(text).parts):
@@ -43,6 +43,6 @@ def conceal(text: str, places: Mapping[str, Path | None]) -> str:
             if path.is_absolute() and path != Path(path.anchor):
                 known[str(path)] = name
     # A folder inside another comes first, or its name would never be used.
-    for path_text in sorted(known, key=len, reverse=True):
-        text = re.sub(rf"(?<![\w.-]){re.escape(path_text)}(?![\w-])", lambda _, name=known[path_text]: name, text)  # type: ignore[misc]
+    for place_text in sorted(known, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.-]){re.escape(place_text)}(?![\w-])", lambda _, name=known[place_text]: name, text)  # type: ignore[misc]
     return text

@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.func import vmap
 import gradleak
 from gradleak import registry, seeds
 from gradleak.attack import Reconstruction
-from gradleak.engine import choice
+from gradleak.engine import choice, final
 from gradleak.engine.backends import BACKENDS
 from gradleak.engine.choice import choose
 from gradleak.engine.layerwise import Layerwise
@@ -529,3 +529,18 @@ def test_auto_passes_over_what_cannot_be_stacked(monkeypatch: pytest.MonkeyPatch
 def test_unknown_backends_are_named() -> None:
     with pytest.raises(GradleakError, match=r"unknown backend 'layer'.*'layerwise'"):
         choose("layer", *problem_of(network_of("linear")), iterations=1)
+
+
+def test_a_huge_width_computes_the_trials_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, start, facts = problem_of(network_of("mlp"))
+    widths: list[int] = []
+    chunks = final.chunks
+
+    def counted(rows: tuple[Any, ...], width: int) -> Iterator[tuple[Any, ...]]:
+        widths.append(width)
+        return chunks(rows, width)
+
+    monkeypatch.setattr(final, "chunks", counted)
+    wide, narrow = (final.finish(problem, start, facts, width) for width in (10**9, 4))
+    assert max(widths) <= 1024
+    torch.testing.assert_close(wide.matching, narrow.matching)

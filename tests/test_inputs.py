@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from gradleak import suite
 from gradleak.datasets import _tree
-from gradleak.engine import loop
 from gradleak.errors import GradleakError
 from gradleak.evaluation import runner
 from gradleak.evaluation.evaluate import evaluate
@@ -75,22 +73,3 @@ def test_a_picture_that_unpacks_to_too_much_is_one_line(tmp_path: Path, monkeypa
     with pytest.raises(GradleakError, match="cannot be read as an image") as caught:
         _tree._open(str(file), 8, 1)
     assert "\n" not in str(caught.value)
-
-
-def test_a_huge_width_computes_the_trials_there_are() -> None:
-    seen: list[int] = []
-
-    def one(row: torch.Tensor) -> torch.Tensor:
-        return row.sum()
-
-    rows = (torch.rand(3, 2),)
-    chunks = loop._chunks
-
-    def counted(stacked: tuple[torch.Tensor, ...], width: int) -> object:
-        seen.append(width)
-        return chunks(stacked, width)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_chunks", counted)
-        torch.testing.assert_close(loop._each(one, rows, 10**9), rows[0].sum(1))
-    assert max(seen) <= 1024
