@@ -48,7 +48,7 @@ def coverage_of_a_mean(kind: str, clusters: int) -> float:
     random = np.random.default_rng(1)
     resamples = Resamples({"all": clusters}, count=1000)
     samples = samples_of(resamples, draw(kind, random, TRIALS, clusters))
-    intervals = [resamples.interval(sample) for sample in samples]
+    intervals = [resamples.interval(sample, scale=None) for sample in samples]
     return float(np.mean([interval.low <= 0 <= interval.high for interval in intervals]))
 
 
@@ -72,7 +72,7 @@ def test_intervals_of_a_maximum_cover_the_truth_95_times_in_100(means: tuple[flo
     for _ in range(TRIALS):
         noise = draw("normal", random, 1, 32) + draw("normal", random, len(means), 32)
         worst = samples_of(resamples, noise / math.sqrt(2) + np.array(means)[:, None]).max(axis=0)
-        interval = resamples.interval(worst, maximum=True)
+        interval = resamples.interval(worst, maximum=True, scale=None)
         covered += interval.low <= 0 <= interval.high
     assert 0.93 <= covered / TRIALS <= 0.97
 
@@ -84,7 +84,7 @@ def test_intervals_over_strata_cover_the_mean_of_their_means() -> None:
     for _ in range(TRIALS):
         digits = resamples.means("digits", draw("normal", random, 16) + 5)
         photos = resamples.means("photos", draw("two humps", random, 24) - 5)
-        interval = resamples.interval((digits + photos) / 2)
+        interval = resamples.interval((digits + photos) / 2, scale=None)
         covered += interval.low <= 0 <= interval.high
     assert 0.93 <= covered / TRIALS <= 0.97
 
@@ -108,7 +108,7 @@ def test_lists_that_share_images_cover_only_if_that_counts(sizes: tuple[int, ...
         lists = [images[: 32 * size].reshape(32, size).mean(axis=1) for size in sizes]
         for place, resamples in enumerate((naive, aware)):
             samples = [resamples.means(str(size), values) for size, values in zip(sizes, lists, strict=True)]
-            interval = resamples.interval(np.mean(samples, axis=0))
+            interval = resamples.interval(np.mean(samples, axis=0), scale=None)
             covered[place] += interval.low <= 0 <= interval.high
     assert covered[0] / 600 < 0.925
     assert 0.93 <= covered[1] / 600 <= 0.98
@@ -150,7 +150,7 @@ def test_ignoring_clusters_would_not_cover() -> None:
     for _ in range(500):
         images = draw("normal", random, 16, 1) + random.normal(size=(16, 4))
         for place, (resamples, values) in enumerate(((naive, images.ravel()), (clustered, images.mean(axis=1)))):
-            interval = resamples.interval(samples_of(resamples, values))
+            interval = resamples.interval(samples_of(resamples, values), scale=None)
             covered[place] += interval.low <= 0 <= interval.high
     assert covered[0] / 500 < 0.75
     assert covered[1] / 500 > 0.92
@@ -159,7 +159,7 @@ def test_ignoring_clusters_would_not_cover() -> None:
 def test_interval_agrees_with_scipy_where_the_widening_vanishes() -> None:
     values = np.random.default_rng(5).gamma(2, 3, size=400)
     ours = Resamples({"all": 400}, count=10_000)
-    interval = ours.interval(samples_of(ours, values))
+    interval = ours.interval(samples_of(ours, values), scale=None)
     theirs = stats.bootstrap(
         (values,), np.mean, n_resamples=10_000, method="BCa", rng=np.random.default_rng(6)
     ).confidence_interval
@@ -172,7 +172,7 @@ def test_interval_agrees_with_scipy_where_the_widening_vanishes() -> None:
 @settings(deadline=None)
 def test_interval_holds_its_estimate_and_stays_in_the_data(values: list[float], maximum: bool) -> None:
     resamples = Resamples({"all": len(values)}, count=200)
-    interval = resamples.interval(samples_of(resamples, np.array(values)), maximum)
+    interval = resamples.interval(samples_of(resamples, np.array(values)), maximum, scale=None)
     assert interval.estimate == pytest.approx(np.mean(values))
     assert interval.low <= interval.estimate <= interval.high
     assert interval.high <= max(values) + 1e-9
