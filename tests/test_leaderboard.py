@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -493,7 +493,63 @@ def test_attacks_are_compared_on_common_cells(results_of: Fixture) -> None:
     assert (line(found, attack="dlg")["cells"], line(found, attack="dlg")["of_cells"]) == (1, 2)
 
 
+def test_specialists_stand_apart_with_what_they_break(results_of: Fixture) -> None:
+    names = ("a", "b", "c", "d", "e")
+    cells = [each for name in names for each in (floor(10, defense=name), cell(about(20), defense=name))]
+    cells += [cell(about(25), attack="ig", defense=name) for name in names[:3]]
+    cells.append(cell(about(40), attack="linear-leakage", defense="e", row={"loss": 5.0, "loss_at_truth": 0.1}))
+    cells.append(cell(about(11), attack="linear-leakage", defense="d", row={"loss": 5.0, "loss_at_truth": 0.1}))
+    table = attack_board(results_of(cells)).table
+    assert table["attack"].tolist() == ["ig", "dlg", "linear-leakage", "mean-image"]
+    assert table["rank_low"].isna().tolist() == [False, False, True, True]
+    special = line(table, attack="linear-leakage")
+    assert special["breaks"] == "e" and special["sets"] == 1 and special["unfit"] == 1
+    assert table["sets"].tolist() == [3, 1, 1, 0]
+
+
 # Both
+
+
+ATTACKED = list(itertools.product(("dlg", "ig", "mean-image"), ("oblivious", "public"), (0, 1)))
+
+
+def attacked(defense: str, values: np.ndarray[Any, Any], spoilt: Mapping[int, str]) -> list[CellResult]:
+    """The cells of a defense; a spoilt one is absent, failed, or lost its best victims to a timeout."""
+    cells = []
+    for place, (attack, knowledge, seed) in enumerate(ATTACKED):
+        psnr = values[place].copy()
+        if (how := spoilt.get(place)) == "absent":
+            continue
+        if how == "timeout":
+            psnr[psnr.argsort()[-2:]] = math.nan
+        rows = None if how == "failed" else psnr.tolist()
+        cells.append(cell(rows, attack, defense, knowledge=knowledge, seed=seed, victims=len(psnr)))
+    return cells
+
+
+@given(
+    st.integers(0, 2**32),
+    st.dictionaries(st.integers(0, len(ATTACKED) - 1), st.sampled_from(["absent", "failed", "timeout"]), min_size=1),
+)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_failing_never_pays(results_of: Fixture, seed: int, spoilt: dict[int, str]) -> None:
+    random = np.random.default_rng(seed)
+    means = random.choice([9.0, 11.0, 20.0, 50.0], size=(3, len(ATTACKED), 1))
+    values = means + random.normal(size=(3, len(ATTACKED), 6))
+    others = [each for place, name in enumerate("bc") for each in attacked(name, values[place + 1], {})]
+    before, after = (defense_board(results_of([*others, *attacked("a", values[0], how)])).table for how in ({}, spoilt))
+    if "a" not in set(after["defense"]):
+        return
+    was, now = (line(table, defense="a") for table in (before, after))
+    ranked = now["standing"] in ("", "at the floor")
+    if not ranked:
+        assert pd.isna(now["rank_low"])
+        return
+    if now["doubt"]:
+        assert {"failed", "adaptive", "victims"} & set(now["doubt"].split())
+        assert now["rank_high"] == after["rank_low"].notna().sum()
+        return
+    assert now["psnr"] >= was["psnr"] - 1e-9 and now["rank_low"] >= was["rank_low"]
 
 
 @given(st.permutations(range(8)))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from gradleak.board.results import luck_of
 from gradleak.board.statistics import (
     APART,
     Floats,
@@ -75,6 +76,55 @@ def test_intervals_of_a_maximum_cover_the_truth_95_times_in_100(means: tuple[flo
         interval = resamples.interval(worst, maximum=True, scale=None)
         covered += interval.low <= 0 <= interval.high
     assert 0.93 <= covered / TRIALS <= 0.97
+
+
+def humps(chance: float, random: np.random.Generator, attacks: int, seeds: int = 1) -> Floats:
+    """Sixteen victims whose images are recovered (54 dB) or not (15 dB), by luck of their own for every attack."""
+    hit = random.binomial(seeds, chance, size=(attacks, 16)) / seeds
+    return hit * 54 + (1 - hit) * (15 + 2 * random.normal(size=(attacks, 16)))
+
+
+@pytest.mark.parametrize(
+    ("chance", "attacks", "seeds"),
+    [(0.03, 1, 1), (0.06, 1, 1), (0.94, 1, 1), (0.06, 1, 3), (0.94, 6, 1), (0.38, 6, 1), (0.38, 20, 1)],
+)
+def test_intervals_cover_where_victims_are_recovered_or_not(chance: float, attacks: int, seeds: int) -> None:
+    # Without the width for what stayed unseen and for luck, 0 to 75 in 100.
+    random = np.random.default_rng(4)
+    resamples = Resamples({"all": 16}, count=500)
+    truth, covered = chance * 54 + (1 - chance) * 15, 0
+    for _ in range(300):
+        means = samples_of(resamples, humps(chance, random, attacks, seeds))
+        interval = resamples.interval(
+            means.max(axis=0), maximum=True, scale=(11.0, 54.0), luck=luck_of(means, resamples)
+        )
+        covered += interval.low <= truth + 1e-9 and truth <= interval.high + 1e-9
+    assert covered / 300 >= 0.93
+
+
+@pytest.mark.parametrize(("attacks", "shared"), [(1, 0.0), (5, 0.8), (20, 0.8), (20, 0.3), (20, 0.0)])
+def test_intervals_of_the_best_of_equal_attacks_cover(attacks: int, shared: float) -> None:
+    random = np.random.default_rng(5)
+    resamples = Resamples({"all": 16}, count=500)
+    covered, widths = np.zeros(2), []
+    for _ in range(300):
+        own, common = random.normal(size=(attacks, 16)), random.normal(size=16)
+        means = samples_of(resamples, 20 + 4 * (math.sqrt(shared) * common + math.sqrt(1 - shared) * own))
+        worst, luck = means.max(axis=0), luck_of(means, resamples)
+        for place, each in enumerate((luck, None)):
+            interval = resamples.interval(worst, maximum=True, scale=None, luck=each)
+            covered[place] += interval.low <= 20 <= interval.high
+        widths.append(interval.high - interval.low)
+    assert (covered / 300 >= 0.92).all()
+    # One attack alone has Student's interval of 4.3 dB.
+    assert np.mean(widths) < 8
+
+
+def test_an_outcome_never_seen_is_not_ruled_out() -> None:
+    resamples = Resamples({"all": 16}, count=200)
+    none, all_of_them = (resamples.interval(samples_of(resamples, np.full(16, level))) for level in (0.0, 54.0))
+    assert (none.low, none.estimate) == (0, 0) and none.high == pytest.approx(54 * (1 - 0.05 ** (1 / 16)))
+    assert all_of_them.high == 54 and all_of_them.low == pytest.approx(54 * 0.05 ** (1 / 16))
 
 
 def test_intervals_over_strata_cover_the_mean_of_their_means() -> None:

@@ -404,14 +404,17 @@ def worst_case(panel: Panel, resamples: Resamples, entries: pd.DataFrame, name: 
         means = resamples.means(panel.stratum(index[0]), values[rivals])
         contexts.append(sign * np.fmax.reduce(means, axis=0))
         winners.append(int(index[leader]))
-        luck.append(_luck(means, resamples))
+        luck.append(luck_of(means, resamples))
     if not contexts:
         return Worst(unknown_yet, (), unknown_yet)
     return Worst(np.mean(contexts, axis=0), tuple(winners), np.mean(luck, axis=0))
 
 
-def _luck(means: Floats, resamples: Resamples) -> Floats:
-    """Return the largest deviation [S] among means [K, S] that are not clearly below the largest."""
+def luck_of(means: Floats, resamples: Resamples) -> Floats:
+    """Return what the largest of several means owes to luck: the largest deviation [S] among means [K, S].
+
+    Means that are clearly below the largest do not count.
+    """
     deviations = means - means[:, :1]
     errors = np.nanstd(resamples.draws(deviations), axis=-1)
     contenders = means[:, 0] + 2 * _CLEARLY * errors >= np.nanmax(means[:, 0])

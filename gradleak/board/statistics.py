@@ -127,9 +127,8 @@ class Resamples:
             maximum: the samples are maxima over attacks: the largest of several noisy means errs upwards. The
                 low end allows for `luck`, or for what the resamples show of it: they double the noise, so their
                 own upward error is sqrt(2) - 1 of that of the estimate where attacks are alike.
-            scale: the ends of what one cluster can score. As many clusters as Wilson's interval allows of an
-                outcome never seen may lie at either end: from 16 without a success, 19 % successes are not ruled
-                out. None for differences, which have no scale.
+            scale: the ends of what one cluster can score. As large a share of clusters may lie at either end as
+                can stay unseen 1 time in 20: 17 % of 16. None for differences, which have no scale.
             luck: sample array [S] of the largest deviation among the attacks that may be the strongest.
         """
         estimate, draws = float(samples[0]), self.draws(samples)
@@ -154,7 +153,7 @@ class Resamples:
             low = min(low, estimate - self._luck(draws - estimate, reach, luck))
             high = max(high, float(np.quantile(draws, special.ndtr(reach))))
         if scale is not None:
-            unseen = wilson(0.0, sum(self.clusters.values())).high
+            unseen = 1 - (1 - LEVEL) ** (1 / sum(self.clusters.values()))
             low = min(low, estimate - unseen * max(0.0, estimate - scale[0]))
             high = max(high, estimate + unseen * max(0.0, scale[1] - estimate))
         return Interval(estimate, min(low, estimate), max(high, estimate))
@@ -164,7 +163,8 @@ class Resamples:
         if luck is not None:
             return float(np.quantile(self.draws(luck), special.ndtr(reach)))
         upwards = max(0.0, float(deviations.mean())) / (math.sqrt(2) - 1)
-        return upwards + reach * float(deviations.std())
+        # Twice, as the resamples see least of it where luck has put one attack far ahead.
+        return 2 * upwards + reach * float(deviations.std())
 
     def _acceleration(self, samples: Floats) -> float:
         cubes = squares = 0.0
