@@ -531,7 +531,7 @@ def attacked(defense: str, values: np.ndarray[Any, Any], spoilt: Mapping[int, st
     st.integers(0, 2**32),
     st.dictionaries(st.integers(0, len(ATTACKED) - 1), st.sampled_from(["absent", "failed", "timeout"]), min_size=1),
 )
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_failing_never_pays(results_of: Fixture, seed: int, spoilt: dict[int, str]) -> None:
     random = np.random.default_rng(seed)
     means = random.choice([9.0, 11.0, 20.0, 50.0], size=(3, len(ATTACKED), 1))

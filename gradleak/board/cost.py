@@ -7,15 +7,16 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from .results import CONTEXT, UNDEFENDED, Results
 from .statistics import LEVEL, ends, over_seeds
 
 
-def price(cells: pd.DataFrame) -> dict[str, Any]:
+def price(provenance: pd.Series[Any]) -> dict[str, Any]:
     """Return what a defense costs and guarantees; the weakest guarantee where several settings differ."""
-    facts = pd.DataFrame(list(cells["provenance"]))
+    facts = pd.DataFrame(list(provenance))
     names = ("bytes", "dense_bytes", "client_seconds")
     line: dict[str, Any] = {
         name: float(pd.to_numeric(facts[name]).mean()) if name in facts else math.nan for name in names
@@ -34,10 +35,12 @@ def _weakest(guarantees: Iterable[Any]) -> Mapping[str, Any]:
 
 def accuracies(results: Results) -> pd.DataFrame:
     """Return all cells, attacked or trained, with the `accuracy` and `guarantee` of training under their defense."""
-    cells = pd.concat([results.cells, results.utility], ignore_index=True)
-    facts = cells["provenance"]
+    names = [*CONTEXT, "attack", "seed", "defense", "defense_family", "provenance"]
+    cells = pd.concat([results.cells[names], results.utility[names]], ignore_index=True)
+    facts = cells.pop("provenance")
     accuracy = pd.to_numeric(pd.Series([fact.get("test_accuracy") for fact in facts], dtype=object))
-    return cells.assign(accuracy=accuracy, guarantee=[fact.get("training_epsilon") for fact in facts])
+    cells = cells.assign(accuracy=accuracy, guarantee=[fact.get("training_epsilon") for fact in facts])
+    return cells[cells["accuracy"].notna() | cells["guarantee"].notna()]
 
 
 def utility(accuracies: pd.DataFrame, defense: str) -> dict[str, float]:
@@ -47,6 +50,9 @@ def utility(accuracies: pd.DataFrame, defense: str) -> dict[str, float]:
     """
     same = [*CONTEXT, "attack", "seed"]
     chosen = accuracies[accuracies["defense"] == defense]
+    if not len(chosen):
+        nothing = over_seeds(np.array([]))
+        return {**ends("test_accuracy", nothing), **ends("accuracy_lost", nothing), "training_epsilon": math.nan}
     known = accuracies[accuracies["accuracy"].notna()]
     own = known[known["defense"] == defense].groupby(same)["accuracy"].mean()
     bare = known[known["defense_family"] == UNDEFENDED].groupby(same)["accuracy"].mean()

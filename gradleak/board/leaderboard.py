@@ -135,7 +135,7 @@ def _defense(
     line |= ends("above", Interval(*(max(0.0, end) for end in (gain.estimate, gain.low, gain.high))))
     line |= _quantiles(results, worst[HEADLINE].winners)
     line |= _ladder(panel, resamples, faced, defense)
-    line |= price(results.cells[results.cells["defense"] == defense])
+    line |= price(results.cells.loc[results.cells["defense"] == defense, "provenance"])
     line |= utility(trained, defense)
     line |= _extent(results, faced, len(controls.groupby(list(CONTEXT))))
     extents = [evidence.extents[place] for place in places]
@@ -276,7 +276,7 @@ def _gain(resamples: Resamples, attacks: Worst, floor: Worst) -> Interval:
 
 def _quantiles(results: Results, winners: tuple[int, ...]) -> dict[str, float]:
     """Return quantiles of the images under the worst attacks, up to the most exposed ones."""
-    images = results.rows.loc[np.isin(results.panel.entry_of_row, winners), HEADLINE].clip(upper=CAP).dropna()
+    images = results.rows[HEADLINE][np.isin(results.panel.entry_of_row, winners)].clip(upper=CAP).dropna()
     shares = {"q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "best": 1.0}
     return {
         f"{HEADLINE}_{name}": float(images.quantile(share)) if len(images) else math.nan
@@ -285,7 +285,8 @@ def _quantiles(results: Results, winners: tuple[int, ...]) -> dict[str, float]:
 
 
 def _extent(results: Results, faced: pd.DataFrame, floors: int) -> dict[str, int]:
-    rows = results.rows[np.isin(results.panel.entry_of_row, faced.index)]
+    rows = results.rows[["stratum", "victim", "seed", "failed"]]
+    rows = rows[np.isin(results.panel.entry_of_row, faced.index)]
     return {
         "victims": len(rows[["stratum", "victim"]].drop_duplicates()),
         "seeds": rows["seed"].nunique(),

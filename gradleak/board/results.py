@@ -416,7 +416,7 @@ def luck_of(means: Floats, resamples: Resamples) -> Floats:
     Means that are clearly below the largest do not count.
     """
     deviations = means - means[:, :1]
-    errors = np.nanstd(resamples.draws(deviations), axis=-1)
+    errors = resamples.errors(deviations)
     contenders = means[:, 0] + 2 * _CLEARLY * errors >= np.nanmax(means[:, 0])
     largest: Floats = np.fmax.reduce(deviations[contenders], axis=0)
     return largest

@@ -110,6 +110,11 @@ class Resamples:
         stretched: Floats = estimate + factor[..., None] * (drawn - estimate)
         return stretched
 
+    def errors(self, samples: Floats) -> Floats:
+        """Return the standard errors [...] of sample arrays [..., S], by the jackknife."""
+        squares = [(part**2).sum(axis=-1) for part in self._influences(samples)]
+        return np.asarray(np.sqrt(np.sum(squares, axis=0)))
+
     def interval(
         self,
         samples: Floats,
