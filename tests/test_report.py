@@ -83,7 +83,7 @@ def test_people_see_rounded_numbers_with_their_intervals() -> None:
     assert seen["PSNR dB"] == ("12.3 [11.0, 14.0]", "28.0")
     assert seen["worst attack"] == ("ig (public)", "dlg")
     assert seen["above floor dB"] == ("2.3 [0.0, 4.0]", "18.0 [17.0, 19.0]")
-    assert seen["≥ 20 dB, %"] == ("0", "100")
+    assert seen["≥ 20 dB %"] == ("0", "100")
     assert seen["bytes"] == ("1,234", "56,789")
     assert seen["failed"] == ("3/16", "") and seen["doubt"] == ("adaptive", "")
     assert seen["quartiles"] == ("11.0 12.0 13.0", "27.0 28.0 29.0")

@@ -125,11 +125,11 @@ def _failed(line: Line) -> str:
 def _share(line: Threshold, name: str, rank: int, intervals: bool) -> Column:
     """Return the column of the share of images that reach a threshold."""
     if (line.metric, line.value) == (HEADLINE, CAP):
-        heading = "exact, %"
+        heading = "exact %"
     else:
         direction, unit = "≥" if METRICS[line.metric].higher_is_better else "≤", METRICS[line.metric].unit
         measure = f"{direction} {line.value:g} {unit}" if unit else f"{line.metric.upper()} {direction} {line.value:g}"
-        heading = f"{measure}, %"
+        heading = f"{measure} %"
     make = _interval if intervals else _plain
     return make(heading, name, digits=0, rank=rank, percent=True)
 
