@@ -178,7 +178,7 @@ def test_latex_escapes_and_balances() -> None:
     assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 3
     assert r"\textbf{top\_k}" in text and r"\textbf{none}" not in text
     assert r"50 \% of \$ \& \#" in text
-    assert r"$\geq$ 20 dB, \%" in text
+    assert r"$\geq$ 20 dB \%" in text
     assert r"\footnotesize {}[low, high]: 95 \% interval" in text
     for block in text.split(r"\begin{tabular}")[1:]:
         columns = len(block[1 : block.index("}")])
