@@ -24,7 +24,8 @@ def board(folder: Path) -> str:
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in table.to_dict("records"):
-        badge = f" ({row['badges']})" if isinstance(row["badges"], str) else ""
+        said = ", ".join(row[name] for name in ("standing", "doubt") if isinstance(row[name], str))
+        badge = f" ({said})" if said else ""
         lines.append(
             f"| {row['defense']}{badge} | {row['psnr']:.1f} [{row['psnr_low']:.1f}, {row['psnr_high']:.1f}]"
             f" | {row['psnr_attack']} | {row['psnr_floor']:.1f} | {row['reidentified']:.0%}"

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from gradleak.board.results import luck_of
 from gradleak.board.statistics import (
     APART,
     Floats,
@@ -48,7 +49,7 @@ def coverage_of_a_mean(kind: str, clusters: int) -> float:
     random = np.random.default_rng(1)
     resamples = Resamples({"all": clusters}, count=1000)
     samples = samples_of(resamples, draw(kind, random, TRIALS, clusters))
-    intervals = [resamples.interval(sample) for sample in samples]
+    intervals = [resamples.interval(sample, scale=None) for sample in samples]
     return float(np.mean([interval.low <= 0 <= interval.high for interval in intervals]))
 
 
@@ -72,9 +73,58 @@ def test_intervals_of_a_maximum_cover_the_truth_95_times_in_100(means: tuple[flo
     for _ in range(TRIALS):
         noise = draw("normal", random, 1, 32) + draw("normal", random, len(means), 32)
         worst = samples_of(resamples, noise / math.sqrt(2) + np.array(means)[:, None]).max(axis=0)
-        interval = resamples.interval(worst, maximum=True)
+        interval = resamples.interval(worst, maximum=True, scale=None)
         covered += interval.low <= 0 <= interval.high
     assert 0.93 <= covered / TRIALS <= 0.97
+
+
+def humps(chance: float, random: np.random.Generator, attacks: int, seeds: int = 1) -> Floats:
+    """Sixteen victims whose images are recovered (54 dB) or not (15 dB), by luck of their own for every attack."""
+    hit = random.binomial(seeds, chance, size=(attacks, 16)) / seeds
+    return hit * 54 + (1 - hit) * (15 + 2 * random.normal(size=(attacks, 16)))
+
+
+@pytest.mark.parametrize(
+    ("chance", "attacks", "seeds"),
+    [(0.03, 1, 1), (0.06, 1, 1), (0.94, 1, 1), (0.06, 1, 3), (0.94, 6, 1), (0.38, 6, 1), (0.38, 20, 1)],
+)
+def test_intervals_cover_where_victims_are_recovered_or_not(chance: float, attacks: int, seeds: int) -> None:
+    # Without the width for what stayed unseen and for luck, 0 to 75 in 100.
+    random = np.random.default_rng(4)
+    resamples = Resamples({"all": 16}, count=500)
+    truth, covered = chance * 54 + (1 - chance) * 15, 0
+    for _ in range(300):
+        means = samples_of(resamples, humps(chance, random, attacks, seeds))
+        interval = resamples.interval(
+            means.max(axis=0), maximum=True, scale=(11.0, 54.0), luck=luck_of(means, resamples)
+        )
+        covered += interval.low <= truth + 1e-9 and truth <= interval.high + 1e-9
+    assert covered / 300 >= 0.93
+
+
+@pytest.mark.parametrize(("attacks", "shared"), [(1, 0.0), (5, 0.8), (20, 0.8), (20, 0.3), (20, 0.0)])
+def test_intervals_of_the_best_of_equal_attacks_cover(attacks: int, shared: float) -> None:
+    random = np.random.default_rng(5)
+    resamples = Resamples({"all": 16}, count=500)
+    covered, widths = np.zeros(2), []
+    for _ in range(300):
+        own, common = random.normal(size=(attacks, 16)), random.normal(size=16)
+        means = samples_of(resamples, 20 + 4 * (math.sqrt(shared) * common + math.sqrt(1 - shared) * own))
+        worst, luck = means.max(axis=0), luck_of(means, resamples)
+        for place, each in enumerate((luck, None)):
+            interval = resamples.interval(worst, maximum=True, scale=None, luck=each)
+            covered[place] += interval.low <= 20 <= interval.high
+        widths.append(interval.high - interval.low)
+    assert (covered / 300 >= 0.92).all()
+    # One attack alone has Student's interval of 4.3 dB.
+    assert np.mean(widths) < 8
+
+
+def test_an_outcome_never_seen_is_not_ruled_out() -> None:
+    resamples = Resamples({"all": 16}, count=200)
+    none, all_of_them = (resamples.interval(samples_of(resamples, np.full(16, level))) for level in (0.0, 54.0))
+    assert (none.low, none.estimate) == (0, 0) and none.high == pytest.approx(54 * (1 - 0.05 ** (1 / 16)))
+    assert all_of_them.high == 54 and all_of_them.low == pytest.approx(54 * 0.05 ** (1 / 16))
 
 
 def test_intervals_over_strata_cover_the_mean_of_their_means() -> None:
@@ -84,7 +134,7 @@ def test_intervals_over_strata_cover_the_mean_of_their_means() -> None:
     for _ in range(TRIALS):
         digits = resamples.means("digits", draw("normal", random, 16) + 5)
         photos = resamples.means("photos", draw("two humps", random, 24) - 5)
-        interval = resamples.interval((digits + photos) / 2)
+        interval = resamples.interval((digits + photos) / 2, scale=None)
         covered += interval.low <= 0 <= interval.high
     assert 0.93 <= covered / TRIALS <= 0.97
 
@@ -108,7 +158,7 @@ def test_lists_that_share_images_cover_only_if_that_counts(sizes: tuple[int, ...
         lists = [images[: 32 * size].reshape(32, size).mean(axis=1) for size in sizes]
         for place, resamples in enumerate((naive, aware)):
             samples = [resamples.means(str(size), values) for size, values in zip(sizes, lists, strict=True)]
-            interval = resamples.interval(np.mean(samples, axis=0))
+            interval = resamples.interval(np.mean(samples, axis=0), scale=None)
             covered[place] += interval.low <= 0 <= interval.high
     assert covered[0] / 600 < 0.925
     assert 0.93 <= covered[1] / 600 <= 0.98
@@ -150,7 +200,7 @@ def test_ignoring_clusters_would_not_cover() -> None:
     for _ in range(500):
         images = draw("normal", random, 16, 1) + random.normal(size=(16, 4))
         for place, (resamples, values) in enumerate(((naive, images.ravel()), (clustered, images.mean(axis=1)))):
-            interval = resamples.interval(samples_of(resamples, values))
+            interval = resamples.interval(samples_of(resamples, values), scale=None)
             covered[place] += interval.low <= 0 <= interval.high
     assert covered[0] / 500 < 0.75
     assert covered[1] / 500 > 0.92
@@ -159,7 +209,7 @@ def test_ignoring_clusters_would_not_cover() -> None:
 def test_interval_agrees_with_scipy_where_the_widening_vanishes() -> None:
     values = np.random.default_rng(5).gamma(2, 3, size=400)
     ours = Resamples({"all": 400}, count=10_000)
-    interval = ours.interval(samples_of(ours, values))
+    interval = ours.interval(samples_of(ours, values), scale=None)
     theirs = stats.bootstrap(
         (values,), np.mean, n_resamples=10_000, method="BCa", rng=np.random.default_rng(6)
     ).confidence_interval
@@ -172,7 +222,7 @@ def test_interval_agrees_with_scipy_where_the_widening_vanishes() -> None:
 @settings(deadline=None)
 def test_interval_holds_its_estimate_and_stays_in_the_data(values: list[float], maximum: bool) -> None:
     resamples = Resamples({"all": len(values)}, count=200)
-    interval = resamples.interval(samples_of(resamples, np.array(values)), maximum)
+    interval = resamples.interval(samples_of(resamples, np.array(values)), maximum, scale=None)
     assert interval.estimate == pytest.approx(np.mean(values))
     assert interval.low <= interval.estimate <= interval.high
     assert interval.high <= max(values) + 1e-9

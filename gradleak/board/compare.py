@@ -111,7 +111,7 @@ def _change(resamples: Resamples, first: Floats, second: Floats) -> dict[str, An
     difference = second - first
     # Equal results differ by nothing in every resample.
     same = not np.any(difference)
-    interval = Interval(0.0, 0.0, 0.0) if same else resamples.interval(difference)
+    interval = Interval(0.0, 0.0, 0.0) if same else resamples.interval(difference, scale=None)
     return {
         "before": float(first[0]),
         "after": float(second[0]),

@@ -15,22 +15,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .evidence import CLEAR, FACTOR, LATE, RECOVERED, losses
 from .leaderboard import Board
 from .results import CONTEXT, KNOWLEDGE, UNDEFENDED, Results
 from .statistics import LEVEL, Floats, holm, mean_over_known, paired_p_values
 
 NEAR_FLOOR = 3.0
 """dB above the floor below which an attack has learnt next to nothing."""
-CLEAR = 10.0
-"""dB above the floor from which an attack has clearly worked."""
-RECOVERED = 30.0
-"""dB from which images count as recovered, whatever the losses say."""
-FACTOR = 2.0
-"""How many times one loss must exceed the other to be far above it."""
 MARGIN = 0.5
 """dB below which a difference is of no interest, however significant."""
-LATE = 0.1
-"""Share of a loss's fall in the last tenth of its iterations above which it had not settled."""
 BUDGET = ("iterations", "restarts")
 """Options of attacks that only buy more computation."""
 LADDER = (*KNOWLEDGE, "oracle")
@@ -64,14 +57,14 @@ def flag_unanswered_randomness(results: Results) -> list[Flag]:
 
 def flag_misfit(results: Results) -> list[Flag]:
     """Flag attacks near the floor whose loss stayed far above the loss at the truth: the optimiser is stuck."""
-    attacks = _losses(results)
+    attacks = losses(results)
     stuck = (attacks["misfit"] > FACTOR - 1) & (attacks["above"] < NEAR_FLOOR)
     return [
         Flag(
             "attack did not fit",
             _where(entry),
             f"median loss {entry['loss']:.3g} at its answer, {entry['loss_at_truth']:.3g} at the truth: it did "
-            "not fit the message, which says nothing for the defense",
+            "not fit the message, which counts against the attack and says nothing for the defense",
         )
         for entry in attacks[stuck].to_dict("records")
     ]
@@ -82,7 +75,7 @@ def flag_wrong_model(results: Results) -> list[Flag]:
 
     Not so where the attack knows a stochastic defense: there the noise itself hides the truth.
     """
-    attacks = _losses(results)
+    attacks = losses(results)
     explained = attacks["stochastic"] & attacks["adaptive"]
     wrong = (attacks["overfit"] > FACTOR - 1) & (attacks["mean"] < RECOVERED) & ~explained
     return [
@@ -161,7 +154,7 @@ def flag_budget(results: Results) -> list[Flag]:
             why = f"{gain:.1f} dB more than with the next smaller budget: leakage still rises with computation"
             found.append(Flag("budget-limited", _where(panel.entries.loc[larger].to_dict()), why))
     named = {flag.where for flag in found}
-    attacks = _losses(results)
+    attacks = losses(results)
     moving = (attacks["late_progress"] > LATE) & (attacks["mean"] < RECOVERED)
     for entry in attacks[moving].to_dict("records"):
         if _where(entry) not in named:
@@ -192,22 +185,6 @@ def flag_board(results: Results) -> Board:
     table = pd.DataFrame([asdict(flag) for flag in flags(results)], columns=["flag", "where", "why"])
     notes = () if len(table) else ("no flag raised",)
     return Board("flags", "Doubts", table, notes)
-
-
-def _losses(results: Results) -> pd.DataFrame:
-    """Return the attacks that are no controls, with medians over their finished images.
-
-    `misfit` is how far the loss at the answer exceeds the loss at the truth, relative to the latter;
-    `overfit` the reverse.
-    """
-    rows = results.rows[["loss", "loss_at_truth", "late_progress"]].copy()
-    excess = rows["loss"] - rows["loss_at_truth"]
-    rows["misfit"] = excess / rows["loss_at_truth"].abs().clip(lower=1e-12)
-    rows["overfit"] = -excess / rows["loss"].abs().clip(lower=1e-12)
-    finished = ~results.rows["failed"]
-    medians = rows[finished].groupby(results.panel.entry_of_row[finished]).median()
-    entries = results.panel.entries
-    return entries[~entries["control"]].join(medians, how="inner")
 
 
 def _certain_gains(differences: list[Floats]) -> Floats:

@@ -7,16 +7,18 @@ the victim's message; a trial that failed scores the floor.
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ..scales import CAP, METRICS
+from .attack_board import attack_board, compute_board
+from .cost import accuracies, price, trainings, utility
+from .evidence import Evidence, at_floor, legend
 from .results import (
     AXES,
     CONTEXT,
@@ -31,160 +33,162 @@ from .results import (
     worst_case,
 )
 from .statistics import (
-    ENOUGH,
-    LEVEL,
-    RESAMPLES,
-    Floats,
     Interval,
-    Pairs,
     Resamples,
-    bradley_terry,
-    detectable_difference,
     effective_trials,
+    ends,
     mean_over_known,
-    over_seeds,
     pareto_front,
     ranks_from_draws,
-    ranks_from_wins,
-    separable,
     wilson,
 )
+from .tables import Board, add_ranks, detectable, protocol, separably_first, tally, where_label
+
+__all__ = [
+    "Board",
+    "attack_board",
+    "boards",
+    "compute_board",
+    "context_boards",
+    "defense_board",
+    "landing_board",
+    "pareto_board",
+]
+
+FLOOR = "at the floor"
+"""The standing of defenses that no attack separably leads above the best control."""
+HEADLINE_NOTES = (
+    f"PSNR: mean over victims under the worst of all attacks and controls, each image capped at {CAP:g} dB, where 8 "
+    "bits are exact; sorted by it because means separate defenses where shares do not",
+    f"exact: PSNR of {CAP:g} dB or more, every pixel right to 8 bits; recognisable: 20 dB or more; failed trials "
+    "score the floor",
+    f"{FLOOR}: no attack is separably better than the best guess that reads nothing of the message; one rank, no order",
+)
+"""The measure of the headline, its thresholds and why."""
 
 _UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 
-@dataclass(frozen=True)
-class Board:
-    """One table of results; `table` is for machines, `report` writes it for people."""
-
-    name: str
-    """Kind of board: defenses, attacks, pareto, compute or flags."""
-    title: str
-    table: pd.DataFrame
-    notes: tuple[str, ...] = ()
-    """The protocol and what a reader must know."""
-    strong: frozenset[int] = frozenset()
-    """Positions of the rows that are separably first."""
-
-
 def defense_board(results: Results) -> Board:
-    """Rank defenses by their worst case over attacks, the safest first.
+    """Rank defenses by their worst case over attacks and controls, the safest first.
 
     Each axis of `AXES` has its worst case with its interval, attack, knowledge, floor and rank interval.
     `above` is the headline's distance to the floor in dB; quartiles are of the images under the headline's
     worst attack. Over several contexts worst cases are averaged context by context.
+
+    Ranked is what faced every attack that applies, in every context, to the end. Defenses that no attack separably
+    leads above the floor share one rank, in the order of the alphabet; `standing` says so, or why a row has no rank.
+    A row with a doubt may lie anywhere behind its rank.
     """
     panel = results.panel
     resamples = Resamples(panel.clusters, overlaps=panel.overlaps)
+    evidence = Evidence(results)
     attacks = panel.entries[~panel.entries["control"] & panel.entries["knowledge"].isin(KNOWLEDGE)]
-    lines, samples, profiles = [], dict[str, list[Floats]]((axis, []) for axis in AXES), []
-    for defense, faced in attacks.groupby("defense"):
-        controls = panel.entries[panel.entries["control"] & (panel.entries["defense"] == defense)]
-        worst = {axis: worst_case(panel, resamples, faced, axis) for axis in AXES}
-        floor = {axis: worst_case(panel, resamples, controls, axis) for axis in AXES}
-        line: dict[str, Any] = {"defense": defense, "family": faced["defense_family"].iloc[0]}
-        for axis in AXES:
-            samples[axis].append(worst[axis].samples)
-            line |= _ends(axis, resamples.interval(worst[axis].samples, maximum=True))
-            line[f"{axis}_attack"] = _tally(panel.entries.loc[list(worst[axis].winners), "attack"])
-            line[f"{axis}_knowledge"] = _tally(panel.entries.loc[list(worst[axis].winners), "knowledge"])
-            line[f"{axis}_floor"] = floor[axis].estimate
-        headline = worst[HEADLINE]
-        above = headline.samples - floor[HEADLINE].samples
-        line |= _ends("above", resamples.interval(above, maximum=True))
-        line |= _quartiles(results, headline.winners)
-        line |= _ladder(panel, resamples, faced, str(defense))
-        for name in SUCCESSES:
-            line |= _ends(name, _success(panel, worst_case(panel, resamples, faced, name), name))
-        line |= _price(results.cells[results.cells["defense"] == defense])
-        line |= _utility(results, str(defense))
-        line |= _extent(results, faced)
-        untested = line["family"] != UNDEFENDED and line["adaptive_contexts"] < line["contexts"]
-        badges = {"not adaptively tested": untested, "unequal victims": _is_unequal(panel, str(defense))}
-        line["badges"] = ", ".join(badge for badge, given in badges.items() if given)
-        lines.append(line)
-        profiles.append(mean_over_known(panel.profiles(headline.winners)))
-    table = pd.DataFrame(lines)
+    trained = accuracies(results)
+    found = [
+        _defense(results, resamples, evidence, trained, str(name), part) for name, part in attacks.groupby("defense")
+    ]
+    table = pd.DataFrame([line for line, _ in found])
+    ranked = [number for number, (line, _) in enumerate(found) if line["standing"] in ("", FLOOR)]
     for axis in AXES:
-        leaks = np.array(samples[axis]) * (1 if higher_leaks(axis) else -1)
-        measured = [number for number, leak in enumerate(leaks) if np.isfinite(leak[0])]
+        leaks = np.array([worst[axis].samples for _, worst in found]) * (1 if higher_leaks(axis) else -1)
+        measured = [number for number in ranked if np.isfinite(leaks[number][0])]
         ranks = ranks_from_draws(-resamples.draws(leaks[measured])) if measured else []
-        _add_ranks(table, axis, ranks, measured)
-    table, strong = _sorted(table, HEADLINE, ascending=True)
+        if axis == HEADLINE and measured:
+            ranks = _honest(table.loc[measured], ranks)
+        add_ranks(table, axis, ranks, measured)
+    table = _ordered(table)
     notes = [
-        f"worst case over attacks and knowledge {', '.join(KNOWLEDGE)}; mean over victims; "
-        "failed trials score the floor",
-        *_protocol(results, resamples),
-        *_detectable(profiles, panel.overlaps),
-        *_trainings(results),
-        *_doubts(table),
+        *HEADLINE_NOTES,
+        *protocol(results, resamples),
+        *detectable([mean_over_known(panel.profiles(worst[HEADLINE].winners)) for _, worst in found], panel.overlaps),
+        *trainings(results),
+        *_warnings(results, table),
     ]
-    return Board("defenses", f"Defenses: {_where(results)}", table, tuple(notes), strong)
+    return Board("defenses", f"Defenses: {where_label(results)}", table, tuple(notes), separably_first(table))
 
 
-def attack_board(results: Results, ratings: bool = False) -> Board:
-    """Rank attacks, with the knowledge they had, by their mean distance to the floor over defenses and contexts.
-
-    Ranks come from paired tests on the cells that both attacks ran on, Holm-corrected over all pairs.
-    Controls stand below, unranked. With `ratings`, a Bradley-Terry rating is added, every victim a game.
-    """
+def _defense(
+    results: Results,
+    resamples: Resamples,
+    evidence: Evidence,
+    trained: pd.DataFrame,
+    defense: str,
+    faced: pd.DataFrame,
+) -> tuple[dict[str, Any], dict[str, Worst]]:
+    """Return a defense's line and its worst case on every axis."""
     panel = results.panel
-    resamples = Resamples(panel.clusters, overlaps=panel.overlaps)
-    counted = panel.entries[panel.entries["knowledge"].isin(KNOWLEDGE) | panel.entries["control"]]
-    condition = counted.groupby([*CONTEXT, "defense"]).ngroup()
-    floors = {
-        number: worst_case(panel, resamples, group[group["control"]], HEADLINE)
-        for number, group in counted.groupby(condition)
+    places = [(*context, defense) for context in faced[list(CONTEXT)].drop_duplicates().itertuples(index=False)]
+    controls = panel.controls(places)
+    guesses = pd.concat([faced, controls])
+    worst = {axis: worst_case(panel, resamples, guesses, axis) for axis in AXES}
+    floor = {axis: worst_case(panel, resamples, controls, axis) for axis in AXES}
+    line: dict[str, Any] = {"defense": defense, "family": faced["defense_family"].iloc[0]}
+    for axis in AXES:
+        line |= ends(axis, _interval(panel, resamples, worst[axis], axis, floor[axis].estimate))
+        line[f"{axis}_attack"] = tally(panel.entries.loc[list(worst[axis].winners), "attack"])
+        line[f"{axis}_knowledge"] = tally(panel.entries.loc[list(worst[axis].winners), "knowledge"])
+        line[f"{axis}_floor"] = floor[axis].estimate
+    for name in SUCCESSES:
+        line |= ends(name, _rate(panel, resamples, worst_case(panel, resamples, guesses, name), name))
+    gain = _gain(resamples, worst_case(panel, resamples, faced, HEADLINE), floor[HEADLINE])
+    line |= ends("above", Interval(*(max(0.0, end) for end in (gain.estimate, gain.low, gain.high))))
+    line |= _quantiles(results, worst[HEADLINE].winners)
+    line |= _ladder(panel, resamples, faced, defense)
+    line |= price(results.cells.loc[results.cells["defense"] == defense, "provenance"])
+    line |= utility(trained, defense)
+    line |= _extent(results, faced, len(controls.groupby(list(CONTEXT))))
+    extents = [evidence.extents[place] for place in places]
+    line["attacks_faced"] = sum(extent.faced for extent in extents)
+    line["attacks_expected"] = sum(extent.expected for extent in extents)
+    line["doubt"] = " ".join(evidence.doubts(defense, line[HEADLINE]))
+    line["standing"] = _standing(line, len(results.contexts), evidence.is_evaluated(defense), gain)
+    return line, worst
+
+
+def _standing(line: Mapping[str, Any], contexts: int, evaluated: bool, gain: Interval) -> str:
+    """Say why a defense has no rank, or that it stays at the floor; nothing where neither holds."""
+    if line["floors"] < line["contexts"]:
+        return "no floor"
+    if not evaluated:
+        return "not evaluated"
+    if line["attacks_faced"] < line["attacks_expected"]:
+        return f"{line['attacks_faced']} of {line['attacks_expected']} attacks"
+    if line["contexts"] < contexts:
+        return f"{line['contexts']} of {contexts} contexts"
+    recovered = any(line[name] > 0 for name, success in SUCCESSES.items() if success.value == CAP)
+    return FLOOR if at_floor(gain.low, recovered) else ""
+
+
+def _honest(lines: pd.DataFrame, ranks: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Tie what stays at the floor, put the rest behind it, and let doubtful lines lie anywhere behind their rank."""
+    held = int((lines["standing"] == FLOOR).sum())
+    found = []
+    for (low, high), standing, doubt in zip(ranks, lines["standing"], lines["doubt"], strict=True):
+        low, high = (1, held) if standing == FLOOR else (max(low, held + 1), max(high, held + 1))
+        found.append((low, len(lines) if doubt else high))
+    return found
+
+
+def _ordered(table: pd.DataFrame) -> pd.DataFrame:
+    """Sort: at the floor by name, doubtful ones last; then the other ranked ones, then those without a rank."""
+    if not len(table):
+        return table
+    held, unranked = table["standing"] == FLOOR, table["rank_low"].isna()
+    keys = {
+        "group": np.select([held & (table["doubt"] == ""), held, ~unranked], [0, 1, 2], 3),
+        "leakage": table[HEADLINE].where(~held, 0.0),
+        "name": table["defense"],
     }
-    shape = (condition.nunique(), sum(panel.clusters.values()))
-    lines, values = [], []
-    for (attack, knowledge), entries in counted.groupby(["attack", "knowledge"]):
-        above = [
-            resamples.means(panel.stratum(entry), panel.of(HEADLINE, [entry])[0]) - floors[condition[entry]].samples
-            for entry in entries.index
-        ]
-        line: dict[str, Any] = {
-            "attack": attack,
-            "knowledge": knowledge,
-            "family": entries["family"].iloc[0],
-            "control": bool(entries["control"].iloc[0]),
-        }
-        line |= _ends("above", resamples.interval(mean_over_known(np.array(above))))
-        for name in (*AXES, *SUCCESSES):
-            line[name] = _mean_of_means(panel, entries, name)
-        line["cells"], line["of_cells"] = len(entries), shape[0]
-        for name in ("seconds", "gradient_evaluations", "oracle_pick"):
-            line[name] = entries[name].mean()
-        line["trials"], line["failed"] = entries["images"].sum(), entries["failed"].sum()
-        lines.append(line)
-        filled = np.full(shape, np.nan)
-        filled[condition[entries.index]] = panel.profiles(list(entries.index))
-        values.append(filled)
-    table = pd.DataFrame(lines)
-    ranked = [number for number, line in enumerate(lines) if not line["control"]]
-    games = np.array([values[number] for number in ranked]).reshape(len(ranked), *shape)
-    _add_ranks(table, HEADLINE, ranks_from_wins(separable(games, panel.overlaps)), ranked)
-    if ratings and ranked:
-        rated = pd.DataFrame(
-            [_ends("rating", rating) for rating in bradley_terry(games, overlaps=panel.overlaps)], index=ranked
-        )
-        table = table.join(rated)
-    if lines:
-        order = {"control": True, "above": False, "psnr": False}
-        table = table.sort_values(list(order), ascending=list(order.values()), kind="stable", ignore_index=True)
-    notes = [
-        "dB above the floor, mean over the cells an attack ran on; ranks by paired tests on common cells "
-        "(over victims, Holm)",
-        *_protocol(results, resamples),
-        *_detectable([mean_over_known(values[number]) for number in ranked], panel.overlaps),
-    ]
-    return Board("attacks", f"Attacks: {_where(results)}", table, tuple(notes), _strong(table))
+    order = pd.DataFrame(keys).sort_values(list(keys), kind="stable").index
+    return table.loc[order].reset_index(drop=True)
 
 
 def pareto_board(defenses: Board) -> Board:
     """Weigh leakage (dB above the floor) against test accuracy and bytes; axes that nobody measured are left out."""
     accuracy = ["test_accuracy", "test_accuracy_low", "test_accuracy_high", "accuracy_lost"]
-    names = ["defense", "above", "above_low", "above_high", *accuracy, "bytes", "epsilon", "training_epsilon", "badges"]
+    names = ["defense", "above", "above_low", "above_high", *accuracy, "bytes", "epsilon", "training_epsilon"]
+    names += ["standing", "doubt"]
     table = defenses.table.reindex(columns=names)
     measured = [name for name in ("above", "test_accuracy", "bytes") if table[name].notna().any()]
     costs = table[measured].astype(float).to_numpy(copy=True)
@@ -197,48 +201,101 @@ def pareto_board(defenses: Board) -> Board:
     return Board("pareto", defenses.title.replace("Defenses", "Trade-off"), table, (note,))
 
 
-def compute_board(attacks: Board) -> Board:
-    """Weigh what an attack gains (dB above the floor) against what it computes (gradient evaluations)."""
-    names = ["attack", "knowledge", "family", "gradient_evaluations", "seconds", *_ends("above", _UNKNOWN)]
-    table = attacks.table[~attacks.table["control"].astype(bool)].reindex(columns=names)
-    table = table.sort_values(["gradient_evaluations", "attack"], kind="stable", ignore_index=True)
-    table["front"] = pareto_front(table[["gradient_evaluations", "above"]].astype(float).to_numpy() * [1, -1])
-    note = "on the front: no other attack gains as much with as few gradient evaluations of the victim's model"
-    return Board("compute", attacks.title.replace("Attacks", "Compute"), table, (note,))
+def landing(results: Results) -> Results:
+    """Return what a first table shows: all contexts where every defense is in each, else the one with the most.
+
+    Ties go to the context with more attacks, then to the first by name.
+    """
+    entries = results.panel.entries
+    faced = entries[~entries["control"]].groupby(list(CONTEXT))
+    extents = faced.agg(defenses=("defense", "nunique"), attacks=("attack", "nunique")).reset_index()
+    if len(extents) < 2 or (extents["defenses"] == entries.loc[~entries["control"], "defense"].nunique()).all():
+        return results
+    extents = extents.sort_values(["defenses", "attacks", *CONTEXT], ascending=[False, False, True, True, True])
+    return results.where(**{name: str(extents[name].iloc[0]) for name in CONTEXT})
 
 
 def boards(results: Results, by_context: bool = False, ratings: bool = False) -> list[Board]:
-    """Return the defense and attack boards over all contexts, then, if wanted, a defense board for each context."""
-    found = [defense_board(results), attack_board(results, ratings)]
-    if by_context and len(results.contexts) > 1:
-        for context in results.contexts:
-            found.append(defense_board(results.where(**dict(zip(CONTEXT, context, strict=True)))))
-    return found
+    """Return the landing defense board and the attack board, then, if wanted, the defense board of every context.
+
+    A context with a single defense has nothing to compare and no board.
+    """
+    found = [landing_board(results), attack_board(results, ratings)]
+    return [*found, *context_boards(results)] if by_context else found
 
 
-def _ends(name: str, interval: Interval) -> dict[str, float]:
-    return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+def landing_board(results: Results) -> Board:
+    """Return the defense board of `landing`; where that is one of several contexts, a note says so."""
+    part = landing(results)
+    board = defense_board(part)
+    if len(part.contexts) == len(results.contexts):
+        return board
+    note = f"1 of {len(results.contexts)} contexts, that with the most defenses; the others have boards of their own"
+    return replace(board, notes=(note, *board.notes))
 
 
-def _tally(labels: pd.Series[str]) -> str:
-    """Return the labels, the commonest first, with their counts where there are several."""
-    counts = sorted(labels.value_counts().items(), key=lambda pair: (-pair[1], str(pair[0])))
-    return ", ".join(f"{label} {count}" if len(counts) > 1 else str(label) for label, count in counts)
+def context_boards(results: Results) -> list[Board]:
+    """Return the defense board of every context with several defenses, if there are several contexts."""
+    if len(results.contexts) < 2:
+        return []
+    entries = results.panel.entries
+    counts = entries[~entries["control"]].groupby(list(CONTEXT))["defense"].nunique()
+    contexts = [context for context in results.contexts if counts.get(context, 0) > 1]
+    return [defense_board(results.where(**dict(zip(CONTEXT, context, strict=True)))) for context in contexts]
 
 
-def _quartiles(results: Results, winners: tuple[int, ...]) -> dict[str, float]:
-    images = results.rows.loc[np.isin(results.panel.entry_of_row, winners), HEADLINE].dropna()
-    shares = {"q25": 0.25, "median": 0.5, "q75": 0.75, "best": 1.0}
+def _interval(panel: Panel, resamples: Resamples, worst: Worst, axis: str, floor: float) -> Interval:
+    """Return a worst case with its interval: at worst a victim tells what the floor tells, at best everything."""
+    if METRICS[axis].is_rate:
+        return _rate(panel, resamples, worst, axis)
+    sign = 1.0 if higher_leaks(axis) else -1.0
+    low, high = METRICS[axis].worst, METRICS[axis].best
+    ends_of_scale = (sign * (floor if math.isfinite(floor) else low), sign * (CAP if axis == HEADLINE else high))
+    found = resamples.interval(sign * worst.samples, maximum=True, scale=ends_of_scale, luck=worst.luck)
+    return found if sign > 0 else Interval(-found.estimate, -found.high, -found.low)
+
+
+def _rate(panel: Panel, resamples: Resamples, worst: Worst, name: str) -> Interval:
+    """Return a share with Wilson's interval over effective trials; its low end allows for the luck of the best."""
+    if not worst.winners:
+        return _UNKNOWN
+    rates = mean_over_known(panel.profiles(worst.winners, name))
+    images = int(panel.entries.loc[list(worst.winners), "images"].sum())
+    trials = effective_trials(rates, images, panel.overlaps)
+    found = wilson(worst.estimate, trials)
+    upwards = max(0.0, float(np.nanmean(resamples.draws(worst.luck))))
+    return Interval(found.estimate, wilson(max(0.0, worst.estimate - upwards), trials).low, found.high)
+
+
+def _gain(resamples: Resamples, attacks: Worst, floor: Worst) -> Interval:
+    """Return by how much the best attack exceeds the best control, paired."""
+    control = floor.samples - floor.samples[0]
+    difference = attacks.samples - floor.samples
+    return resamples.interval(difference, maximum=True, scale=None, luck=attacks.luck - control)
+
+
+def _quantiles(results: Results, winners: tuple[int, ...]) -> dict[str, float]:
+    """Return quantiles of the images under the worst attacks, up to the most exposed ones."""
+    images = results.rows[HEADLINE][np.isin(results.panel.entry_of_row, winners)].clip(upper=CAP).dropna()
+    shares = {"q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "best": 1.0}
     return {
         f"{HEADLINE}_{name}": float(images.quantile(share)) if len(images) else math.nan
         for name, share in shares.items()
     }
 
 
-def _is_unequal(panel: Panel, defense: str) -> bool:
-    """Whether the attacks and controls on a defense have not all faced the same victims, in any context."""
-    faced = panel.entries[(panel.entries["defense"] == defense) & (panel.entries["knowledge"] != "oracle")]
-    return bool((faced.groupby(list(CONTEXT))["victims"].nunique() > 1).any())
+def _extent(results: Results, faced: pd.DataFrame, floors: int) -> dict[str, int]:
+    rows = results.rows[["stratum", "victim", "seed", "failed"]]
+    rows = rows[np.isin(results.panel.entry_of_row, faced.index)]
+    return {
+        "victims": len(rows[["stratum", "victim"]].drop_duplicates()),
+        "seeds": rows["seed"].nunique(),
+        "attacks": faced["attack"].nunique(),
+        "contexts": len(faced[list(CONTEXT)].drop_duplicates()),
+        "floors": floors,
+        "trials": len(rows),
+        "failed": int(rows["failed"].sum()),
+    }
 
 
 def _ladder(panel: Panel, resamples: Resamples, faced: pd.DataFrame, defense: str) -> dict[str, Any]:
@@ -254,157 +311,26 @@ def _ladder(panel: Panel, resamples: Resamples, faced: pd.DataFrame, defense: st
     for name, chosen in steps.items():
         worst = worst_case(panel, resamples, chosen, HEADLINE)
         line[f"{HEADLINE}_{name}"] = worst.estimate
-        line[f"{HEADLINE}_{name}_attack"] = _tally(entries.loc[list(worst.winners), "attack"])
+        line[f"{HEADLINE}_{name}_attack"] = tally(entries.loc[list(worst.winners), "attack"])
         line[f"{name}_contexts"] = len(worst.winners)
     return line
 
 
-def _success(panel: Panel, worst: Worst, name: str) -> Interval:
-    if not worst.winners:
-        return _UNKNOWN
-    rates = mean_over_known(panel.profiles(worst.winners, name))
-    images = int(panel.entries.loc[list(worst.winners), "images"].sum())
-    return wilson(worst.estimate, effective_trials(rates, images, panel.overlaps))
-
-
-def _mean_of_means(panel: Panel, entries: pd.DataFrame, name: str) -> float:
-    if name not in panel.values:
-        return math.nan
-    means = mean_over_known(panel.values[name][entries.index].T)
-    return float(mean_over_known(means))
-
-
-def _price(cells: pd.DataFrame) -> dict[str, Any]:
-    """Return what a defense costs and guarantees; the weakest guarantee where several settings differ."""
-    facts = pd.DataFrame(list(cells["provenance"]))
-    names = ("bytes", "dense_bytes", "client_seconds")
-    line: dict[str, Any] = {
-        name: float(pd.to_numeric(facts[name]).mean()) if name in facts else math.nan for name in names
-    }
-    weakest = _weakest(facts.get("epsilon", []))
-    line["epsilon"] = float(weakest.get("epsilon", math.nan))
-    line["delta"] = float(weakest.get("delta", math.nan))
-    line["accountant"] = str(weakest.get("accountant", ""))
-    return line
-
-
-def _weakest(guarantees: Iterable[Any]) -> Mapping[str, Any]:
-    known = [fact for fact in guarantees if isinstance(fact, Mapping)]
-    return max(known, key=lambda fact: float(fact["epsilon"]), default={})
-
-
-def _utility(results: Results, defense: str) -> dict[str, float]:
-    """Return the accuracy that training under a defense leaves, what that is below no defense, and its guarantee.
-
-    Intervals are over seeds, each with its mean over models and datasets; without a defense the same ones count.
-    """
-    cells = pd.concat([results.cells, results.utility], ignore_index=True)
-    facts = pd.DataFrame(list(cells["provenance"]), index=cells.index)
-    cells["accuracy"] = pd.to_numeric(facts["test_accuracy"]) if "test_accuracy" in facts else math.nan
-    same = [*CONTEXT, "attack", "seed"]
-    own = cells[cells["defense"] == defense].groupby(same)["accuracy"].mean()
-    bare = cells[cells["defense_family"] == UNDEFENDED].groupby(same)["accuracy"].mean()
-    line = _ends("test_accuracy", over_seeds(own.groupby("seed").mean().to_numpy()))
-    line |= _ends("accuracy_lost", over_seeds((bare - own).dropna().groupby("seed").mean().to_numpy()))
-    guarantees: Iterable[Any] = facts[cells["defense"] == defense].get("training_epsilon", [])
-    line["training_epsilon"] = float(_weakest(guarantees).get("epsilon", math.nan))
-    return line
-
-
-def _extent(results: Results, faced: pd.DataFrame) -> dict[str, int]:
-    rows = results.rows[np.isin(results.panel.entry_of_row, faced.index)]
-    return {
-        "victims": len(rows[["stratum", "victim"]].drop_duplicates()),
-        "seeds": rows["seed"].nunique(),
-        "attacks": faced["attack"].nunique(),
-        "contexts": len(faced[list(CONTEXT)].drop_duplicates()),
-        "trials": len(rows),
-        "failed": int(rows["failed"].sum()),
-    }
-
-
-def _add_ranks(table: pd.DataFrame, axis: str, ranks: list[tuple[int, int]], lines: list[int]) -> None:
-    """Add an axis' rank interval to some lines; the others have none."""
-    prefix = "rank" if axis == HEADLINE else f"{axis}_rank"
-    for end, name in enumerate(("low", "high")):
-        table[f"{prefix}_{name}"] = pd.Series([rank[end] for rank in ranks], index=lines, dtype="Int64")
-
-
-def _sorted(table: pd.DataFrame, by: str, ascending: bool) -> tuple[pd.DataFrame, frozenset[int]]:
-    if len(table):
-        table = table.sort_values([by, "defense"], ascending=[ascending, True], kind="stable", ignore_index=True)
-    return table, _strong(table)
-
-
-def _strong(table: pd.DataFrame) -> frozenset[int]:
-    if len(table) < 2 or "rank_high" not in table:
-        return frozenset()
-    return frozenset(int(line) for line in np.flatnonzero((table["rank_high"] == 1).fillna(False)))
-
-
-def _where(results: Results) -> str:
-    if len(results.contexts) == 1:
-        return " · ".join(results.contexts[0])
-    counts = (len({context[place] for context in results.contexts}) for place in range(len(CONTEXT)))
-    parts = ", ".join(f"{count} {name}{'s' * (count > 1)}" for count, name in zip(counts, CONTEXT, strict=True))
-    return f"mean over {len(results.contexts)} contexts ({parts})"
-
-
-def _protocol(results: Results, resamples: Resamples) -> list[str]:
-    cells, rows = results.cells, results.rows
-    named = cells[["suite", "suite_version"]].drop_duplicates().itertuples(index=False, name=None)
-    suites = ", ".join(sorted(" ".join(filter(None, names)) for names in named)) or "unnamed"
-    seeds = ", ".join(map(str, sorted(cells["seed"].unique())))
-    victims = ", ".join(f"{count} of {stratum}" for stratum, count in sorted(resamples.clusters.items()))
-    shared = ["lists of one dataset share images; intervals and tests count what that makes them share"]
-    few = min(resamples.clusters.values(), default=0) < ENOUGH
-    warning = [f"fewer than {ENOUGH} victims in a list: intervals are too narrow"] if few else []
-    return [
-        *warning,
-        f"suite {suites}; {len(cells)} cells, {len(rows)} images, {int(rows['failed'].sum())} failed; "
-        f"victims (dataset/images a batch): {victims}; seeds: {seeds}",
-        f"[low, high]: {100 * LEVEL:.0f} % interval, bootstrap over victim batches with all their images and "
-        f"seeds, {RESAMPLES} resamples",
-        *(shared if len(results.panel.overlaps) else []),
-    ]
-
-
-def _detectable(profiles: list[Floats], overlaps: Pairs) -> list[str]:
-    pairs = itertools.combinations(profiles, 2)
-    differences = [detectable_difference(first - second, overlaps=overlaps) for first, second in pairs]
-    known = [difference for difference in differences if math.isfinite(difference)]
-    if not known:
-        return []
-    return [f"minimum detectable difference, median over pairs: {np.median(known):.1f} dB (power 80 %)"]
-
-
-def _trainings(results: Results) -> list[str]:
-    """Say how the models behind the accuracies were trained."""
-    recipes = {json.dumps(config["attack"]["options"], sort_keys=True) for config in results.utility["config"]}
-    seeds = results.utility["seed"].nunique()
-    return [
-        f"accuracy: {recipe['clients']} clients, {recipe['rounds']} rounds of {recipe['batch_size']} images a client, "
-        f"{recipe['local_steps']} local step(s), server rate the best of {', '.join(map(str, recipe['lr']))} on "
-        f"images held out; Student's {100 * LEVEL:.0f} % interval over {seeds} seeds"
-        for recipe in map(json.loads, sorted(recipes))
-    ]
-
-
-def _doubts(table: pd.DataFrame) -> list[str]:
-    """Return what makes a whole board inconclusive."""
+def _warnings(results: Results, table: pd.DataFrame) -> list[str]:
+    """Return what rows lack, and what makes a whole board inconclusive."""
     if not len(table):
         return ["no attack has faced any defense yet"]
-    notes = []
+    notes = legend(set(" ".join(table["doubt"]).split()))
     if table["psnr_floor"].isna().all():
         notes.append("no control was run: there is no floor, and failed trials score the scale's worst value")
-    if table["contexts"].nunique() > 1:
-        notes.append("not every defense was run in every context: their means are over different contexts")
-    unequal = table.loc[table["badges"].str.contains("unequal victims"), "defense"]
-    if len(unequal):
+    missing = table["standing"].str.endswith(" attacks")
+    if missing.any():
         notes.append(
-            f"unequal victims: not all attacks on {', '.join(unequal)} faced the same victims, so a worst case or a "
-            "floor may be that of a few; run the suites with equal `victims`"
+            f"{int(missing.sum())} of {len(table)} defenses faced fewer attacks than apply and have no rank; what "
+            "does not apply needs a stored reason"
         )
+    if table["standing"].str.endswith(" contexts").any():
+        notes.append("not every defense was run in every context: those that were not have no rank")
     bare = table[table["family"] == UNDEFENDED]
     if (bare["above_low"] <= 0).any():
         notes.append("inconclusive: without a defense no attack is separably above the floor")

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from ..errors import GradleakError, unknown
-from ..scales import METRICS, THRESHOLDS
+from ..scales import CAP, METRICS, THRESHOLDS
 from ..suite import UTILITY
 from .statistics import APART, Floats, Pairs, Resamples, mean_over_known
 from .store import Store
@@ -41,8 +43,14 @@ HEADLINE = "psnr"
 SUCCESSES = {f"success_{line.metric}_{line.value:g}": line for line in THRESHOLDS if line.metric != "reidentified"}
 """Columns of success rates, each with its stated threshold."""
 
+UNSUITED = (*CONTEXT, "defense", "attack", "reason")
+"""Columns of `Results.unsuited`."""
+
 _ENTRY = (*CONTEXT, "defense", "attack", "knowledge")
 _OF_ROWS = ("status", "seconds")
+_CLEARLY = 2.0
+"""Standard errors below the largest mean, twice over, at which an attack is not the strongest (Chernozhukov, Lee and
+Rosen 2013, arXiv:0907.3503)."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Results:
     """As `Store.rows`, with `adaptive`, `stochastic`, `failed`, `stratum` (the victim list) and `SUCCESSES`."""
     utility: pd.DataFrame
     """Cells of models trained under a defense; their `setting` is that training's."""
+    unsuited: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(UNSUITED), dtype=str))
+    """Attacks that do not apply to a defense in a context, each with its reason (`UNSUITED`)."""
 
     def where(self, **labels: str | Iterable[str]) -> Results:
         """Return the part with the given labels, e.g. `where(dataset="digits", model=["mlp", "lenet"])`.
@@ -62,7 +72,7 @@ class Results:
         Raises:
             GradleakError: a label is not in the results.
         """
-        cells, rows, utility = self.cells, self.rows, self.utility
+        cells, rows, utility, unsuited = self.cells, self.rows, self.utility, self.unsuited
         for name, wanted in labels.items():
             wanted = [wanted] if isinstance(wanted, str) else list(wanted)
             for label in wanted:
@@ -71,7 +81,9 @@ class Results:
             cells, rows = cells[cells[name].isin(wanted)], rows[rows[name].isin(wanted)]
             if name in ("defense", *UTILITY_CONTEXT):
                 utility = utility[utility[name].isin(wanted)]
-        return Results(*(part.reset_index(drop=True) for part in (cells, rows, utility)))
+            if name in unsuited:
+                unsuited = unsuited[unsuited[name].isin(wanted)]
+        return Results(*(part.reset_index(drop=True) for part in (cells, rows, utility, unsuited)))
 
     @cached_property
     def contexts(self) -> list[tuple[str, ...]]:
@@ -123,7 +135,15 @@ def read(*stores: Store) -> Results:
         values = rows[line.metric]
         reached = values >= line.value if METRICS[line.metric].higher_is_better else values <= line.value
         rows[name] = reached.astype(float).where(values.notna())
-    return Results(cells, rows, utility)
+    return Results(cells, rows, utility, _unsuited(stores))
+
+
+def _unsuited(stores: Sequence[Store]) -> pd.DataFrame:
+    """Return what the stores say of attacks that do not apply; stores that keep no such record say nothing."""
+    found = [source() for source in (getattr(store, "unsuited", None) for store in stores) if source is not None]
+    table = pd.concat([pd.DataFrame(columns=list(UNSUITED), dtype=str), *found], ignore_index=True)
+    known: pd.DataFrame = table[list(UNSUITED)].drop_duplicates(ignore_index=True)
+    return known
 
 
 def _distinct_labels(cells: pd.DataFrame, group: str) -> pd.Series[str]:
@@ -222,7 +242,8 @@ class Panel:
     """Entries (one attack with one knowledge against one defense in one context) by victims.
 
     `entries` has one line an entry, with the headline's `victims`, `mean` and distance `above` the best control,
-    in dB; `values[name]` is [entries, victims], the mean over a victim's images and seeds, NaN where the
+    in dB, and whether it is `complete`: as many trials as any in its context. PSNR is capped at `CAP` before it is
+    averaged. `values[name]` is [entries, victims], the mean over a victim's images and seeds, NaN where the
     victim was not attacked. `overlaps` are the victims of lists of one dataset that share images, by their
     columns in `profiles`.
     """
@@ -248,12 +269,13 @@ class Panel:
             oracle_pick=("oracle_psnr", "mean"),
         ).reset_index()
         self.entries["control"] = self.entries["family"] == CONTROL
+        self._context_of = self.entries.groupby(list(CONTEXT), sort=True).ngroup().to_numpy()
         self._strata: list[str] = self.entries["stratum"].tolist()
         self.entry_of_row = grouped.ngroup().to_numpy()
         names = [name for name in (*AXES, *SUCCESSES) if rows[name].notna().any()]
         ranks = rows.groupby("stratum")["victim"].rank(method="dense").astype(int) - 1
         self.overlaps = _overlaps(rows, self._starts(), ranks)
-        means = rows[names].groupby([self.entry_of_row, ranks.to_numpy()]).mean()
+        means = rows[names].assign(**_capped(rows)).groupby([self.entry_of_row, ranks.to_numpy()]).mean()
         entry, victim = (means.index.get_level_values(level).to_numpy() for level in (0, 1))
         self.values: dict[str, Floats] = {}
         width = max(self.clusters.values(), default=0)
@@ -264,13 +286,34 @@ class Panel:
         headline = self.values.get(HEADLINE, np.full((len(self.entries), width), np.nan))
         self.entries["victims"] = np.isfinite(headline).sum(axis=1)
         self.entries["mean"] = mean_over_known(self.values[HEADLINE].T) if HEADLINE in names else np.nan
-        place = [*CONTEXT, "defense"]
-        floors = self.entries[self.entries["control"]].groupby(place)["mean"].max().rename("floor")
-        self.entries["above"] = self.entries["mean"] - self.entries.join(floors, on=place)["floor"]
+        most = self.entries.groupby(list(CONTEXT))["images"].transform("max")
+        self.entries["complete"] = self.entries["images"] == most
+        self._controls = _controls(self.entries)
+        self._means: list[float] = self.entries["mean"].tolist()
+        floors = [self.floor_of(*place) for place in self.entries[[*CONTEXT, "defense"]].itertuples(index=False)]
+        self.entries["above"] = self.entries["mean"] - np.array(floors, dtype=float)
 
-    def of(self, name: str, entries: Sequence[int]) -> Floats:
+    def controls(self, defenses: Iterable[tuple[str, ...]]) -> pd.DataFrame:
+        """Return the entries that make the floor of defenses, each given as (model, dataset, setting, defense).
+
+        Every control of the context counts, whichever defense it was run on: it reads nothing of the message, so a
+        defense that it was not run on, or failed on, takes the entry of another. One that failed is no floor.
+        """
+        found = {entry for place in defenses for entry in self._controls.get(place, ())}
+        return self.entries.loc[sorted(found)]
+
+    def floor_of(self, *place: str) -> float:
+        """Return the best control's mean of a defense in a context, NaN where there is no control."""
+        return max((self._means[entry] for entry in self._controls.get(place, ())), default=math.nan)
+
+    def by_context(self, entries: npt.NDArray[np.int_]) -> list[npt.NDArray[np.int_]]:
+        """Split entries by context, the contexts in order."""
+        contexts = self._context_of[entries]
+        return [entries[contexts == context] for context in np.unique(contexts)]
+
+    def of(self, name: str, entries: Sequence[int] | npt.NDArray[np.int_]) -> Floats:
         """Return the values [entries, victims] of entries of one stratum."""
-        return self.values[name][list(entries), : self.clusters[self.stratum(entries[0])]]
+        return self.values[name][np.asarray(entries), : self.clusters[self.stratum(entries[0])]]
 
     def stratum(self, entry: int) -> str:
         """Return the victim list of an entry."""
@@ -289,6 +332,27 @@ class Panel:
     def _starts(self) -> dict[str, int]:
         """Return the first column of each list of victims, all lists side by side."""
         return dict(zip(self.clusters, itertools.accumulate(self.clusters.values(), initial=0), strict=False))
+
+
+def _capped(rows: pd.DataFrame) -> dict[str, pd.Series[float]]:
+    """Return PSNR with everything that is exact to 8 bits counted as just that."""
+    return {HEADLINE: rows[HEADLINE].clip(upper=CAP)} if rows[HEADLINE].notna().any() else {}
+
+
+def _controls(entries: pd.DataFrame) -> dict[tuple[str, ...], list[int]]:
+    """Return the entries of the controls for every (model, dataset, setting, defense)."""
+    usable = entries[entries["control"] & (entries["failed"] == 0) & entries["complete"] & entries["mean"].notna()]
+    usable = usable.sort_values(["mean", "defense"], ascending=[False, True], kind="stable")
+    own: dict[tuple[str, ...], dict[str, int]] = {}
+    anyones: dict[tuple[str, ...], dict[str, int]] = {}
+    names = [*CONTEXT, "defense", "attack"]
+    for entry, (*context, defense, attack) in zip(
+        usable.index, usable[names].itertuples(index=False, name=None), strict=True
+    ):
+        own.setdefault((*context, defense), {}).setdefault(attack, int(entry))
+        anyones.setdefault(tuple(context), {}).setdefault(attack, int(entry))
+    places = entries[[*CONTEXT, "defense"]].drop_duplicates().itertuples(index=False, name=None)
+    return {place: list((anyones.get(place[:-1], {}) | own.get(place, {})).values()) for place in places}
 
 
 def _overlaps(rows: pd.DataFrame, starts: Mapping[str, int], ranks: pd.Series[int]) -> Pairs:
@@ -311,6 +375,8 @@ class Worst:
     """Sample array, see `Resamples`; all NaN where nothing was measured."""
     winners: tuple[int, ...]
     """The entry that attained it in each context."""
+    luck: Floats
+    """Sample array of the largest deviation, towards more leakage, of the entries that may be the strongest."""
 
     @property
     def estimate(self) -> float:
@@ -320,17 +386,17 @@ class Worst:
 
 def worst_case(panel: Panel, resamples: Resamples, entries: pd.DataFrame, name: str) -> Worst:
     """Return the strongest of some entries in each context, on one axis; the maximum is taken in every resample."""
-    nothing = Worst(np.full(resamples.size, np.nan), ())
+    unknown_yet = np.full(resamples.size, np.nan)
     if name not in panel.values:
-        return nothing
+        return Worst(unknown_yet, (), unknown_yet)
     sign = 1.0 if higher_leaks(name) else -1.0
-    contexts, winners = [], []
-    for _, group in entries.groupby(list(CONTEXT)):
-        values = sign * panel.of(name, list(group.index))
+    contexts, winners, luck = [], [], []
+    for index in panel.by_context(entries.index.to_numpy()):
+        values = sign * panel.of(name, index)
         with_values = np.isfinite(values).any(axis=1)
         if not with_values.any():
             continue
-        index, values = group.index.to_numpy()[with_values], values[with_values]
+        index, values = index[with_values], values[with_values]
         leader = int(np.argmax(mean_over_known(values.T)))
         # An entry that is no better on any victim can win in no resample.
         rivals = ~(values <= values[leader]).all(axis=1)
@@ -338,7 +404,22 @@ def worst_case(panel: Panel, resamples: Resamples, entries: pd.DataFrame, name: 
         means = resamples.means(panel.stratum(index[0]), values[rivals])
         contexts.append(sign * np.fmax.reduce(means, axis=0))
         winners.append(int(index[leader]))
-    return Worst(np.mean(contexts, axis=0), tuple(winners)) if contexts else nothing
+        luck.append(luck_of(means, resamples))
+    if not contexts:
+        return Worst(unknown_yet, (), unknown_yet)
+    return Worst(np.mean(contexts, axis=0), tuple(winners), np.mean(luck, axis=0))
+
+
+def luck_of(means: Floats, resamples: Resamples) -> Floats:
+    """Return what the largest of several means owes to luck: the largest deviation [S] among means [K, S].
+
+    Means that are clearly below the largest do not count.
+    """
+    deviations = means - means[:, :1]
+    errors = resamples.errors(deviations)
+    contenders = means[:, 0] + 2 * _CLEARLY * errors >= np.nanmax(means[:, 0])
+    largest: Floats = np.fmax.reduce(deviations[contenders], axis=0)
+    return largest
 
 
 def higher_leaks(name: str) -> bool:

@@ -6,7 +6,9 @@ therefore speak of new victims, and of the seeds that were run. Clusters of seve
 dataset) may share images: `overlaps` names such pairs, and their covariance is added.
 
 From 32 clusters on, 95 % intervals cover 93 to 97 % in simulations of normal, skewed and two-humped outcomes;
-with 16 they cover 93 to 98 %, the excess where outcomes have two humps; below that they are too narrow.
+with 16 they cover 93 to 98 %, the excess where outcomes have two humps; below that they are too narrow. Where rare
+outcomes may not have been seen at all, and for the largest of several means, an interval is widened: see
+`Resamples.interval`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import optimize, sparse, special
+
+from ..scales import CAP
 
 LEVEL = 0.95
 """Confidence of every interval."""
@@ -47,6 +51,11 @@ class Interval:
     estimate: float
     low: float
     high: float
+
+
+def ends(name: str, interval: Interval) -> dict[str, float]:
+    """Return an interval as columns of a table."""
+    return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 class Resamples:
@@ -101,13 +110,31 @@ class Resamples:
         stretched: Floats = estimate + factor[..., None] * (drawn - estimate)
         return stretched
 
-    def interval(self, samples: Floats, maximum: bool = False) -> Interval:
+    def errors(self, samples: Floats) -> Floats:
+        """Return the standard errors [...] of sample arrays [..., S], by the jackknife."""
+        squares = [(part**2).sum(axis=-1) for part in self._influences(samples)]
+        return np.asarray(np.sqrt(np.sum(squares, axis=0)))
+
+    def interval(
+        self,
+        samples: Floats,
+        maximum: bool = False,
+        scale: tuple[float, float] | None = (0.0, CAP),
+        luck: Floats | None = None,
+    ) -> Interval:
         """Bias-corrected accelerated interval of a sample array [S] (Efron 1987), widened for few clusters.
 
         The nominal level is stretched from normal to Student quantiles (Hesterberg 2015, arXiv:1411.5279),
-        which matters below 50 clusters. With `maximum`, the samples are maxima over attacks: the largest of
-        several noisy means errs upwards, so the low end is also reflected at the estimate and the lower of
-        both is taken. Still, ten attacks of exactly equal strength leave about 90 % coverage.
+        which matters below 50 clusters.
+
+        Args:
+            samples: the sample array.
+            maximum: the samples are maxima over attacks: the largest of several noisy means errs upwards. The
+                low end allows for `luck`, or for what the resamples show of it: they double the noise, so their
+                own upward error is sqrt(2) - 1 of that of the estimate where attacks are alike.
+            scale: the ends of what one cluster can score. As large a share of clusters may lie at either end as
+                can stay unseen 1 time in 20: 17 % of 16. None for differences, which have no scale.
+            luck: sample array [S] of the largest deviation among the attacks that may be the strongest.
         """
         estimate, draws = float(samples[0]), self.draws(samples)
         freedom = sum(size - 1 for size in self.clusters.values())
@@ -128,8 +155,21 @@ class Resamples:
 
         low, high = quantile(-reach), quantile(reach)
         if maximum:
-            low = min(low, 2 * estimate - float(np.quantile(draws, special.ndtr(reach))))
+            low = min(low, estimate - self._luck(draws - estimate, reach, luck))
+            high = max(high, float(np.quantile(draws, special.ndtr(reach))))
+        if scale is not None:
+            unseen = 1 - (1 - LEVEL) ** (1 / sum(self.clusters.values()))
+            low = min(low, estimate - unseen * max(0.0, estimate - scale[0]))
+            high = max(high, estimate + unseen * max(0.0, scale[1] - estimate))
         return Interval(estimate, min(low, estimate), max(high, estimate))
+
+    def _luck(self, deviations: Floats, reach: float, luck: Floats | None) -> float:
+        """Return by how much the largest of several means may exceed the largest of their true values."""
+        if luck is not None:
+            return float(np.quantile(self.draws(luck), special.ndtr(reach)))
+        upwards = max(0.0, float(deviations.mean())) / (math.sqrt(2) - 1)
+        # Twice, as the resamples see least of it where luck has put one attack far ahead.
+        return 2 * upwards + reach * float(deviations.std())
 
     def _acceleration(self, samples: Floats) -> float:
         cubes = squares = 0.0

@@ -170,7 +170,7 @@ def _leaderboard(
         raise unknown("format", format, report.FORMATS)
     with open_all(stores) as opened:
         found = results.read(*opened)
-    defenses, attacks = leaderboard.defense_board(found), leaderboard.attack_board(found)
+    defenses, attacks = leaderboard.landing_board(found), leaderboard.attack_board(found)
     made = {
         "defenses": lambda: defenses,
         "attacks": lambda: attacks,

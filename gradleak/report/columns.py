@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from ..board.leaderboard import Board
-from ..board.results import SUCCESSES
-from ..scales import METRICS
+from ..board.results import HEADLINE, SUCCESSES
+from ..scales import CAP, METRICS, Threshold
 
 Line = Mapping[str, Any]
 
@@ -30,6 +30,8 @@ class Column:
     """Where a terminal is too narrow, columns of higher rank go first; those of rank 0 never."""
     strong: bool = False
     """Whether it stands out on lines that are separably first."""
+    brief: Callable[[Line], str] | None = None
+    """A shorter text, for where the column would not fit."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,12 @@ class Shown:
 
     column: Column
     cells: tuple[str, ...]
+    brief: tuple[str, ...] | None = None
+    """The shorter texts, if there are any."""
+
+    def shortened(self) -> Shown:
+        """Return the column with its shorter texts."""
+        return Shown(self.column, self.brief or self.cells)
 
     @property
     def width(self) -> int:
@@ -48,7 +56,10 @@ class Shown:
 def shown(board: Board) -> list[Shown]:
     """Return the columns of a board that hold anything, as text."""
     lines: list[Line] = board.table.to_dict("records")  # type: ignore[assignment]
-    columns = [Shown(column, tuple(column.text(line) for line in lines)) for column in _COLUMNS[board.name]]
+    columns = [
+        Shown(column, tuple(map(column.text, lines)), column.brief and tuple(map(column.brief, lines)))
+        for column in _COLUMNS[board.name]
+    ]
     return [each for each in columns if any(cell not in ("", MISSING) for cell in each.cells)]
 
 
@@ -86,7 +97,12 @@ def _label(heading: str, name: str, rank: int = 0, strong: bool = False) -> Colu
 
 
 def _interval(heading: str, name: str, digits: int = 1, rank: int = 1, percent: bool = False) -> Column:
-    return Column(heading, lambda line: interval(line, name, digits, percent), rank=rank)
+    return Column(
+        heading,
+        lambda line: interval(line, name, digits, percent),
+        rank=rank,
+        brief=lambda line: number(line.get(name), digits, percent),
+    )
 
 
 def _attained(line: Line) -> str:
@@ -106,50 +122,67 @@ def _failed(line: Line) -> str:
     return f"{line['failed']}/{line['trials']}" if line["failed"] else ""
 
 
-def _successes(first: int, intervals: bool) -> list[Column]:
+def _share(line: Threshold, name: str, rank: int, intervals: bool) -> Column:
+    """Return the column of the share of images that reach a threshold."""
+    if (line.metric, line.value) == (HEADLINE, CAP):
+        heading = "exact %"
+    else:
+        direction, unit = "≥" if METRICS[line.metric].higher_is_better else "≤", METRICS[line.metric].unit
+        measure = f"{direction} {line.value:g} {unit}" if unit else f"{line.metric.upper()} {direction} {line.value:g}"
+        heading = f"{measure} %"
     make = _interval if intervals else _plain
-    return [
-        make(
-            f"{line.metric.upper()} {'≥' if METRICS[line.metric].higher_is_better else '≤'} {line.value:g} %",
-            name,
-            digits=0,
-            rank=first + place,
-            percent=True,
-        )
-        for place, (name, line) in enumerate(SUCCESSES.items())
-    ]
+    return make(heading, name, digits=0, rank=rank, percent=True)
+
+
+def _successes(first: int, intervals: bool, among: slice) -> list[Column]:
+    chosen = list(SUCCESSES.items())[among]
+    return [_share(line, name, first + place, intervals) for place, (name, line) in enumerate(chosen)]
+
+
+def _specialty(line: Line) -> str:
+    """Return what an attack without a rank breaks."""
+    return str(line.get("breaks") or "") if pd.isna(line["rank_low"]) else ""
+
+
+def _quartiles(line: Line) -> str:
+    return " ".join(number(line.get(f"{HEADLINE}_{name}")) for name in ("q25", "median", "q75"))
+
+
+def _faced(line: Line) -> str:
+    return f"{line['attacks_faced']}/{line['attacks_expected']}" if "attacks_faced" in line else ""
 
 
 _COLUMNS: dict[str, tuple[Column, ...]] = {
     "defenses": (
         Column("rank", rank, strong=True),
         _label("defense", "defense", strong=True),
+        _label("standing", "standing", rank=1),
+        *_successes(0, intervals=True, among=slice(0, 1)),
+        *_successes(1, intervals=True, among=slice(1, 2)),
         _interval("PSNR dB", "psnr", rank=0),
-        Column("worst attack", _attained, right=False),
-        _plain("floor", "psnr_floor", rank=1),
-        _interval("above floor dB", "above", rank=2),
-        _plain("oblivious", "psnr_oblivious", rank=1),
-        _plain("adaptive", "psnr_adaptive", rank=1),
+        Column("quartiles", _quartiles, rank=8),
+        _plain("most exposed", "psnr_q95", rank=5),
+        _label("doubt", "doubt"),
+        _plain("floor", "psnr_floor", rank=2),
+        _interval("above floor dB", "above", rank=5),
+        _interval("accuracy %", "test_accuracy", rank=3, percent=True),
+        _interval("lost points", "accuracy_lost", rank=6, percent=True),
+        _plain("bytes", "bytes", digits=0, rank=3),
+        Column("epsilon", _guarantee, rank=3),
+        _plain("training epsilon", "training_epsilon", digits=2, rank=9),
+        Column("worst attack", _attained, right=False, rank=4),
+        Column("attacks", _faced, rank=4),
+        _plain("oblivious", "psnr_oblivious", rank=6),
+        _plain("adaptive", "psnr_adaptive", rank=6),
         _plain("oracle", "psnr_ceiling", rank=9),
-        Column(
-            "quartiles",
-            lambda line: " ".join(number(line[f"psnr_{name}"]) for name in ("q25", "median", "q75")),
-            rank=10,
-        ),
         _interval("SSIM", "ssim", digits=2, rank=7),
         _interval("MS-SSIM", "ms_ssim", digits=2, rank=12),
         _interval("LPIPS", "lpips", digits=2, rank=6),
-        _interval("re-identified %", "reidentified", digits=0, rank=4, percent=True),
-        _plain("labels %", "label_correct", digits=0, rank=8, percent=True),
-        *_successes(13, intervals=True),
-        Column("epsilon", _guarantee, rank=2),
-        _plain("bytes", "bytes", digits=0, rank=3),
+        _interval("re-identified %", "reidentified", digits=0, rank=5, percent=True),
+        _interval("labels %", "label_correct", digits=0, rank=8, percent=True),
+        *_successes(13, intervals=True, among=slice(2, None)),
         _plain("client s", "client_seconds", digits=3, rank=11),
-        _interval("accuracy %", "test_accuracy", rank=2, percent=True),
-        _interval("lost points", "accuracy_lost", rank=9, percent=True),
-        _plain("training epsilon", "training_epsilon", digits=2, rank=9),
-        Column("failed", _failed, rank=5),
-        _label("note", "badges", rank=1),
+        Column("failed", _failed, rank=6),
     ),
     "attacks": (
         Column("rank", rank, strong=True),
@@ -157,18 +190,22 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         _label("knowledge", "knowledge", rank=1),
         _label("family", "family", rank=4),
         _interval("above floor dB", "above", rank=0),
+        Column("sets worst of", lambda line: str(line.get("sets") or ""), rank=2),
         _plain("PSNR dB", "psnr", rank=1),
+        *_successes(2, intervals=False, among=slice(0, 2)),
         _plain("SSIM", "ssim", digits=2, rank=5),
         _plain("MS-SSIM", "ms_ssim", digits=2, rank=9),
         _plain("LPIPS", "lpips", digits=2, rank=5),
         _plain("re-identified %", "reidentified", digits=0, rank=3, percent=True),
         _plain("labels %", "label_correct", digits=0, rank=6, percent=True),
-        *_successes(6, intervals=False),
+        *_successes(8, intervals=False, among=slice(2, None)),
         _interval("rating", "rating", digits=0, rank=2),
         _plain("gradients", "gradient_evaluations", digits=0, rank=4),
         _plain("seconds", "seconds", digits=2, rank=7),
         Column("cells", lambda line: f"{line['cells']}/{line['of_cells']}", rank=3),
+        Column("unfit", lambda line: str(line.get("unfit") or ""), rank=4),
         Column("failed", _failed, rank=4),
+        Column("specialist against", _specialty, right=False, rank=3),
     ),
     "pareto": (
         Column("front", _mark("front", "*"), right=False),
@@ -178,7 +215,8 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         _plain("lost points", "accuracy_lost", percent=True),
         _plain("bytes", "bytes", digits=0),
         Column("epsilon", _guarantee),
-        _label("note", "badges"),
+        _label("standing", "standing"),
+        _label("doubt", "doubt"),
     ),
     "compute": (
         Column("front", _mark("front", "*"), right=False),

@@ -12,7 +12,7 @@ from .. import __version__
 from ..board import leaderboard
 from ..board.flags import flag_board
 from ..board.leaderboard import Board
-from ..board.results import CONTEXT, Results
+from ..board.results import Results
 from ..board.store import Store
 from ..errors import GradleakError
 from . import figures, page
@@ -36,8 +36,7 @@ def write(results: Results, stores: Sequence[Store], out: Path, reported: Sequen
     boards = all_boards(results, reported)
     contexts: list[Board] = []
     if 1 < len(results.contexts) <= page.MOST_CONTEXTS:
-        parts = (results.where(**dict(zip(CONTEXT, context, strict=True))) for context in results.contexts)
-        contexts = [leaderboard.defense_board(part) for part in parts]
+        contexts = leaderboard.context_boards(results)
     pictures = Pictures(results, stores)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +63,7 @@ def write(results: Results, stores: Sequence[Store], out: Path, reported: Sequen
 
 def all_boards(results: Results, reported: Sequence[Reported] = ()) -> dict[str, Board]:
     """Return the boards of a report by name."""
-    defenses, attacks = leaderboard.defense_board(results), leaderboard.attack_board(results)
+    defenses, attacks = leaderboard.landing_board(results), leaderboard.attack_board(results)
     boards = {
         "defenses": defenses,
         "attacks": attacks,

@@ -28,6 +28,7 @@ from ..board.results import CONTEXT, HEADLINE, KNOWLEDGE, Results
 from ..scales import METRICS, THRESHOLDS
 from .columns import shown
 from .gallery import QUANTILES, Picture, Pictures, picks
+from .method import METHOD
 
 CHUNK = 200
 """Lines of pictures or curves that are split at once."""
@@ -91,7 +92,7 @@ def write(
         quantiles=", ".join(f"{100 * share:.0f} %" for share in QUANTILES),
         thumbnails=f"Pictures above {SIDE} pixels are made smaller"
         + ("." if lossless else f"; with more than {MANY} cells they are compressed with loss."),
-        protocol=[*boards["defenses"].notes, *boards["attacks"].notes[:1], _thresholds()],
+        protocol=[*METHOD, *boards["defenses"].notes, *boards["attacks"].notes[:1], _thresholds()],
         parts=_parts(results),
         metrics=METRICS.values(),
         machines=_machines(results.cells),

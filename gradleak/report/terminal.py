@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..board.leaderboard import Board
-from .columns import Shown, shown
+from .columns import Column, Shown, shown
 
 _GAP = 2
 
@@ -36,9 +36,11 @@ def _board(board: Board, width: int | None, colour: bool) -> str:
         bold = line in board.strong
         table.add_row(*(Text(each.cells[line], "bold" if bold and each.column.strong else "") for each in columns))
     notes = list(board.notes)
-    left_out.sort(key=all_columns.index)
-    if left_out:
-        notes.append(f"too narrow for: {', '.join(each.column.heading for each in left_out)}")
+    headings = [each.column.heading for each in all_columns if each.column in left_out]
+    if any(each not in all_columns for each in columns):
+        notes.append("too narrow for all intervals")
+    if headings:
+        notes.append(f"too narrow for: {'; '.join(headings)}")
     natural = sum(each.width + _GAP for each in columns)
     console = Console(
         file=io.StringIO(),
@@ -58,13 +60,32 @@ def _board(board: Board, width: int | None, colour: bool) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
 
-def _fit(columns: list[Shown], width: int | None) -> tuple[list[Shown], list[Shown]]:
-    """Split columns into those that fit and those left out; equal ranks go from the right."""
-    left_out: list[Shown] = []
-    while width and sum(each.width + _GAP for each in columns) > width:
-        worst = max(columns, key=lambda each: (each.column.rank, columns.index(each)))
-        if worst.column.rank == 0:
-            break
-        columns = [each for each in columns if each is not worst]
-        left_out.append(worst)
-    return columns, left_out
+_LEAST = 3
+"""Columns of this rank or above are left out before intervals are."""
+
+
+def _fit(columns: list[Shown], width: int | None) -> tuple[list[Shown], list[Column]]:
+    """Split columns into those that fit and those left out; equal ranks go from the right.
+
+    The least important columns go first, then the intervals of the others, then the others.
+    """
+
+    def is_fitting() -> bool:
+        return not width or sum(each.width + _GAP for each in columns) - _GAP <= width
+
+    def leave_out(least: int) -> list[Column]:
+        left: list[Column] = []
+        while not is_fitting():
+            worst = max(columns, key=lambda each: (each.column.rank, columns.index(each)))
+            if worst.column.rank < least:
+                break
+            columns.remove(worst)
+            left.append(worst.column)
+        return left
+
+    columns = list(columns)
+    left_out = leave_out(_LEAST)
+    for each in sorted(columns, key=lambda each: -each.column.rank):
+        if not is_fitting():
+            columns[columns.index(each)] = each.shortened()
+    return columns, left_out + leave_out(1)

@@ -1,0 +1,74 @@
+"""What a defense costs and guarantees: bytes, seconds, epsilon, and the accuracy that training under it leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .results import CONTEXT, UNDEFENDED, Results
+from .statistics import LEVEL, ends, over_seeds
+
+
+def price(provenance: pd.Series[Any]) -> dict[str, Any]:
+    """Return what a defense costs and guarantees; the weakest guarantee where several settings differ."""
+    facts = pd.DataFrame(list(provenance))
+    names = ("bytes", "dense_bytes", "client_seconds")
+    line: dict[str, Any] = {
+        name: float(pd.to_numeric(facts[name]).mean()) if name in facts else math.nan for name in names
+    }
+    weakest = _weakest(facts.get("epsilon", []))
+    line["epsilon"] = float(weakest.get("epsilon", math.nan))
+    line["delta"] = float(weakest.get("delta", math.nan))
+    line["accountant"] = str(weakest.get("accountant", ""))
+    return line
+
+
+def _weakest(guarantees: Iterable[Any]) -> Mapping[str, Any]:
+    known = [fact for fact in guarantees if isinstance(fact, Mapping)]
+    return max(known, key=lambda fact: float(fact["epsilon"]), default={})
+
+
+def accuracies(results: Results) -> pd.DataFrame:
+    """Return all cells, attacked or trained, with the `accuracy` and `guarantee` of training under their defense."""
+    names = [*CONTEXT, "attack", "seed", "defense", "defense_family", "provenance"]
+    cells = pd.concat([results.cells[names], results.utility[names]], ignore_index=True)
+    facts = cells.pop("provenance")
+    accuracy = pd.to_numeric(pd.Series([fact.get("test_accuracy") for fact in facts], dtype=object))
+    cells = cells.assign(accuracy=accuracy, guarantee=[fact.get("training_epsilon") for fact in facts])
+    return cells[cells["accuracy"].notna() | cells["guarantee"].notna()]
+
+
+def utility(accuracies: pd.DataFrame, defense: str) -> dict[str, float]:
+    """Return the accuracy that training under a defense leaves, what that is below no defense, and its guarantee.
+
+    Intervals are over seeds, each with its mean over models and datasets; without a defense the same ones count.
+    """
+    same = [*CONTEXT, "attack", "seed"]
+    chosen = accuracies[accuracies["defense"] == defense]
+    if not len(chosen):
+        nothing = over_seeds(np.array([]))
+        return {**ends("test_accuracy", nothing), **ends("accuracy_lost", nothing), "training_epsilon": math.nan}
+    known = accuracies[accuracies["accuracy"].notna()]
+    own = known[known["defense"] == defense].groupby(same)["accuracy"].mean()
+    bare = known[known["defense_family"] == UNDEFENDED].groupby(same)["accuracy"].mean()
+    line = ends("test_accuracy", over_seeds(own.groupby("seed").mean().to_numpy()))
+    line |= ends("accuracy_lost", over_seeds((bare - own).dropna().groupby("seed").mean().to_numpy()))
+    line["training_epsilon"] = float(_weakest(chosen["guarantee"]).get("epsilon", math.nan))
+    return line
+
+
+def trainings(results: Results) -> list[str]:
+    """Say how the models behind the accuracies were trained."""
+    recipes = {json.dumps(config["attack"]["options"], sort_keys=True) for config in results.utility["config"]}
+    seeds = results.utility["seed"].nunique()
+    return [
+        f"accuracy: {recipe['clients']} clients, {recipe['rounds']} rounds of {recipe['batch_size']} images a client, "
+        f"{recipe['local_steps']} local step(s), server rate the best of {', '.join(map(str, recipe['lr']))} on "
+        f"images held out; Student's {100 * LEVEL:.0f} % interval over {seeds} seeds"
+        for recipe in map(json.loads, sorted(recipes))
+    ]
