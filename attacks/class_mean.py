@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from gradleak import structure
 from gradleak.attack import Attack, Reconstruction
+from gradleak.defense import Defense
 from gradleak.search import labels as label_rules
 from gradleak.seeds import Generators
-from gradleak.threat import Knowledge, Labels, Observation
+from gradleak.threat import Knowledge, Labels, Observation, Setting, rank
 from gradleak.update import one_hot
 
 
@@ -24,6 +27,11 @@ class ClassMean(Attack):
     reference = "gradleak"
     needs = Knowledge(labels=Labels.INFERRED, auxiliary=True)
 
+    def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
+        """Say why labels that are not granted cannot be inferred."""
+        granted = rank(setting.grants.labels) >= rank(Labels.COUNTS)
+        return None if granted else label_rules.lacking(structure.of(module).head, "auto")
+
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Return the mean image of each label, [N, B, C, H, W]."""
         assert observation.auxiliary is not None
@@ -34,5 +42,6 @@ class ClassMean(Attack):
         means = torch.where(counts > 0, means, images.mean(0))
         labels = observation.labels
         if labels is None:
-            labels = label_rules.infer(observation.gradient, observation.classes, observation.batch_size)
+            head = structure.of(observation.network.module).head
+            labels = label_rules.infer(observation.gradient, head, observation.batch_size)
         return Reconstruction(images=means[labels], labels=labels)
