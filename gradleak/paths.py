@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import secrets
 import tempfile
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, TypeVar
 
@@ -44,3 +48,35 @@ def conceal(text: str, places: Mapping[str, Path | None]) -> str:
     for path_text in sorted(known, key=len, reverse=True):
         text = re.sub(rf"(?<![\w.-]){re.escape(path_text)}(?![\w-])", lambda _, name=known[path_text]: name, text)  # type: ignore[misc]
     return text
+
+
+def printable(text: str) -> str:
+    """Return text that a terminal shows as it is: what would steer it, or hide or turn other text, is written out.
+
+    Such are control characters (ESC, BEL), marks that change the direction of writing, and line separators.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_written_out(mark) if unicodedata.category(mark) in _STEERING else mark for mark in text)
+
+
+_STEERING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+"""Unicode's categories of control, format, surrogate, private use, line and paragraph separators."""
+
+
+def _written_out(mark: str) -> str:
+    return mark.encode("unicode_escape").decode()
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a path beside a file; at the end of the block what was written there takes its place, or is deleted.
+
+    So a file is there whole or not at all, whoever dies or however full the disk is.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

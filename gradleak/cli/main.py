@@ -18,6 +18,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..errors import GradleakError, unknown
+from ..paths import printable
 from . import prior
 
 BOARDS = ("defenses", "attacks", "pareto", "compute")
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GradleakError as error:
         if debug:
             traceback.print_exc()
-        print(f"gradleak: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
@@ -120,6 +121,15 @@ def _run(
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Allow datasets to be downloaded there.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    cell_timeout: Annotated[
+        float, typer.Option("--cell-timeout", metavar="SECONDS", help="A cell that takes longer is ended and failed.")
+    ] = 86400.0,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--memory-limit", metavar="GIB", help="Memory of a worker [default: four fifths of the machine's]."
+        ),
+    ] = None,
     plugin: PluginFiles = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the cells.")] = False,
 ) -> None:
@@ -128,7 +138,8 @@ def _run(
     from ..evaluation.workshop import Resources
 
     target = store or Path(f"{suite.stem}.sqlite")
-    engine = executors.build(executor, workers, ray_address)
+    memory = None if memory_limit is None else int(memory_limit * 2**30)
+    engine = executors.build(executor, workers, ray_address, executors.Limits(cell_timeout, memory))
     resources = Resources(data_root=data_root, download=download, device=device)
     plugins = tuple(plugin or ())
     if dry_run:
@@ -138,14 +149,19 @@ def _run(
     summary = runner.run(suite, target, engine, resources, plugins, retry_failed, console)
     for title, error in summary.failed.items():
         _say(f"failed: {title}: {error}")
+    for title, reason in summary.pending.items():
+        _say(f"not computed: {title}: {reason}")
     already = summary.stored - summary.ran
     if summary.interrupted:
         _say(f"interrupted: {summary.stored} of {summary.cells} cells are in {target}; the same command goes on")
-        raise typer.Exit(130)
+        raise typer.Exit(128 + summary.interrupted)
     line = f"{summary.cells} cells: {summary.ran} run, {already} stored already, {len(summary.failed)} failed"
     _say(f"{line}; {summary.seconds:.0f} s; see: gradleak leaderboard {target}")
     if summary.failed:
         _say(f"run again with --retry-failed to repeat the {len(summary.failed)} failed cells")
+    if summary.pending:
+        _say(f"run again to compute the {len(summary.pending)} cells that this run could not")
+    if summary.failed or summary.pending:
         raise typer.Exit(1)
 
 
@@ -327,7 +343,7 @@ def _installed(package: str) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"gradleak: {text}", file=sys.stderr)
+    print(f"gradleak: {printable(text)}", file=sys.stderr)
 
 
 def _json(value: Any) -> Any:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from ..board.leaderboard import Board
 from ..board.results import SUCCESSES
+from ..paths import printable
 from ..scales import METRICS
 
 Line = Mapping[str, Any]
@@ -48,7 +49,7 @@ class Shown:
 def shown(board: Board) -> list[Shown]:
     """Return the columns of a board that hold anything, as text."""
     lines: list[Line] = board.table.to_dict("records")  # type: ignore[assignment]
-    columns = [Shown(column, tuple(column.text(line) for line in lines)) for column in _COLUMNS[board.name]]
+    columns = [Shown(column, tuple(printable(column.text(line)) for line in lines)) for column in _COLUMNS[board.name]]
     return [each for each in columns if any(cell not in ("", MISSING) for cell in each.cells)]
 
 
