@@ -8,7 +8,7 @@ import re
 import secrets
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, TypeVar
 
@@ -50,22 +50,28 @@ def conceal(text: str, places: Mapping[str, Path | None]) -> str:
     return text
 
 
-def printable(text: str) -> str:
-    """Return text that a terminal shows as it is: what would steer it, or hide or turn other text, is written out.
-
-    Such are control characters (ESC, BEL), marks that change the direction of writing, and line separators.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_written_out(mark) if unicodedata.category(mark) in _STEERING else mark for mark in text)
-
-
 _STEERING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 """Unicode's categories of control, format, surrogate, private use, line and paragraph separators."""
 
 
 def _written_out(mark: str) -> str:
     return mark.encode("unicode_escape").decode()
+
+
+def printable(text: str, keep: str = "", form: Callable[[str], str] = _written_out) -> str:
+    """Return text that a terminal shows as it is: what would steer it, or hide or turn other text, is written out.
+
+    Such are control characters (ESC, BEL), marks that change the direction of writing, and line separators.
+
+    Args:
+        text: which may be a stranger's.
+        keep: characters that stay.
+        form: what is written for another.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    steering = {mark for mark in set(text) if unicodedata.category(mark) in _STEERING} - set(keep)
+    return text.translate({ord(mark): form(mark) for mark in steering})
 
 
 @contextlib.contextmanager

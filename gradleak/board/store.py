@@ -54,6 +54,7 @@ __all__ = [
     "victim_list",
 ]
 
+_SIDES = {"reconstruction": 4, "trace": 1}
 CHECKPOINT = 60.0
 """Seconds after which a commit also brings the main file up to date, so that it can be read without its log."""
 
@@ -106,19 +107,19 @@ class Store:
 
     def has(self, key: str) -> bool:
         """Return whether a finished cell has this key; a failed one does not count."""
-        return bool(self._query("SELECT 1 FROM cells WHERE key = ? AND status = 'ok'", (key,)))
+        return bool(self.query("SELECT 1 FROM cells WHERE key = ? AND status = 'ok'", (key,)))
 
     def statuses(self) -> dict[str, str]:
         """Return the status (ok, failed) of every cell by its key."""
-        return dict(self._query("SELECT key, status FROM cells"))
+        return dict(self.query("SELECT key, status FROM cells"))
 
     def images(self) -> int:
         """Return how many true images have a row."""
-        return int(self._query("SELECT count(*) FROM rows")[0][0])
+        return int(self.query("SELECT count(*) FROM rows")[0][0])
 
     def failed(self) -> dict[str, str]:
         """Return the error of every failed cell by its key."""
-        return dict(self._query("SELECT key, error FROM cells WHERE status = 'failed' ORDER BY key"))
+        return dict(self.query("SELECT key, error FROM cells WHERE status = 'failed' ORDER BY key"))
 
     def write(self, result: CellResult) -> None:
         """Add a cell in one transaction; a failed one of the same key is replaced.
@@ -178,7 +179,7 @@ class Store:
         A key does not depend on labels, so whoever changes one in a suite need not compute its cells again.
         """
         changed = []
-        for key, text in self._query("SELECT key, config FROM cells"):
+        for key, text in self.query("SELECT key, config FROM cells"):
             if key in configs:
                 config = json.loads(text)
                 names = {part: names_of(configs[key][part]) for part in NAMED}
@@ -194,7 +195,7 @@ class Store:
 
         Victims that are there already are left as they are; `name` comes from `victim_list`.
         """
-        if {victim for (victim,) in self._query("SELECT victim FROM victims WHERE list = ?", (name,))} >= set(
+        if {victim for (victim,) in self.query("SELECT victim FROM victims WHERE list = ?", (name,))} >= set(
             range(len(images))
         ):
             return
@@ -222,7 +223,11 @@ class Store:
         Raises:
             GradleakError: a cell is not as a cell has to be (`trust`).
         """
-        frame = self._frame("cells", " ORDER BY key")
+        return self.cells_where("true")
+
+    def cells_where(self, condition: str, values: tuple[Any, ...] = ()) -> pd.DataFrame:
+        """Return some cells as `cells` does, by a condition of SQL."""
+        frame = self._frame("cells", f" WHERE {condition} ORDER BY key", values)
         trust.check_cells(frame, self._name)
         for name in ("config", "versions", "provenance"):
             plain = trust.read_json(name, list(frame[name]), list(frame["key"]), self._name)
@@ -249,7 +254,7 @@ class Store:
         cells = (self.cells() if cells is None else cells)[["id", "key", *DESCRIBED]]
         for kinds, names in (("'integer'", INTEGERS), ("'integer', 'real', 'null'", NUMBERS)):
             for name in names:
-                if odd := self._query(f"SELECT {name} FROM rows WHERE typeof({name}) NOT IN ({kinds}) LIMIT 1"):
+                if odd := self.query(f"SELECT {name} FROM rows WHERE typeof({name}) NOT IN ({kinds}) LIMIT 1"):
                     raise GradleakError(f"{self._name}: a row has {name} {odd[0][0]!r:.40}, which is no number")
         rows = self._frame("rows").astype(dict.fromkeys(NUMBERS, float))
         order = ["key", "victim", "image"]
@@ -263,7 +268,7 @@ class Store:
         Raises:
             GradleakError: none is kept, or it is no stack of images.
         """
-        return self._blob(key, victim, "reconstruction", 4)
+        return self.array(key, victim, "reconstruction")
 
     def trace(self, key: str, victim: int) -> Array:
         """Return the attacker's loss over its iterations for one victim, [T].
@@ -271,7 +276,22 @@ class Store:
         Raises:
             GradleakError: none is kept, or it is no list of losses.
         """
-        return self._blob(key, victim, "trace", 1)
+        return self.array(key, victim, "trace")
+
+    def array(self, key: str, victim: int, kind: str) -> Array:
+        """Return a `reconstruction` or a `trace`.
+
+        Raises:
+            GradleakError: none is kept, or it is not what it is called.
+        """
+        query = (
+            "SELECT shape, dtype, data FROM blobs JOIN cells ON cells.id = blobs.cell"
+            " WHERE cells.key = ? AND victim = ? AND kind = ?"
+        )
+        found = self.query(query, (key, victim, kind))
+        if not found:
+            raise GradleakError(f"store {self.path}: cell {key[:12]} keeps no {kind} of victim {victim}")
+        return self._unpack(found[0], _SIDES.get(kind, 0), f"cell {key[:12]}: {kind} of victim {victim}")
 
     def truth(self, name: str, victim: int) -> tuple[Array, Array]:
         """Return the images [B, C, H, W] and labels [B] of one victim of a list.
@@ -280,7 +300,7 @@ class Store:
             GradleakError: the list or victim is not kept, or it is no stack of images with a label each.
         """
         query = "SELECT shape, dtype, data, labels FROM victims WHERE list = ? AND victim = ?"
-        found = self._query(query, (name, victim))
+        found = self.query(query, (name, victim))
         if not found:
             raise GradleakError(f"store {self.path}: no victim {victim} of list {name!r}")
         images = self._unpack(found[0][:3], 4, f"victim {victim} of list {name!r}")
@@ -294,7 +314,7 @@ class Store:
 
     def victim_lists(self) -> list[str]:
         """Return the names of the victim lists whose truth is kept, sorted."""
-        return [name for (name,) in self._query("SELECT DISTINCT list FROM victims ORDER BY list")]
+        return [name for (name,) in self.query("SELECT DISTINCT list FROM victims ORDER BY list")]
 
     def export_parquet(self, path: Path | str) -> None:
         """Write `rows` to a Parquet file, with each cell's configuration and provenance as JSON text."""
@@ -338,24 +358,29 @@ class Store:
     @property
     def claimed(self) -> bool:
         """Whether the file has a table of claims."""
-        return bool(self._query("SELECT 1 FROM sqlite_master WHERE name = 'claims'"))
+        return bool(self.query("SELECT 1 FROM sqlite_master WHERE name = 'claims'"))
 
-    def _query(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    def query(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        """Return the lines that a query finds.
+
+        Raises:
+            GradleakError: the file cannot be read, or not in the time of `trust.SECONDS`.
+        """
         try:
             with trust.in_time(self._database):
                 return self._database.execute(query, values).fetchall()
         except (sqlite3.Error, UnicodeDecodeError, OverflowError) as error:
             raise GradleakError(f"store {self.path}: cannot be read: {error}") from error
 
-    def _frame(self, table: str, order: str = "") -> pd.DataFrame:
-        columns = [name for _, name, *_ in self._query(f"PRAGMA table_info({table})")]
-        lines = self._query(f"SELECT * FROM {table}{order}")
+    def _frame(self, table: str, rest: str = "", values: tuple[Any, ...] = ()) -> pd.DataFrame:
+        columns = [name for _, name, *_ in self.query(f"PRAGMA table_info({table})")]
+        lines = self.query(f"SELECT * FROM {table}{rest}", values)
         return pd.DataFrame.from_records(lines, columns=columns, coerce_float=True)
 
     def _kept(self) -> dict[str, int]:
         """Return how many images of each list of victims are stored, by lengths of the lists of labels."""
         kept: dict[str, int] = {}
-        for name, labels in self._query("SELECT list, labels FROM victims"):
+        for name, labels in self.query("SELECT list, labels FROM victims"):
             kept[name] = kept.get(name, 0) + (labels.count(",") + 1 if isinstance(labels, str) else 0)
         return kept
 
@@ -464,16 +489,6 @@ class Store:
         )
         assert cursor.lastrowid is not None
         return cursor.lastrowid
-
-    def _blob(self, key: str, victim: int, kind: str, sides: int) -> Array:
-        query = (
-            "SELECT shape, dtype, data FROM blobs JOIN cells ON cells.id = blobs.cell"
-            " WHERE cells.key = ? AND victim = ? AND kind = ?"
-        )
-        found = self._query(query, (key, victim, kind))
-        if not found:
-            raise GradleakError(f"store {self.path}: cell {key[:12]} keeps no {kind} of victim {victim}")
-        return self._unpack(found[0], sides, f"cell {key[:12]}: {kind} of victim {victim}")
 
     def _unpack(self, packed: tuple[Any, ...], sides: int, what: str) -> Array:
         try:

@@ -39,8 +39,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "finite": (0, 1),
     "mse": (0, math.inf),
     "psnr": (-2000, 2000),
-    "ssim": (-1.01, 1.01),
-    "ms_ssim": (-1.01, 1.01),
+    "ssim": (-2, 2),
+    "ms_ssim": (-2, 2),
     "lpips": (-1e-3, 1e6),
     "reidentified": (0, 1),
     "label_correct": (0, 1),
@@ -52,7 +52,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "gradient_evaluations": (0, 2**62),
     "seconds": (0, math.inf),
 }
-"""What a measurement can be; others are any finite number. PSNR of float32 images is above -800 dB."""
+"""Sane measurements; others are any finite number. PSNR of float32 images is above -800 dB."""
 
 Text = Annotated[str, Field(max_length=1000)]
 Natural = Annotated[int, Field(ge=0, le=2**31)]

@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable
 from . import prior
+from . import store as store_commands
 
 BOARDS = ("defenses", "attacks", "pareto", "compute")
 """Boards that `gradleak leaderboard` can show; both of the first two by default."""
@@ -31,6 +32,7 @@ app = typer.Typer(
     help="Which defense stops which gradient inversion attack, and at what cost.",
 )
 app.add_typer(prior.app, name="prior")
+app.add_typer(store_commands.app, name="store")
 
 PluginFiles = Annotated[
     list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to add; may be repeated.")
@@ -278,7 +280,7 @@ def _verify(
     found = verify(bundle, Resources(data_root=data_root, device=device), sample, seed)
     for each in found:
         state = {True: "ok", False: "DIFFERS", None: "not checked"}[each.ok]
-        print(f"{state:11}  {each.check}: {each.detail}")
+        print(printable(f"{state:11}  {each.check}: {each.detail}"))
     wrong = sum(each.ok is False for each in found)
     if wrong:
         _say(f"{bundle}: {wrong} of {len(found)} checks differ")
@@ -374,7 +376,7 @@ def _print_plugins(found: Sequence[dict[str, Any]]) -> None:
 
 def _print_plan(plan: Any) -> None:
     for cell in plan.cells:
-        print(f"{cell.key[:12]}  {plan.statuses.get(cell.key, 'to run'):6}  {cell.title}")
+        print(printable(f"{cell.key[:12]}  {plan.statuses.get(cell.key, 'to run'):6}  {cell.title}"))
     counts = {state: sum(value == state for value in plan.statuses.values()) for state in ("ok", "failed")}
     to_run = len(plan.cells) - sum(counts.values())
     _say(f"{len(plan.cells)} cells: {to_run} to run, {counts['ok']} stored already, {counts['failed']} failed")
