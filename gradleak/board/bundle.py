@@ -193,7 +193,11 @@ def _temporary(what: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _named(bundle: Path, path: Path) -> Iterator[Store]:
-    with Store(path) as store:
+    try:
+        store = Store(path)
+    except GradleakError as error:
+        raise GradleakError(str(error).replace(f"store {path}", f"bundle {bundle}")) from error
+    with store:
         store.path = bundle
         yield store
 

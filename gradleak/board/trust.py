@@ -35,7 +35,7 @@ LIMITS = {
 }
 
 RANGES: Mapping[str, tuple[float, float]] = {
-    "matched": (0, 2**31),
+    "matched": (0, math.inf),
     "finite": (0, 1),
     "mse": (0, math.inf),
     "psnr": (-2000, 2000),
@@ -176,7 +176,7 @@ def read_json(kind: str, texts: Sequence[Any], keys: Sequence[str], where: str) 
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, (kind, *first["loc"][:4])))
-            _refuse(where, key, f"{place}: {first['msg'].lower()}")
+            _refuse(where, key, f"{place}: {first['msg'].lower().partition(' or instance of')[0]}")
         except (ValueError, TypeError, RecursionError) as error:
             _refuse(where, key, f"{kind} is no JSON ({str(error)[:60]})")
     return found
@@ -211,11 +211,13 @@ def check_rows(rows: pd.DataFrame, where: str) -> None:
         "status": ~rows["status"].isin(STATUSES),
         "victim": (rows["victim"] < 0) | ((rows["victim"] >= victims) & (victims > 0)),
         "image": (rows["image"] < 0) | (rows["image"] >= size),
+        "extras": ~rows["extras"].map({text: _is_object(text) for text in rows["extras"].unique()}).astype(bool),
     }
     for name in NUMBERS:
         low, high = RANGES.get(name, (-math.inf, math.inf))
         values = rows[name]
         wrong[name] = values.notna() & ~((values >= low) & (values <= high) & np.isfinite(values))
+    wrong["matched"] |= rows["matched"] >= size
     for name, lines in wrong.items():
         if lines.any():
             line = rows[lines].iloc[0]
@@ -242,6 +244,13 @@ def check_failed(cells: pd.DataFrame, kept: Mapping[str, int], where: str) -> No
 
 def _refuse(where: str, key: Any, what: str) -> NoReturn:
     raise GradleakError(f"{where}: cell {str(key)[:12]}: {what[:200]}")
+
+
+def _is_object(text: Any) -> bool:
+    try:
+        return isinstance(json.loads(text, parse_constant=_no_number), dict)
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 def _no_number(text: str) -> NoReturn:

@@ -37,4 +37,4 @@ def _plain(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = printable(value)
-    return f"'{text}" if value.lstrip()[:1] in _FORMULA or value[:1] in "\t\r" else text
+    return f"'{text}" if value.lstrip()[:1] in _FORMULA or value[:1] in ("\t", "\r") else text
