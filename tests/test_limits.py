@@ -118,7 +118,9 @@ def check_run(folder: Path, hows: list[str], *options: str) -> str:
     trial = trials.run([*bad_suite(folder, hows), *options], folder / "log")
     said = trial.said()
     assert "Traceback" not in said and "\x1b" not in said
-    assert outcomes(folder / "s.sqlite") == {"mean-image": ("ok", "ok")} | {how: ENDS[how] for how in hows if ENDS[how][0]}
+    assert outcomes(folder / "s.sqlite") == {"mean-image": ("ok", "ok")} | {
+        how: ENDS[how] for how in hows if ENDS[how][0]
+    }
     pending = sum(ENDS[how][0] is None for how in hows)
     assert said.count("not computed:") == 2 * pending
     assert trial.code == int(pending > 0 or any(ENDS[how][0] == "failed" for how in hows))

@@ -210,6 +210,8 @@ def _say_through(send: _Sender) -> None:
 
 def _bound(memory: int | None) -> None:
     """Let requests for more memory fail, which an attack's victims are marked for, instead of ending the machine."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("800")  # if memory is short all the same, nobody else pays
     if memory is None or not sys.platform.startswith("linux"):
         return
     bound = memory_of(os.getpid(), "VmData") + memory
