@@ -22,7 +22,7 @@ from ..dataset import Data
 from ..defense import Defense
 from ..errors import GradleakError
 from ..model import Model, initialise
-from ..paths import conceal
+from ..paths import conceal, printable
 from ..process import default_cache
 from ..search.generators import Generator, load_generator
 from ..suite import Cell, build_defense_of
@@ -69,7 +69,11 @@ def described(error: Exception, resources: Resources) -> str:
     """Say what was raised and where, without the folders of this machine: stores are published."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(last.filename).name}:{last.lineno}"
-    text = str(error) if isinstance(error, GradleakError) else f"{type(error).__name__}: {error} ({where})"
+    text = (
+        str(error)
+        if isinstance(error, GradleakError)
+        else f"{type(error).__name__}: {printable(str(error))[:1000]} ({where})"
+    )
     return conceal(text, {"<cache>": resources.cache or default_cache(), "<data root>": resources.data_root})
 
 
