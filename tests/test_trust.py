@@ -154,9 +154,9 @@ def test_an_honest_one_is_not(honest: Path) -> None:
 )
 def test_arrays_are_measured_before_they_are_made(changed: Callable[..., Path], change: str) -> None:
     with Store(changed(f"UPDATE blobs SET {change}", f"UPDATE victims SET {change}")) as store:
-        with pytest.raises(GradleakError, match="reconstruction of victim 0|cannot be read"):
+        with pytest.raises(GradleakError, match=r"reconstruction of victim 0|cannot be read"):
             store.reconstruction("a" * 32, 0)
-        with pytest.raises(GradleakError, match="victim 0 of list|cannot be read"):
+        with pytest.raises(GradleakError, match=r"victim 0 of list|cannot be read"):
             store.truth(victim_list(_config("a")), 0)
 
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from ..errors import GradleakError, unknown
 from ..paths import printable
 from . import prior
 from . import store as store_commands
+
+if TYPE_CHECKING:
+    from ..evaluation.runner import Summary
 
 BOARDS = ("defenses", "attacks", "pareto", "compute")
 """Boards that `gradleak leaderboard` can show; both of the first two by default."""
@@ -149,22 +152,7 @@ def _run(
         return
     console = Console(stderr=True)
     summary = runner.run(suite, target, engine, resources, plugins, retry_failed, console)
-    for title, error in summary.failed.items():
-        _say(f"failed: {title}: {error}")
-    for title, reason in summary.pending.items():
-        _say(f"not computed: {title}: {reason}")
-    already = summary.stored - summary.ran
-    if summary.interrupted:
-        _say(f"interrupted: {summary.stored} of {summary.cells} cells are in {target}; the same command goes on")
-        raise typer.Exit(128 + summary.interrupted)
-    line = f"{summary.cells} cells: {summary.ran} run, {already} stored already, {len(summary.failed)} failed"
-    _say(f"{line}; {summary.seconds:.0f} s; see: gradleak leaderboard {target}")
-    if summary.failed:
-        _say(f"run again with --retry-failed to repeat the {len(summary.failed)} failed cells")
-    if summary.pending:
-        _say(f"run again to compute the {len(summary.pending)} cells that this run could not")
-    if summary.failed or summary.pending:
-        raise typer.Exit(1)
+    _conclude(summary, target)
 
 
 @app.command("leaderboard")
@@ -342,6 +330,26 @@ def _installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "installed"
+
+
+def _conclude(summary: Summary, target: Path) -> None:
+    """Say how a run ended, and end with the code that says so too."""
+    for title, error in summary.failed.items():
+        _say(f"failed: {title}: {error}")
+    for title, reason in summary.pending.items():
+        _say(f"not computed: {title}: {reason}")
+    already = summary.stored - summary.ran
+    if summary.interrupted:
+        _say(f"interrupted: {summary.stored} of {summary.cells} cells are in {target}; the same command goes on")
+        raise typer.Exit(128 + summary.interrupted)
+    line = f"{summary.cells} cells: {summary.ran} run, {already} stored already, {len(summary.failed)} failed"
+    _say(f"{line}; {summary.seconds:.0f} s; see: gradleak leaderboard {target}")
+    if summary.failed:
+        _say(f"run again with --retry-failed to repeat the {len(summary.failed)} failed cells")
+    if summary.pending:
+        _say(f"run again to compute the {len(summary.pending)} cells that this run could not")
+    if summary.failed or summary.pending:
+        raise typer.Exit(1)
 
 
 def _say(text: str) -> None:
