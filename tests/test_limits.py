@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from gradleak.errors import GradleakError
-from gradleak.evaluation.executors import ATTEMPTS, Limits, Queue
-from gradleak.evaluation.executors.base import Pending
+from gradleak.evaluation.executors import Limits, Pending, Queue
+from gradleak.evaluation.executors.base import HOPELESS
 from gradleak.evaluation.faults import machine_fault
 from gradleak.suite import Cell
 from tests import trials
@@ -205,7 +205,7 @@ def _cell(key: str) -> Cell:
 
 def test_workers_that_die_before_anything_is_finished_stop_the_run() -> None:
     queue = Queue([_cell(key) for key in "abcdef"])
-    for _ in range(ATTEMPTS - 1):
+    for _ in range(HOPELESS - 1):
         cell = queue.take()
         assert cell is not None and queue.died(cell, "SIGKILL") is None
     cell = queue.take()

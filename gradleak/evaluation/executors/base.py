@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """A cell whose worker died is tried so often; then it stays to be computed by another run."""
+HOPELESS = 3
+"""So many different cells whose workers died before any cell was finished stop the run."""
 PAUSE = 0.5
 """Seconds between two looks for cells that other runs had."""
 
@@ -210,10 +212,10 @@ class Queue:
         """Line up once more a cell whose worker died; after `ATTEMPTS`, return that it stays to be computed.
 
         Raises:
-            GradleakError: as many different cells have died so, and none was finished: it is not the cells.
+            GradleakError: `HOPELESS` different cells have died so, and none was finished: it is not the cells.
         """
         self._died[cell.key] += 1
-        if not self._finished and len(self._died) >= ATTEMPTS:
+        if not self._finished and len(self._died) >= HOPELESS:
             raise GradleakError(
                 f"{self._died.total()} workers died before any cell was finished, the last of {reason}; "
                 "nothing was stored, and the same command goes on"
