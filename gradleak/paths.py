@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import secrets
 import tempfile
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, TypeVar
 
@@ -46,3 +50,41 @@ def conceal(text: str, places: Mapping[str, Path | None]) -> str:
     for place_text in sorted(known, key=len, reverse=True):
         text = re.sub(rf"(?<![\w.-]){re.escape(place_text)}(?![\w-])", lambda _, name=known[place_text]: name, text)  # type: ignore[misc]
     return text
+
+
+_STEERING = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+"""Unicode's categories of control, format, surrogate, private use, line and paragraph separators."""
+
+
+def _written_out(mark: str) -> str:
+    return mark.encode("unicode_escape").decode()
+
+
+def printable(text: str, keep: str = "", form: Callable[[str], str] = _written_out) -> str:
+    """Return text that a terminal shows as it is: what would steer it, or hide or turn other text, is written out.
+
+    Such are control characters (ESC, BEL), marks that change the direction of writing, and line separators.
+
+    Args:
+        text: which may be a stranger's.
+        keep: characters that stay.
+        form: what is written for another.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    steering = {mark for mark in set(text) if unicodedata.category(mark) in _STEERING} - set(keep)
+    return text.translate({ord(mark): form(mark) for mark in steering})
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a path beside a file; at the end of the block what was written there takes its place, or is deleted.
+
+    So a file is there whole or not at all, whoever dies or however full the disk is.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

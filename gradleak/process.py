@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1  # prctl's name for it
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # mallopt's names for what it sets
 
 
@@ -53,3 +55,36 @@ def keep_memory() -> bool:
         return False
     settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 * 2**20}
     return all(mallopt(name, value) == 1 for name, value in settings.items())
+
+
+def machine_memory() -> int | None:
+    """Return the bytes of memory of this machine; None where nobody tells."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def memory_of(pid: int, kind: str = "VmRSS") -> int:
+    """Return the bytes that a process has (`VmRSS`) or has asked for (`VmData`); 0 where nobody tells."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
+    except (OSError, StopIteration, ValueError):
+        return 0
+
+
+def stopped(pid: int) -> bool:
+    """Return whether somebody has stopped a process (SIGSTOP); False where nobody tells."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
+    except (OSError, IndexError):
+        return False
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it dies, whatever it computes then; Linux only."""
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):
+        return

@@ -27,7 +27,7 @@ LAYERS = [
     {"search"},
     {"attack"},
     {"chain", "training"},
-    {"suite", "board.store"},
+    {"suite", "board.schema", "board.codec", "board.file", "board.trust", "board.store", "board.claims"},
     {"board.results"},
     {"board.evidence", "board.cost", "board.tables"},
     {"board.attack_board", "board.leaderboard", "board.flags"},

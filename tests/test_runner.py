@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from gradleak import registry
 from gradleak.board.store import CellResult, Store
 from gradleak.errors import GradleakError
 from gradleak.evaluation import executors, runner
-from gradleak.evaluation.executors import Executor, Local, Processes, Queue, Report
+from gradleak.evaluation.executors import Desk, Executor, Local, Pending, Processes, Queue, Report
 from gradleak.evaluation.workshop import Resources
 from gradleak.suite import Cell
 
@@ -137,12 +138,13 @@ def test_a_worker_that_dies_costs_a_retry(tmp_path: Path) -> None:
     assert len(list((tmp_path / "calls").iterdir())) == 3
 
 
-def test_a_worker_that_dies_always_costs_its_cell(tmp_path: Path) -> None:
+@pytest.mark.parametrize("executor", [Local(), Processes(1)], ids=["local", "processes"])
+def test_a_worker_that_dies_always_leaves_its_cell_to_be_computed(tmp_path: Path, executor: Executor) -> None:
     path, plugin = _fragile(tmp_path, calls=99, how="die")
-    summary = runner.run(path, tmp_path / "s.sqlite", Processes(1), Resources(), [plugin])
-    assert summary.ran == summary.stored == 2
-    (error,) = summary.failed.values()
-    assert "died 3 times" in error and "exit code 9" in error
+    summary = runner.run(path, tmp_path / "s.sqlite", executor, Resources(), [plugin])
+    assert summary.ran == summary.stored == 1 and not summary.failed
+    (reason,) = summary.pending.values()
+    assert "died 3 times" in reason and "exit code 9" in reason
     assert len(list((tmp_path / "calls").iterdir())) == executors.ATTEMPTS
 
 
@@ -166,10 +168,15 @@ class _Interrupted(Executor):
         self.closed = False
 
     def run(
-        self, cells: Sequence[Cell], resources: Resources, plugins: Sequence[Path], report: Report
-    ) -> Iterator[CellResult]:
+        self,
+        cells: Sequence[Cell],
+        resources: Resources,
+        plugins: Sequence[Path],
+        report: Report,
+        desk: Desk | None = None,
+    ) -> Iterator[CellResult | Pending]:
         try:
-            yield from Local().run(cells[: self.cells], resources, plugins, report)
+            yield from Local().run(cells[: self.cells], resources, plugins, report, desk)
             raise KeyboardInterrupt
         finally:
             self.closed = True
@@ -179,10 +186,10 @@ def test_an_interrupted_run_loses_nothing_and_goes_on(tmp_path: Path) -> None:
     store = tmp_path / "s.sqlite"
     executor = _Interrupted(4)
     summary = runner.run(SMOKE, store, executor, Resources())
-    assert (summary.interrupted, summary.ran, summary.stored, summary.cells) == (True, 4, 4, 9)
+    assert (summary.interrupted, summary.ran, summary.stored, summary.cells) == (signal.SIGINT, 4, 4, 9)
     assert executor.closed
     rest = runner.run(SMOKE, store, Local(), Resources())
-    assert (rest.interrupted, rest.ran, rest.stored) == (False, 5, 9)
+    assert (rest.interrupted, rest.ran, rest.stored) == (0, 5, 9)
     whole = tmp_path / "whole.sqlite"
     runner.run(SMOKE, whole, Local(), Resources())
     assert _rows(store).equals(_rows(whole))

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from gradleak.board.store import SCHEMA, Array, CellResult, ImageRow, Store, _pack, _unpack, late_progress, victim_list
+from gradleak.board.codec import pack, unpack
+from gradleak.board.store import SCHEMA, Array, CellResult, ImageRow, Store, late_progress, victim_list
 from gradleak.errors import GradleakError
 from gradleak.scales import METRICS
 
@@ -225,7 +226,7 @@ def test_a_store_can_be_read_without_permission_to_write(path: Path) -> None:
 
 def test_readers_see_whole_cells_while_a_writer_is_at_work(path: Path) -> None:
     with Store(path, create=True) as writer, Store(path) as reader:
-        with writer._transaction():
+        with writer.transaction():
             writer._insert_cell(finished())
             assert reader.statuses() == {}
         assert reader.statuses() == {"a" * 32: "ok"}
@@ -239,7 +240,7 @@ def test_killed_in_the_middle_of_a_cell_it_is_not_there(path: Path) -> None:
         config = {CONFIG!r}
         rows = [ImageRow(victim=0, image=0, psnr=1.0)]
         store.write(CellResult(key="a" * 32, config=config, rows=rows))
-        with store._transaction():
+        with store.transaction():
             store._insert_cell(CellResult(key="b" * 32, config=config, rows=rows))
             os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -267,7 +268,7 @@ def test_reading_needs_no_torch(path: Path) -> None:
 
 @given(arrays.arrays(st.sampled_from(["f4", "f8", "u1", "i8"]), arrays.array_shapes(min_side=0)))
 def test_arrays_survive_packing(array: Array) -> None:
-    back = _unpack(*_pack(array))
+    back = unpack(*pack(array))
     assert back.shape == array.shape and back.dtype == array.dtype and back.tobytes() == array.tobytes()
 
 

@@ -9,28 +9,60 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .. import __version__
 from ..errors import GradleakError
+from ..paths import written_whole
+from .file import connect
 from .store import SCHEMA, Store
+from .trust import Text
 
 FORMAT = 1
 """Raised whenever the layout of a bundle changes."""
 STORE, MANIFEST = "store.sqlite", "manifest.json"
+MOST_MANIFEST = 2**24
+"""Bytes of a manifest."""
+MOST_STORE = 2**34
+"""Bytes of a bundle's store."""
+MOST_RATIO = 200
+"""How much larger than its bundle a store may be, from 100 MB on; its arrays are compressed already."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_CHUNK = 2**20
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1]
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    gradleak: Text
+    cells: Count
+    failed: Count
+    images: Count
+    victim_lists: list[Text]
+    suites: list[Text]
+    versions: list[dict[Text, Text]]
+    sha256: dict[Literal["store.sqlite"], Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
 
 
 def publish(store: Path, out: Path) -> dict[str, Any]:
     """Write a bundle of a store and return its manifest.
 
     Raises:
-        GradleakError: the store cannot be read or holds no finished cell, or `out` is there already.
+        GradleakError: the store cannot be read or holds no finished cell, or `out` is there already or cannot be
+            written; then nothing is left of it.
     """
     if out.exists():
         raise GradleakError(f"bundle {out}: is there already; bundles are never overwritten")
@@ -41,11 +73,9 @@ def publish(store: Path, out: Path) -> dict[str, Any]:
     finished = cells[cells["status"] == "ok"]
     if not len(finished):
         raise GradleakError(f"store {store}: holds no finished cell to publish")
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / STORE
-        with contextlib.closing(sqlite3.connect(store)) as database:
-            # A copy of one moment, without the side files of a store that is in use.
-            database.execute("VACUUM INTO ?", (str(copy),))
+    with _temporary(f"bundle {out}") as folder:
+        copy = folder / STORE
+        _copy(store, copy)
         manifest = {
             "format": FORMAT,
             "schema": SCHEMA,
@@ -60,13 +90,30 @@ def publish(store: Path, out: Path) -> dict[str, Any]:
             "versions": _distinct(cells["versions"]),
             "sha256": {STORE: _sha256(copy)},
         }
-        try:
-            with zipfile.ZipFile(out, "x", zipfile.ZIP_DEFLATED) as bundle:
-                for name, content in ((MANIFEST, json.dumps(manifest, indent=1).encode()), (STORE, copy.read_bytes())):
-                    bundle.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_DEFLATED)
-        except OSError as error:
-            raise GradleakError(f"bundle {out}: cannot be written: {error.strerror or error}") from error
+        _write(out, copy, json.dumps(manifest, indent=1).encode())
     return manifest
+
+
+def _copy(store: Path, copy: Path) -> None:
+    """Copy a store as it is at one moment, without the side files of one in use and without claims."""
+    try:
+        with contextlib.closing(connect(store)) as database:
+            database.execute("VACUUM INTO ?", (str(copy),))
+        with contextlib.closing(sqlite3.connect(copy, isolation_level=None)) as database:
+            if database.execute("SELECT 1 FROM sqlite_master WHERE name = 'claims'").fetchone():
+                database.execute("DROP TABLE claims")
+                database.execute("VACUUM")
+    except sqlite3.Error as error:
+        raise GradleakError(f"store {store}: cannot be copied: {error}") from error
+
+
+def _write(out: Path, store: Path, manifest: bytes) -> None:
+    try:
+        with written_whole(out) as path, zipfile.ZipFile(path, "x", zipfile.ZIP_DEFLATED) as bundle:
+            for name, content in ((MANIFEST, manifest), (STORE, store.read_bytes())):
+                bundle.writestr(zipfile.ZipInfo(name, _EPOCH), content, zipfile.ZIP_DEFLATED)
+    except OSError as error:
+        raise GradleakError(f"bundle {out}: cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -79,12 +126,23 @@ def open_all(paths: Sequence[Path]) -> Iterator[list[Store]]:
     with contextlib.ExitStack() as stack:
         stores = []
         for path in paths:
-            found = path
-            if path.is_file() and zipfile.is_zipfile(path):
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                found = unpack(path, folder)
-            stores.append(stack.enter_context(Store(found)))
+            if _is_bundle(path):
+                folder = stack.enter_context(_temporary(f"bundle {path}"))
+                stores.append(stack.enter_context(open_bundle(path, folder)))
+            else:
+                stores.append(stack.enter_context(Store(path)))
         yield stores
+
+
+@contextlib.contextmanager
+def open_bundle(bundle: Path, folder: Path) -> Iterator[Store]:
+    """Unpack a bundle into a folder and open its store; errors name the bundle.
+
+    Raises:
+        GradleakError: as `unpack`, or the manifest counts other cells or images than the store holds.
+    """
+    with _named(bundle, unpack(bundle, folder)) as store:
+        yield store
 
 
 def unpack(bundle: Path, folder: Path) -> Path:
@@ -93,24 +151,111 @@ def unpack(bundle: Path, folder: Path) -> Path:
     Raises:
         GradleakError: the file is no bundle of this format, or its store is not the one that its manifest states.
     """
+    path = folder / STORE
     try:
         with zipfile.ZipFile(bundle) as opened:
-            names = sorted(opened.namelist())
-            if names != sorted((MANIFEST, STORE)):
-                raise GradleakError(f"bundle {bundle}: holds {', '.join(names)}; expected {MANIFEST}, {STORE}")
-            manifest = json.loads(opened.read(MANIFEST))
-            content = opened.read(STORE)
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
-        raise GradleakError(f"bundle {bundle}: cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("schema")) != (FORMAT, SCHEMA):
+            members = _members(bundle, opened)
+            manifest = _manifest(bundle, opened.read(members[MANIFEST]))
+            digest = _unpack(opened, members[STORE], path)
+    except (
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        ValueError,
+        # An encrypted member, an unknown compression, JSON nested too deep.
+        RuntimeError,
+        MemoryError,
+    ) as error:
+        raise GradleakError(f"bundle {bundle}: cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if manifest.sha256 != {STORE: digest}:
+        raise GradleakError(f"bundle {bundle}: was changed: {STORE} has another SHA-256 than {MANIFEST} states")
+    _check_counts(bundle, manifest, path)
+    return path
+
+
+def _is_bundle(path: Path) -> bool:
+    try:
+        return path.is_file() and zipfile.is_zipfile(path)
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _temporary(what: str) -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise GradleakError(f"{what}: no temporary folder: {error.strerror or error}") from error
+    with folder as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _named(bundle: Path, path: Path) -> Iterator[Store]:
+    try:
+        store = Store(path)
+    except GradleakError as error:
+        raise GradleakError(str(error).replace(f"store {path}", f"bundle {bundle}")) from error
+    with store:
+        store.path = bundle
+        yield store
+
+
+def _members(bundle: Path, opened: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the two members of a bundle, after a look at what they say of themselves."""
+    found = opened.infolist()
+    names = sorted(info.filename for info in found)
+    if names != sorted((MANIFEST, STORE)):
+        listed = ", ".join(name[:40] for name in names[:5])
+        raise GradleakError(f"bundle {bundle}: holds {listed}; expected {MANIFEST}, {STORE}")
+    size = bundle.stat().st_size
+    for info in found:
+        mode = info.external_attr >> 16
+        if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
+            raise GradleakError(f"bundle {bundle}: {info.filename} is no regular file")
+        most = MOST_MANIFEST if info.filename == MANIFEST else min(MOST_STORE, max(10**8, MOST_RATIO * size))
+        if info.file_size > most:
+            raise GradleakError(f"bundle {bundle}: {info.filename} has {info.file_size} bytes (at most {most})")
+    return {info.filename: info for info in found}
+
+
+def _manifest(bundle: Path, content: bytes) -> _Manifest:
+    plain = json.loads(content)
+    if not isinstance(plain, dict) or (plain.get("format"), plain.get("schema")) != (FORMAT, SCHEMA):
         raise GradleakError(
             f"bundle {bundle}: is not of format {FORMAT} and schema {SCHEMA}, which gradleak {__version__} reads"
         )
-    if manifest.get("sha256") != {STORE: hashlib.sha256(content).hexdigest()}:
-        raise GradleakError(f"bundle {bundle}: was changed: {STORE} has another SHA-256 than {MANIFEST} states")
-    path = folder / STORE
-    path.write_bytes(content)
-    return path
+    try:
+        return _Manifest.model_validate(plain)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))[:60]
+        raise GradleakError(f"bundle {bundle}: {MANIFEST}: {place}: {first['msg'].lower()}") from error
+
+
+def _unpack(opened: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> str:
+    """Write a member to a file and return its SHA-256; no more than it says it has."""
+    digest, size = hashlib.sha256(), 0
+    with opened.open(member) as source, path.open("xb") as target:
+        while chunk := source.read(_CHUNK):
+            size += len(chunk)
+            if size > member.file_size:
+                raise ValueError(f"{member.filename} is longer than it says")
+            digest.update(chunk)
+            target.write(chunk)
+    return digest.hexdigest()
+
+
+def _check_counts(bundle: Path, manifest: _Manifest, path: Path) -> None:
+    with _named(bundle, path) as store:
+        statuses, images = store.statuses(), store.images()
+    found = {"cells": len(statuses), "failed": list(statuses.values()).count("failed"), "images": images}
+    for name, value in found.items():
+        if getattr(manifest, name) != value:
+            raise GradleakError(
+                f"bundle {bundle}: {MANIFEST} states {getattr(manifest, name)} {name}, {STORE} holds {value}"
+            )
 
 
 def _sha256(path: Path) -> str:

@@ -11,14 +11,19 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from .. import __version__
 from ..errors import GradleakError, unknown
+from ..paths import printable
 from . import check, prior
+from . import store as store_commands
+
+if TYPE_CHECKING:
+    from ..evaluation.runner import Summary
 
 BOARDS = ("defenses", "attacks", "pareto", "compute")
 """Boards that `gradleak leaderboard` can show; both of the first two by default."""
@@ -31,6 +36,7 @@ app = typer.Typer(
 )
 app.add_typer(prior.app, name="prior")
 app.command("check")(check.check)
+app.add_typer(store_commands.app, name="store")
 
 PluginFiles = Annotated[
     list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to add; may be repeated.")
@@ -50,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GradleakError as error:
         if debug:
             traceback.print_exc()
-        print(f"gradleak: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
@@ -121,6 +127,15 @@ def _run(
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Allow datasets to be downloaded there.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    cell_timeout: Annotated[
+        float, typer.Option("--cell-timeout", metavar="SECONDS", help="A cell that takes longer is ended and failed.")
+    ] = 86400.0,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--memory-limit", metavar="GIB", help="Memory of a worker [default: four fifths of the machine's]."
+        ),
+    ] = None,
     plugin: PluginFiles = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the cells.")] = False,
 ) -> None:
@@ -129,7 +144,8 @@ def _run(
     from ..evaluation.workshop import Resources
 
     target = store or Path(f"{suite.stem}.sqlite")
-    engine = executors.build(executor, workers, ray_address)
+    memory = None if memory_limit is None else int(memory_limit * 2**30)
+    engine = executors.build(executor, workers, ray_address, executors.Limits(cell_timeout, memory))
     resources = Resources(data_root=data_root, download=download, device=device)
     plugins = tuple(plugin or ())
     if dry_run:
@@ -137,17 +153,7 @@ def _run(
         return
     console = Console(stderr=True)
     summary = runner.run(suite, target, engine, resources, plugins, retry_failed, console)
-    for title, error in summary.failed.items():
-        _say(f"failed: {title}: {error}")
-    already = summary.stored - summary.ran
-    if summary.interrupted:
-        _say(f"interrupted: {summary.stored} of {summary.cells} cells are in {target}; the same command goes on")
-        raise typer.Exit(130)
-    line = f"{summary.cells} cells: {summary.ran} run, {already} stored already, {len(summary.failed)} failed"
-    _say(f"{line}; {summary.seconds:.0f} s; see: gradleak leaderboard {target}")
-    if summary.failed:
-        _say(f"run again with --retry-failed to repeat the {len(summary.failed)} failed cells")
-        raise typer.Exit(1)
+    _conclude(summary, target)
 
 
 @app.command("leaderboard")
@@ -263,7 +269,7 @@ def _verify(
     found = verify(bundle, Resources(data_root=data_root, device=device), sample, seed)
     for each in found:
         state = {True: "ok", False: "DIFFERS", None: "not checked"}[each.ok]
-        print(f"{state:11}  {each.check}: {each.detail}")
+        print(printable(f"{state:11}  {each.check}: {each.detail}"))
     wrong = sum(each.ok is False for each in found)
     if wrong:
         _say(f"{bundle}: {wrong} of {len(found)} checks differ")
@@ -307,8 +313,28 @@ def _installed(package: str) -> str:
         return "installed"
 
 
+def _conclude(summary: Summary, target: Path) -> None:
+    """Say how a run ended, and end with the code that says so too."""
+    for title, error in summary.failed.items():
+        _say(f"failed: {title}: {error}")
+    for title, reason in summary.pending.items():
+        _say(f"not computed: {title}: {reason}")
+    already = summary.stored - summary.ran
+    if summary.interrupted:
+        _say(f"interrupted: {summary.stored} of {summary.cells} cells are in {target}; the same command goes on")
+        raise typer.Exit(128 + summary.interrupted)
+    line = f"{summary.cells} cells: {summary.ran} run, {already} stored already, {len(summary.failed)} failed"
+    _say(f"{line}; {summary.seconds:.0f} s; see: gradleak leaderboard {target}")
+    if summary.failed:
+        _say(f"run again with --retry-failed to repeat the {len(summary.failed)} failed cells")
+    if summary.pending:
+        _say(f"run again to compute the {len(summary.pending)} cells that this run could not")
+    if summary.failed or summary.pending:
+        raise typer.Exit(1)
+
+
 def _say(text: str) -> None:
-    print(f"gradleak: {text}", file=sys.stderr)
+    print(f"gradleak: {printable(text)}", file=sys.stderr)
 
 
 def _json(value: Any) -> Any:
@@ -339,7 +365,7 @@ def _print_plugins(found: Sequence[dict[str, Any]]) -> None:
 
 def _print_plan(plan: Any) -> None:
     for cell in plan.cells:
-        print(f"{cell.key[:12]}  {plan.statuses.get(cell.key, 'to run'):6}  {cell.title}")
+        print(printable(f"{cell.key[:12]}  {plan.statuses.get(cell.key, 'to run'):6}  {cell.title}"))
     counts = {state: sum(value == state for value in plan.statuses.values()) for state in ("ok", "failed")}
     to_run = len(plan.cells) - sum(counts.values())
     _say(f"{len(plan.cells)} cells: {to_run} to run, {counts['ok']} stored already, {counts['failed']} failed")

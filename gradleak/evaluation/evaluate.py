@@ -6,8 +6,8 @@ Only this module and `client` may hold a victim's images; the attack gets an `Ob
 from __future__ import annotations
 
 import json
-import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
@@ -20,19 +20,26 @@ from ..process import full_precision
 from ..seeds import Generators
 from ..suite import UTILITY, Cell, Utility, attack_and_defense, build_defense_of, build_setting, check_files, unnamed
 from .answer import ask, guarded
+from .faults import MachineFault, machine_fault
 from .identity import identity, provenance
 from .observe import observe
 from .score import of_victims, rows_of
 from .workshop import Progress, Resources, data_of, described, device_name, generator_of, network_of, versions
 
-log = logging.getLogger(__name__)
+Phase = Callable[[str], None]
+"""Told when the `attack` begins, and when the `scores` of its answer do: the first has a time limit of its own."""
 
 
-def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None) -> CellResult:
+def evaluate(
+    cell: Cell, resources: Resources, progress: Progress | None = None, phase: Phase | None = None
+) -> CellResult:
     """Run one cell and return all that is kept of it.
 
     An attack that raises makes a failed cell that carries the error; running out of memory or time marks the
     victims concerned.
+
+    Raises:
+        MachineFault: a full disk, say, which says nothing of the cell.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     clock = time.perf_counter()
@@ -41,8 +48,10 @@ def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None)
     try:
         check_files(cell.config)
         with guarded(cell.title):
-            result = (_train if cell.is_utility else _evaluate)(cell, resources, progress)
+            result = (_train if cell.is_utility else _evaluate)(cell, resources, progress, phase or _unheard)
     except (Exception, SystemExit) as error:  # A plugin that exits ends its cell, and no more.
+        if isinstance(error, Exception) and (fault := machine_fault(error)):
+            raise MachineFault(fault) from error
         message = described(error, resources)
         facts = {} if cell.is_utility else identity(cell.config)
         result = CellResult(key=cell.key, config=cell.config, status="failed", error=message, provenance=facts)
@@ -55,7 +64,11 @@ def evaluate(cell: Cell, resources: Resources, progress: Progress | None = None)
     )
 
 
-def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> CellResult:
+def _unheard(name: str) -> None:
+    pass
+
+
+def _evaluate(cell: Cell, resources: Resources, progress: Progress | None, phase: Phase) -> CellResult:
     config = cell.config
     attack, defense = attack_and_defense(config)
     setting = build_setting(config["setting"])
@@ -98,7 +111,9 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
     names = [seeds.derive(config["seed"], "attack", config["attack"]["name"], *context, i) for i in range(len(images))]
     shared = seeds.derive(config["seed"], "attack", config["attack"]["name"], *context)
     streams = Generators(names, resources.device, setting.dtype, shared)
+    phase("attack")
     given = ask(config["attack"]["label"], attack, observation, streams)
+    phase("scores")
     answer = given.reconstruction
     rows = rows_of(config, attack, data, observation, sent, images, labels, given, resources)
     rows, guesses = of_victims(rows, None if answer is None else answer.images, setting.batch_size)
@@ -113,7 +128,7 @@ def _evaluate(cell: Cell, resources: Resources, progress: Progress | None) -> Ce
     )
 
 
-def _train(cell: Cell, resources: Resources, progress: Progress | None) -> CellResult:
+def _train(cell: Cell, resources: Resources, progress: Progress | None, phase: Phase) -> CellResult:
     """Measure the utility of a defense; the model starts with the weights that are attacked."""
     config = cell.config
     defense = build_defense_of(config["defense"])

@@ -7,22 +7,22 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from types import FrameType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .. import registry, suite
-from ..board.store import CellResult, Store, victim_list
+from ..board.claims import Claims
+from ..board.store import CellResult, Store, is_blank, victim_list
 from ..errors import GradleakError
 from ..plugins import blamed, near_misses
 from ..suite import Cell
 from . import check, workshop
-from .executors import Executor, cost
+from .display import Display
+from .executors import Executor, Pending, Report
 from .workshop import Resources
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,10 @@ class Summary:
     failed: dict[str, str]
     """Errors of the suite's failed cells that are in the store, by their titles."""
     seconds: float
-    interrupted: bool = False
+    interrupted: int = 0
+    """Number of the signal that ended it early (2 for Ctrl-C), 0 for none."""
+    pending: dict[str, str] = field(default_factory=dict)
+    """Why cells could not be computed by this run, by their titles; nothing is wrong with them."""
 
 
 def plan(path: Path, store: Path, resources: Resources, plugins: Sequence[Path] = ()) -> Plan:
@@ -70,13 +73,15 @@ def plan(path: Path, store: Path, resources: Resources, plugins: Sequence[Path] 
                 log.warning("--plugin %s: %s", plugin, line)
     chosen = suite.read(path)
     statuses: dict[str, str] = {}
-    if store.exists():
+    if not is_blank(store):
         with Store(store) as found:
             statuses = found.statuses()
     try:
         with blamed():
             cells = suite.expand(chosen, workshop.digest(resources), resources.data_root)
-            cells = check.check(cells, resources)
+            # Cells that were computed were checked before that, and a large suite takes its time.
+            new = {cell.key for cell in check.check([c for c in cells if c.key not in statuses], resources)}
+        cells = [cell for cell in cells if cell.key in statuses or cell.key in new]
     except GradleakError as error:
         raise GradleakError(f"suite {path}: {error}") from error
     keys = {cell.key for cell in cells}
@@ -94,7 +99,8 @@ def run(
 ) -> Summary:
     """Run the cells of a suite that the store lacks; the store is made if it is not there.
 
-    Every cell is committed as it finishes. Ctrl-C stops the workers and returns a summary that says so.
+    Every cell is committed as it finishes. Ctrl-C stops the workers and returns a summary that says so; so do SIGTERM
+    and SIGHUP. Several runs on one store share its cells (`gradleak.board.claims`).
 
     Args:
         path: the suite.
@@ -112,28 +118,48 @@ def run(
     found = plan(path, store, resources, plugins)
     waiting = found.waiting(retry_failed)
     titles = {cell.key: cell.title for cell in found.cells}
-    ran, interrupted = 0, False
+    ran, ended, pending = 0, 0, dict[str, str]()
     with Store(store, create=True) as target:
         try:
             target.rename({cell.key: cell.config for cell in found.cells})
             _write_victims(target, found.cells, resources)
-            with _Display(console or Console(stderr=True), found, waiting) as display:
-                results = executor.run(waiting, resources, plugins, display.progress)
-                with contextlib.closing(results):  # type: ignore[type-var]
-                    for result in results:
-                        # Another run may have written the same cell meanwhile.
+            with Display(console or Console(stderr=True), len(found.cells), waiting) as display, _endable():
+                for result in _results(target, waiting, executor, resources, plugins, retry_failed, display.progress):
+                    if isinstance(result, Pending):
+                        pending[titles[result.key]] = result.reason
+                    else:
                         with _undisturbed():
-                            if not target.has(result.key):
-                                target.write(result)
-                            ran += 1
-                        display.finished(result)
-        except KeyboardInterrupt:
-            interrupted = True
-        cells = target.cells()
-    cells = cells[cells["key"].isin(list(titles))]
-    lost = cells[cells["status"] == "failed"]
-    failed = {titles[key]: error for key, error in zip(lost["key"], lost["error"], strict=True)}
-    return Summary(len(titles), ran, len(cells), failed, time.monotonic() - started, interrupted)
+                            # Another run may have written the same cell meanwhile.
+                            ran += target.offer(result)
+                    display.finished(result)
+        except KeyboardInterrupt as error:
+            ended = error.number if isinstance(error, _Ended) else signal.SIGINT
+        lost = {key: error for key, error in target.failed().items() if key in titles}
+        stored = len(titles.keys() & target.statuses().keys())
+        if waiting:
+            target.confirm()
+    failed = {titles[key]: error for key, error in lost.items()}
+    return Summary(len(titles), ran, stored, failed, time.monotonic() - started, int(ended), pending)
+
+
+def _results(
+    store: Store,
+    cells: Sequence[Cell],
+    executor: Executor,
+    resources: Resources,
+    plugins: Sequence[Path],
+    retry_failed: bool,
+    report: Report,
+) -> Iterator[CellResult | Pending]:
+    """Yield what becomes of cells, those left out that other runs on the store compute."""
+    if not cells:
+        return
+    claims = Claims(store, retry_failed)
+    try:
+        with contextlib.closing(executor.run(cells, resources, plugins, report, claims)) as results:  # type: ignore[type-var]
+            yield from results
+    finally:
+        claims.end()
 
 
 def _write_victims(store: Store, cells: Sequence[Cell], resources: Resources) -> None:
@@ -149,117 +175,48 @@ def _write_victims(store: Store, cells: Sequence[Cell], resources: Resources) ->
         store.write_victims(name, *workshop.victims_of(cell, resources))
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends a run in good order: Ctrl-C, `kill`, a closed terminal."""
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal that ends the run as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _endable() -> Iterator[None]:
+    """Let every signal of `_ENDING` end the block as Ctrl-C does, unless it is ignored (nohup)."""
+    with _handled(_end, [number for number in _ENDING[1:] if signal.getsignal(number) is not signal.SIG_IGN]):
+        yield
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise _Ended(number)
+
+
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Put Ctrl-C off to the end of the block."""
+    """Put these signals off to the end of the block."""
+    received: list[int] = []
+    with _handled(lambda number, frame: received.append(number), _ENDING):
+        yield
+    for number in received[:1]:
+        signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None], numbers: Iterable[int]) -> Iterator[None]:
+    """Have signals handled so in the block; only a program's main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-        if received:
-            signal.raise_signal(signal.SIGINT)
-
-
-class _Display:
-    """Progress of a run: a bar on a terminal, a line for every tenth of the work elsewhere."""
-
-    def __init__(self, console: Console, found: Plan, waiting: Sequence[Cell]) -> None:
-        self.console = console
-        self.costs = {cell.key: cost(cell) for cell in waiting}
-        self.victims = {cell.key: int(cell.config["victims"]) for cell in waiting}
-        self.titles = {cell.key: cell.title for cell in waiting}
-        self.skipped = len(found.cells) - len(waiting)
-        self.cells = len(found.cells)
-        self.under_way: dict[str, float] = {}
-        self.done: set[str] = set()
-        self.loss = float("nan")
-        self.started = time.monotonic()
-        self.next_line = 0.1
-        self.bar = Progress(
-            TextColumn("cells {task.fields[cells]}"),
-            BarColumn(),
-            TextColumn("victims {task.fields[victims]}"),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            speed_estimate_period=600,
-        )
-        self.log = logging.getLogger("gradleak")
-        self.handler = _Log(console)
-
-    def __enter__(self) -> Self:
-        # Some libraries give the root logger a handler of their own, which would say everything twice.
-        self.log.propagate = False
-        self.log.addHandler(self.handler)
-        if self.console.is_terminal and self.costs:
-            self.task = self.bar.add_task("", total=sum(self.costs.values()), **self._fields())
-            self.bar.start()
-        elif self.costs:
-            self._line(f"{len(self.costs)} cells to run, {self.skipped} of {self.cells} stored already")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal and self.costs:
-            self.bar.stop()
-        self.log.removeHandler(self.handler)
-        self.log.propagate = True
-
-    def progress(self, key: str, share: float, loss: float) -> None:
-        self.under_way[key] = share
-        self.loss = loss
-        self._show()
-
-    def finished(self, result: CellResult) -> None:
-        self.under_way.pop(result.key, None)
-        self.done.add(result.key)
-        if result.status == "failed":
-            self._line(f"failed: {self.titles[result.key]}: {result.error}")
-        self._show()
-
-    def _show(self) -> None:
-        work = sum(self.costs[key] for key in self.done)
-        work += sum(share * self.costs[key] for key, share in self.under_way.items())
-        if self.console.is_terminal:
-            self.bar.update(self.task, completed=work, **self._fields())
-            return
-        share = work / sum(self.costs.values())
-        if share < self.next_line:
-            return
-        self.next_line = int(share * 10 + 1e-9) / 10 + 0.1
-        elapsed = time.monotonic() - self.started
-        left = elapsed * (1 - share) / share
-        values = ", ".join(f"{name} {value}" for name, value in self._fields().items())
-        self._line(f"{share:4.0%}  {values}, {elapsed:.0f} s, {left:.0f} s left")
-
-    def _fields(self) -> dict[str, Any]:
-        victims = sum(self.victims[key] for key in self.done)
-        victims += sum(int(share * self.victims[key]) for key, share in self.under_way.items())
-        return {
-            "cells": f"{self.skipped + len(self.done)}/{self.cells}",
-            "victims": f"{victims}/{sum(self.victims.values())}",
-            "loss": f"{self.loss:.3g}",
-        }
-
-    def _line(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class _Log(logging.Handler):
-    """Shows log lines above the bar."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
-        self.console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.console.print(f"gradleak: {record.getMessage()}", markup=False, highlight=False, soft_wrap=True)
+        for number, previous in before.items():
+            signal.signal(number, previous)

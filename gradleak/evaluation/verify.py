@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from .. import registry
-from ..board.bundle import unpack
+from ..board.bundle import open_bundle
 from ..board.store import Store, victim_list
 from ..dataset import Data
 from ..errors import GradleakError
@@ -60,7 +60,7 @@ def verify(bundle: Path, resources: Resources, sample: int = 3, seed: int = 0) -
     Raises:
         GradleakError: the file is no bundle, or was changed after it was made.
     """
-    with tempfile.TemporaryDirectory() as folder, Store(unpack(bundle, Path(folder))) as store:
+    with tempfile.TemporaryDirectory() as folder, open_bundle(bundle, Path(folder)) as store:
         cells = store.cells()
         rows = store.rows(cells)
         finished = cells[cells["status"] == "ok"]

@@ -24,7 +24,7 @@ from ..defense import Defense
 from ..errors import GradleakError
 from ..federation import client
 from ..model import Model, initialise, try_out
-from ..paths import conceal
+from ..paths import conceal, printable
 from ..plugins import place_of, said
 from ..process import default_cache
 from ..search.generators import Generator, load_generator
@@ -71,7 +71,7 @@ def digest(resources: Resources) -> Callable[[str, Mapping[str, Any]], tuple[str
 
 def described(error: BaseException, resources: Resources) -> str:
     """Say what was raised and where, without the folders of this machine: stores are published."""
-    text = said(error)
+    text = printable(said(error))
     if not isinstance(error, GradleakError) and not place_of(error):
         last = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{text} ({Path(last.filename).name}:{last.lineno})"

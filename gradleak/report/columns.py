@@ -11,6 +11,7 @@ import pandas as pd
 
 from ..board.leaderboard import Board
 from ..board.results import HEADLINE, SUCCESSES
+from ..paths import printable
 from ..scales import CAP, METRICS, Threshold
 
 Line = Mapping[str, Any]
@@ -57,7 +58,11 @@ def shown(board: Board) -> list[Shown]:
     """Return the columns of a board that hold anything, as text."""
     lines: list[Line] = board.table.to_dict("records")  # type: ignore[assignment]
     columns = [
-        Shown(column, tuple(map(column.text, lines)), column.brief and tuple(map(column.brief, lines)))
+        Shown(
+            column,
+            tuple(printable(column.text(line)) for line in lines),
+            column.brief and tuple(printable(text) for text in map(column.brief, lines)),
+        )
         for column in _COLUMNS[board.name]
     ]
     return [each for each in columns if any(cell not in ("", MISSING) for cell in each.cells)]

@@ -15,6 +15,7 @@ from ..board.leaderboard import Board
 from ..board.results import Results
 from ..board.store import Store
 from ..errors import GradleakError
+from ..paths import printable
 from . import figures, page
 from . import render as render_boards
 from .gallery import Pictures
@@ -51,7 +52,8 @@ def write(results: Results, stores: Sequence[Store], out: Path, reported: Sequen
         written += figures.write(results, boards, pictures, out / FIGURES)
         written.append(out / PAGE)
         beside = [*TABLES, ROWS, *(f"{FIGURES}/{path.name}" for path in written if path.parent.name == FIGURES)]
-        written[-1].write_text(page.write(results, boards, pictures, contexts, beside), encoding="utf-8")
+        made = page.write(results, boards, pictures, contexts, beside)
+        written[-1].write_text(printable(made, keep="\n\t"), encoding="utf-8")
         names = sorted(path.relative_to(out).as_posix() for path in written)
         for name in set(before) - set(names):
             (out / name).unlink(missing_ok=True)

@@ -63,7 +63,7 @@ class Pictures:
         if place not in self._truth:
             self._truth[place] = next(filter(_there, (_truth(store, *place) for store in self._stores)), None)
         images = self._truth[place]
-        return None if images is None else picture(images[image])
+        return None if images is None or image >= len(images) else picture(images[image])
 
     def reconstruction(self, key: str, victim: int, matched: float) -> Picture | None:
         """Return the reconstruction of number `matched` (NaN for none), or None where no store keeps it."""
@@ -72,7 +72,7 @@ class Pictures:
             return None
         try:
             return picture(store.reconstruction(key, victim)[int(matched)])
-        except GradleakError:  # none is kept of this victim
+        except (GradleakError, IndexError):  # none is kept of this victim
             return None
 
     def curve(self, key: str, victims: Sequence[int]) -> npt.NDArray[np.float64]:

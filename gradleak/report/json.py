@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from ..board.leaderboard import Board
+from ..paths import printable
 
 
 def write(boards: Sequence[Board]) -> str:
@@ -26,7 +27,9 @@ def write(boards: Sequence[Board]) -> str:
         }
         for board in boards
     ]
-    return json.dumps({"boards": found}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps({"boards": found}, indent=2, ensure_ascii=False, allow_nan=False)
+    # JSON allows marks that steer a terminal; written out they are the same data.
+    return printable(text, keep="\n", form=lambda mark: json.dumps(mark)[1:-1]) + "\n"
 
 
 def _plain(value: Any) -> Any:

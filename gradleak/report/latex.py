@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..board.leaderboard import Board
+from ..paths import printable
 from .columns import shown
 
 _ESCAPES = str.maketrans(
@@ -62,5 +63,5 @@ def _board(board: Board) -> str:
 
 def _escape(text: str) -> str:
     # A line that opens with a bracket would be read as the option of the row break before it.
-    text = text.translate(_ESCAPES)
+    text = printable(text).translate(_ESCAPES)
     return f"{{}}{text}" if text.startswith("[") else text

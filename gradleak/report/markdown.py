@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..board.leaderboard import Board
+from ..paths import printable
 from .columns import shown
 
 
@@ -32,7 +33,7 @@ def _board(board: Board) -> str:
     ]
     table = "".join(f"| {row} |\n" for row in rows) + "\n" if columns else ""
     notes = "".join(f"- {_escape(note)}\n" for note in board.notes)
-    return f"### {board.title}\n\n{table}{notes}"
+    return f"### {_escape(board.title)}\n\n{table}{notes}"
 
 
 def _strong(cell: str, strong: bool) -> str:
@@ -40,6 +41,7 @@ def _strong(cell: str, strong: bool) -> str:
 
 
 def _escape(text: str) -> str:
+    text = printable(text)
     for mark in "\\|*_<[`":
         text = text.replace(mark, f"\\{mark}")
     return text

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..board.leaderboard import Board
+from ..paths import printable
 from .columns import Column, Shown, shown
 
 _GAP = 2
@@ -35,7 +36,7 @@ def _board(board: Board, width: int | None, colour: bool) -> str:
     for line in range(len(board.table)):
         bold = line in board.strong
         table.add_row(*(Text(each.cells[line], "bold" if bold and each.column.strong else "") for each in columns))
-    notes = list(board.notes)
+    notes = list(map(printable, board.notes))
     headings = [each.column.heading for each in all_columns if each.column in left_out]
     if any(each not in all_columns for each in columns):
         notes.append("too narrow for all intervals")
@@ -49,7 +50,7 @@ def _board(board: Board, width: int | None, colour: bool) -> str:
         no_color=True,
         highlight=False,
     )
-    console.print(Text(board.title, style="bold"))
+    console.print(Text(printable(board.title), style="bold"))
     console.print()
     if columns:
         console.print(table)
