@@ -72,6 +72,20 @@ class Outpost(Defense):
             sizes.append((sent.square() / variance).sum())
         return torch.stack(misses).sum() / (torch.stack(sizes).sum() + 1e-30)
 
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Differences of the entries that were sent, over their noise, as `nll` weighs them."""
+        floor = 1e-2 * torch.stack([sent.square().mean() for sent in message.values()]).mean() + 1e-30
+        rows = []
+        for name, sent in message.items():
+            variance = public[name].square() * self._informative(sent) + floor
+            rows.append((torch.where(sent != 0, simulated[name] - sent, 0.0) / variance.sqrt()).flatten())
+        return torch.cat(rows)
+
+    def noise_floor(self, message: Message, public: Public) -> Tensor:
+        """One an entry that was sent and has noise."""
+        noisy = [((sent != 0) * self._informative(sent)).sum() for sent in message.values()]
+        return torch.stack(noisy).sum()
+
     def _pruned(self, tensor: Tensor) -> Tensor:
         kept = math.ceil((1 - self.prune) * tensor.numel())
         chosen = tensor.abs().flatten().topk(kept).indices

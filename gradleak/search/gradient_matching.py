@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..defense import Defense, View
 from ..engine import loop
+from ..engine.gauss_newton import LevenbergMarquardt
 from ..engine.loop import Plan
 from ..engine.objectives import OBJECTIVES, weigh
 from ..engine.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
@@ -24,7 +25,7 @@ from ..seeds import Generators
 from ..threat import Knowledge, Labels, Observation
 from ..update import LocalTraining, Network, Update, one_hot
 from . import labels as label_rules
-from . import parametrisations, penalties
+from . import parametrisations, penalties, refinements, second_order
 from .presets import PRESETS
 
 
@@ -47,7 +48,8 @@ class GradientMatching(Attack):
     """Name in `gradleak.engine.objectives`."""
     layer_weights: Literal["equal", "linear", "exp"] = "equal"
     """How much the tensors of an update count, the first most: equally, falling linearly, or by e with each."""
-    optimiser: Literal["adam", "lbfgs"] = "adam"
+    optimiser: Literal["adam", "lbfgs", "levenberg-marquardt"] = "adam"
+    """With levenberg-marquardt the objective is the squared norm of the defense's `residual`, in float64."""
     lr: Annotated[float, Gt(0)] = 0.1
     schedule: Literal["constant", "step", "cosine"] = "step"
     warm_up: Annotated[int, Ge(0)] = 0
@@ -66,8 +68,9 @@ class GradientMatching(Attack):
     """What is searched: pixels, pixels to be enlarged (bicubic), or the weights of an untrained decoder."""
     reduction: Annotated[int, Ge(2)] = 2
     """How many times smaller the side of a low-resolution image is."""
-    initialisation: Literal["normal", "uniform", "zeros", "patterned"] = "normal"
-    """Start in the space searched: N(0, 1), U(0, 1), zeros, or a tile of 4x4 from N(0, 1), repeated."""
+    initialisation: Literal["normal", "uniform", "zeros", "patterned", "class-mean", "public"] = "normal"
+    """Start in the space searched: N(0, 1), U(0, 1), zeros, or a tile of 4x4 from N(0, 1), repeated. Where public
+    images are granted also their class means, or these and in further restarts the public images of least loss."""
     tv: Annotated[float, Ge(0)] = 0.0
     """Weight of the total variation."""
     tv_form: Literal["anisotropic", "isotropic", "opponents"] = "anisotropic"
@@ -82,11 +85,23 @@ class GradientMatching(Attack):
     """A restart whose loss falls below this is finished."""
     patience: Annotated[int, Ge(1)] | None = None
     """A restart that has not improved for so many iterations is finished."""
+    class_prior: tuple[Annotated[float, Ge(0)], ...] = field(default=(), metadata={"later": True})
+    """Where public images are granted: weights of a Gaussian of the label's public images, one run after another, each
+    from where the last ended. Second-order attacks on noise of a known law take 1 instead, the posterior mode."""
+    alphabet: bool = field(default=False, metadata={"later": True})
+    """Where public images are granted and have at most 256 pixel values: answer with those nearest, if the loss
+    does not speak against it."""
+    fallback: bool = field(default=False, metadata={"later": True})
+    """Where public images are granted: answer with the class means if the loss says that the message was not read."""
+    budget: Literal["fixed", "ceiling"] = field(default="fixed", metadata={"later": True})
+    """ceiling: end a restart whose loss is what the truth's is expected to be, and make no further restart then."""
 
     def __post_init__(self) -> None:
-        """Refuse to give up restarts where they are searched in another way than the template's."""
-        if self.halving and type(self).reconstruct is not GradientMatching.reconstruct:
+        """Refuse to give up restarts where they are searched in another way than the template's, and the like."""
+        own = type(self).reconstruct is not GradientMatching.reconstruct
+        if self.halving and own:
             raise GradleakError(f"halving: {type(self).__name__} needs all of its restarts; leave the option out")
+        refinements.refuse(self, own)
 
     # What a plugin overrides, all for one victim.
 
@@ -111,11 +126,14 @@ class GradientMatching(Attack):
     def prior(self, observation: Observation) -> Callable[[Guess, Variables, Facts], Tensor]:
         """Whole prior of one trial: `regularise`, and what takes the model to compute."""
         network = observation.network
-        if not (self.features or self.task):
+        by_class = self._by_class(observation)
+        if not (self.features or self.task or by_class):
             return self.regularise
 
         def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
             total = self.regularise(guess, variables, facts)
+            if by_class:
+                total = total + refinements.prior_rows(guess, facts).square().sum()
             if self.features:
                 seen = _tensors(facts["seen"])
                 total = total + self.features * penalties.feature_distance(network, guess.images, seen)
@@ -156,8 +174,8 @@ class GradientMatching(Attack):
             return tile.repeat(*(1 for _ in range(tile.ndim - 2)), -(-height // 4), -(-width // 4))[
                 ..., :height, :width
             ]
-        draw = {"normal": generator.normal, "uniform": generator.uniform, "zeros": _zeros(generator)}
-        start: Tensor = draw[self.initialisation](*shape)
+        draw = {"uniform": generator.uniform, "zeros": _zeros(generator)}
+        start: Tensor = draw.get(self.initialisation, generator.normal)(*shape)
         return start
 
     def project(self, variables: Variables, mean: Tensor, std: Tensor) -> None:
@@ -169,6 +187,8 @@ class GradientMatching(Attack):
         """Optimiser for stacked trials."""
         if self.optimiser == "lbfgs":
             return LBFGS()
+        if self.optimiser == "levenberg-marquardt":
+            return LevenbergMarquardt()
         return Adam(signs=frozenset({"pixels"}) if self.signed else frozenset(), soft=self.signed == "soft")
 
     def perturbation(
@@ -182,26 +202,32 @@ class GradientMatching(Attack):
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Minimise from every restart and return each victim's restart of lowest matching loss."""
         victims, compute = observation.victims, observation.compute
-        problem, facts = self.problem(observation), self.facts(observation)
-        starts = [self.initial(observation, generator.child("restart", r)) for r in range(self.restarts)]
+        sharp = second_order.in_double(observation) if self._second_order else observation
+        problem, facts = self.problem(sharp), self.facts(sharp)
+        starts = refinements.starts(self, sharp, problem, facts, generator)
         start = {name: torch.cat([row[name] for row in starts]) for name in starts[0]}
         owner = torch.arange(victims, device=observation.device).repeat(self.restarts)
         names = [name for r in range(self.restarts) for name in generator.child("restart", r, "steps").names]
         streams = Generators(names, generator.device, generator.dtype)
-        plan, perturb = self.plan(observation), self.perturbation(observation, streams)
+        plan, perturb = self.plan(sharp), self.perturbation(sharp, streams)
         if perturb is not None:
             plan = dataclasses.replace(plan, perturb=perturb)
-        outcome = loop.minimise(problem, start, facts, owner, plan, compute)
+        weights = self._prior_weights(sharp) if "weight" in facts else ()
+        outcome, facts, goal = refinements.search(problem, start, facts, owner, plan, compute, weights)
         final = loop.finish(problem, outcome.variables, take(facts, owner), compute.width)
-        return self._pick(outcome, final, victims)
+        answer = self._pick(outcome, final, victims, goal)
+        return refinements.refine(self, observation, answer, goal)
 
     def problem(self, observation: Observation) -> Problem:
         """One trial's loss."""
         view = observation.view if observation.view is not None and observation.view.complete else None
         # Of unknown local steps the guess is one gradient, which a weight difference points away from.
         turned = observation.weight_difference and observation.training.lr is None
+        residual = second_order.residual_of(observation, turned) if self._second_order else None
 
         def match(update: Update, facts: Facts) -> Tensor:
+            if residual is not None:
+                return residual(update, facts).square().sum()
             if view is None:
                 return self.distance(update, _tensors(facts["update"]))
             if turned:
@@ -211,7 +237,7 @@ class GradientMatching(Attack):
                 return view.nll(message, simulated)
             return self.distance(simulated, message)
 
-        direct = None if turned and view is not None else self._direct(view)
+        direct = None if residual is not None or (turned and view is not None) else self._direct(view)
         clips = view is not None and view.defense.per_example_gradients
         return Problem(
             network=observation.network,
@@ -220,7 +246,25 @@ class GradientMatching(Attack):
             match=match if direct is None else direct,
             penalty=self.prior(observation),
             per_example=view.per_example if view is not None and clips else None,
+            residual=residual,
+            prior_residual=_prior_rows if residual is not None and self._by_class(observation) else None,
         )
+
+    @property
+    def _second_order(self) -> bool:
+        return self.optimiser == "levenberg-marquardt"
+
+    def _by_class(self, observation: Observation) -> bool:
+        """Whether the Gaussians of classes are part of the prior."""
+        return bool(self.class_prior) and observation.auxiliary is not None
+
+    def _prior_weights(self, observation: Observation) -> tuple[float, ...]:
+        """Weights of the class prior, one run each."""
+        return (1.0,) if self._second_order and second_order.is_noisy(observation) else self.class_prior
+
+    def goal(self, observation: Observation) -> Tensor:
+        """Matching loss [N] that the truth is expected not to exceed."""
+        return second_order.goal(observation)
 
     def _direct(self, view: View | None) -> Direct | None:
         """Matching as a plain comparison, if nothing makes it another."""
@@ -251,6 +295,8 @@ class GradientMatching(Attack):
             facts["targets"] = one_hot(labels, observation.classes, observation.dtype)
             if self.features:
                 facts["seen"] = penalties.seen_features(observation.gradient, observation.classes, labels)
+        if self._by_class(observation):
+            facts |= refinements.prior_facts(observation, facts)
         return facts
 
     def labels(self, observation: Observation) -> Tensor:
@@ -271,6 +317,8 @@ class GradientMatching(Attack):
             iterations=self.iterations,
             tolerance=self.tolerance,
             patience=self.patience,
+            goal=self.goal(observation) if self.budget == "ceiling" else None,
+            ends_at_goal=not self._second_order,
             halving=self.halving,
             project=lambda variables: self.project(variables, mean, std),
         )
@@ -293,15 +341,30 @@ class GradientMatching(Attack):
 
     def loss(self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]) -> Tensor:
         """Matching loss [N] of given batches."""
+        if self._second_order:
+            observation = second_order.in_double(observation)
+            images, targets = images.double(), targets.double()
+            buffers = {name: tensor.double() for name, tensor in buffers.items()}
         rows: dict[str, Any] = {"images": images, "targets": targets, "buffers": buffers}
         return loop.evaluate(self.problem(observation), rows, self.facts(observation), observation.compute.width)
 
-    def _pick(self, outcome: loop.Outcome, final: loop.Final, victims: int) -> Reconstruction:
+    def _pick(
+        self, outcome: loop.Outcome, final: loop.Final, victims: int, goal: Tensor | None = None
+    ) -> Reconstruction:
+        """Each victim's restart of lowest matching loss, or the first that reached its goal [N]."""
         by_victim = final.matching.view(self.restarts, victims)
         ranked = torch.where(torch.isfinite(by_victim), by_victim, torch.full_like(by_victim, torch.inf))
-        picked = ranked.argmin(0) * victims + torch.arange(victims, device=ranked.device)
-        iterations = outcome.iterations.view(self.restarts, victims).sum(0)
-        candidates = final.images.unflatten(0, (self.restarts, victims)).transpose(0, 1)
+        best = ranked.argmin(0)
+        spent = outcome.iterations.view(self.restarts, victims)
+        candidates = final.images.unflatten(0, (self.restarts, victims))
+        if goal is not None:
+            best, made = refinements.first_to_reach(ranked, goal)
+            # Restarts after it were made or not as slots were free.
+            spent = torch.where(made, spent, 0)
+            column = made.view(*made.shape, *(1,) * (candidates.ndim - 2))
+            candidates = torch.where(column, candidates, candidates[best, torch.arange(victims)])
+        picked = best * victims + torch.arange(victims, device=ranked.device)
+        iterations = spent.sum(0)
         return Reconstruction(
             images=final.images[picked],
             labels=final.targets[picked].argmax(-1),
@@ -309,10 +372,11 @@ class GradientMatching(Attack):
             status=[outcome.status[index] for index in picked.tolist()],
             iterations=iterations,
             gradient_evaluations=iterations * self.gradients_per_iteration(),
-            candidates=candidates if self.restarts > 1 else None,
+            candidates=candidates.transpose(0, 1) if self.restarts > 1 else None,
             trace=outcome.trace[picked],
             backend=outcome.backend,
             guessed={name: tensor[picked] for name, tensor in final.buffers.items()},
+            details={} if goal is None else {"converged": (final.matching[picked] <= goal).to(final.matching)},
         )
 
     def gradients_per_iteration(self) -> int:
@@ -338,6 +402,10 @@ def _shape(facts: Facts) -> tuple[int, int, int]:
 def _tensors(value: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
     assert isinstance(value, dict)
     return value
+
+
+def _prior_rows(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+    return refinements.prior_rows(guess, facts)
 
 
 def _zeros(generator: Generators) -> Any:
