@@ -73,18 +73,14 @@ class Outpost(Defense):
         return torch.stack(misses).sum() / (torch.stack(sizes).sum() + 1e-30)
 
     def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
-        """Differences of the entries that were sent, over their noise, as `nll` weighs them."""
+        """Differences of the entries that were sent, as `nll` weighs them: where noise lies is only guessed."""
         floor = 1e-2 * torch.stack([sent.square().mean() for sent in message.values()]).mean() + 1e-30
-        rows = []
+        rows, sizes = [], []
         for name, sent in message.items():
-            variance = public[name].square() * self._informative(sent) + floor
-            rows.append((torch.where(sent != 0, simulated[name] - sent, 0.0) / variance.sqrt()).flatten())
-        return torch.cat(rows)
-
-    def noise_floor(self, message: Message, public: Public) -> Tensor:
-        """One an entry that was sent and has noise."""
-        noisy = [((sent != 0) * self._informative(sent)).sum() for sent in message.values()]
-        return torch.stack(noisy).sum()
+            deviation = (public[name].square() * self._informative(sent) + floor).sqrt()
+            rows.append((torch.where(sent != 0, simulated[name] - sent, 0.0) / deviation).flatten())
+            sizes.append((sent / deviation).square().sum())
+        return torch.cat(rows) / (torch.stack(sizes).sum() + 1e-30).sqrt()
 
     def _pruned(self, tensor: Tensor) -> Tensor:
         kept = math.ceil((1 - self.prune) * tensor.numel())

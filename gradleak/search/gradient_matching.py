@@ -92,9 +92,11 @@ class GradientMatching(Attack):
     """Where public images are granted and have at most 256 pixel values: answer with those nearest, if the loss
     does not speak against it."""
     fallback: bool = field(default=False, metadata={"later": True})
-    """Where public images are granted: answer with the class means if the loss says that the message was not read."""
+    """Where public images are granted: answer with the class means if these explain the message nearly as well: if the
+    loss is above half of theirs or, where the noise's law is known, lower by less than so many free pixels give."""
     budget: Literal["fixed", "ceiling"] = field(default="fixed", metadata={"later": True})
-    """ceiling: end a restart whose loss is what the truth's is expected to be, and make no further restart then."""
+    """ceiling: further restarts are made only where none has reached the loss that the truth is expected to have;
+    first-order restarts end there. Rows say who has `converged`."""
 
     def __post_init__(self) -> None:
         """Refuse to give up restarts where they are searched in another way than the template's, and the like."""
@@ -262,9 +264,15 @@ class GradientMatching(Attack):
         """Weights of the class prior, one run each."""
         return (1.0,) if self._second_order and second_order.is_noisy(observation) else self.class_prior
 
-    def goal(self, observation: Observation) -> Tensor:
-        """Matching loss [N] that the truth is expected not to exceed."""
-        return second_order.goal(observation)
+    def goal(self, observation: Observation) -> Tensor | None:
+        """Matching loss [N] that the truth is expected not to exceed; None where that is not known."""
+        if self._second_order:
+            return second_order.goal(observation)
+        view = second_order.known_view(observation)
+        likelihood = view is not None and view.defense.has_likelihood
+        if likelihood or type(self).distance is not GradientMatching.distance:
+            return None
+        return second_order.first_order_goal(observation, self.objective)
 
     def _direct(self, view: View | None) -> Direct | None:
         """Matching as a plain comparison, if nothing makes it another."""

@@ -20,7 +20,7 @@ from ..errors import GradleakError
 from ..reconstruction import Reconstruction
 from ..seeds import Generators
 from ..threat import Compute, Observation
-from . import public_images
+from . import public_images, second_order
 
 if TYPE_CHECKING:
     from .gradient_matching import GradientMatching
@@ -152,7 +152,31 @@ def refine(
         values = public_images.levels(observation.auxiliary)
         if values is not None:
             answer = _snapped(attack, observation, answer, goal, values)
-    return answer
+    return _unless_read(attack, observation, answer, goal) if attack.fallback else answer
+
+
+def _unless_read(
+    attack: GradientMatching, observation: Observation, answer: Reconstruction, goal: Tensor | None
+) -> Reconstruction:
+    """Answer with the class means for victims whose message was not read, by the attack's own loss."""
+    assert observation.auxiliary is not None
+    labels = cast(Tensor, answer.labels)
+    means = public_images.class_means(observation.auxiliary, observation.classes).to(answer.images)
+    guess = means[labels.to(means.device)]
+    loss, of_means = cast(Tensor, answer.loss), own_loss(attack, observation, answer, guess)
+    if attack.optimiser == "levenberg-marquardt" and second_order.is_noisy(observation):
+        # So many free pixels lower the squares by as much where there is nothing but noise (Akaike's criterion).
+        read = of_means - loss > 2 * guess[0].numel()
+    else:
+        read = loss < of_means / 2
+        read = read if goal is None else read | (loss <= goal)
+    images = torch.where(_column(read, guess), answer.images, guess)
+    return dataclasses.replace(
+        answer,
+        images=images,
+        loss=torch.where(read, loss, of_means),
+        details={**answer.details, "read": read.to(loss)},
+    )
 
 
 def _snapped(

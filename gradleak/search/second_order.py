@@ -70,6 +70,20 @@ def is_noisy(observation: Observation) -> bool:
     return view is not None and bool((vmap(view.noise_floor)(observation.message) > 0).any())
 
 
+_QUADRATIC = ("cosine", "masked-cosine", "relative-squared")
+_LINEAR = ("absolute", "angular", "layer-distances")
+"""Objectives that grow with the square of a small relative difference, or with itself."""
+
+
+def first_order_goal(observation: Observation, objective: str) -> Tensor | None:
+    """The loss [N] of a difference that is READ, or of rounding if that is more; None for objectives with a scale."""
+    if objective not in _QUADRATIC + _LINEAR:
+        return None
+    least = READ if objective in _QUADRATIC else READ**0.5
+    value = max(least, 4 * torch.finfo(observation.dtype).eps)
+    return torch.full((observation.victims,), value, dtype=observation.dtype, device=observation.device)
+
+
 def known_view(observation: Observation) -> View | None:
     """The view of a defense that can be simulated, or None."""
     return observation.view if observation.view is not None and observation.view.complete else None
