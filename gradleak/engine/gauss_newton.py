@@ -136,6 +136,11 @@ class LevenbergMarquardt(Optimiser):
         put(variables, torch.where(moving[:, None], best, here))
         return moving
 
+    def gradients(self, unknowns: int) -> int:
+        """About how many gradients of the client's model one step costs: two a product, and the losses of two tries."""
+        products = unknowns if unknowns <= self.dense else 2 * self.krylov
+        return 2 * products + 3
+
     def _model(self, linear: Linearisation, slope: Tensor, free: Tensor) -> Callable[[Tensor], Tensor]:
         """The step [W, n] for a damping [W]."""
         if slope.shape[1] <= self.dense:

@@ -379,13 +379,16 @@ class GradientMatching(Attack):
             loss=final.matching[picked],
             status=[outcome.status[index] for index in picked.tolist()],
             iterations=iterations,
-            gradient_evaluations=iterations * self.gradients_per_iteration(),
+            gradient_evaluations=iterations * self._gradients(final.images[0].numel()),
             candidates=candidates.transpose(0, 1) if self.restarts > 1 else None,
             trace=outcome.trace[picked],
             backend=outcome.backend,
             guessed={name: tensor[picked] for name, tensor in final.buffers.items()},
             details={} if goal is None else {"converged": (final.matching[picked] <= goal).to(final.matching)},
         )
+
+    def _gradients(self, unknowns: int) -> int:
+        return LevenbergMarquardt().gradients(unknowns) if self._second_order else self.gradients_per_iteration()
 
     def gradients_per_iteration(self) -> int:
         """Gradients of the client's model that one iteration computes."""
