@@ -82,6 +82,10 @@ class DGC(Defense):
         """As of `top-k`."""
         return self._top_k.nll(message, simulated, public)
 
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """As of `top-k`."""
+        return self._top_k.residual(message, simulated, public)
+
     def pack(self, message: Message, public: Public) -> bytes:
         """As of `top-k`."""
         return self._top_k.pack(message, public)

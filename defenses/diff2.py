@@ -75,6 +75,14 @@ class Diff2(Defense):
         """Squared distance relative to the message's squared norm."""
         return self._noise.nll(message, simulated, public)
 
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Differences over the noise's standard deviation, or relative ones without noise."""
+        return self._noise.residual(message, simulated, public)
+
+    def noise_floor(self, message: Message, public: Public) -> Tensor:
+        """One an entry, if there is noise."""
+        return self._noise.noise_floor(message, public)
+
     def guarantee(self, setting: Setting) -> Guarantee | None:
         """Return epsilon of one message: the Gaussian mechanism on clipped differences."""
         return self._noise.guarantee(setting)

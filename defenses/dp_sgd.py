@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradleak.defense import Defense, Guarantee, Message, Public
 from gradleak.engine.objectives import absolute, relative_squared
+from gradleak.engine.residuals import difference, entries
 from gradleak.threat import Setting
 from gradleak.update import Update, flatten, squared_norm
 
@@ -81,6 +82,17 @@ class DPSGD(Defense):
     def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Squared or absolute distance relative to a guess of zero."""
         return (relative_squared if self.mechanism == "gaussian" else absolute)(simulated, message)
+
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Differences over the noise's standard deviation: the scale, times the root of two for Laplace noise."""
+        if self.sigma == 0:
+            return super().residual(message, simulated, public)
+        widen = 1.0 if self.mechanism == "gaussian" else 2**0.5
+        return difference(simulated, message) / (widen * public["scale"])
+
+    def noise_floor(self, message: Message, public: Public) -> Tensor:
+        """One an entry."""
+        return entries(message) if self.sigma else super().noise_floor(message, public)
 
     def guarantee(self, setting: Setting) -> Guarantee | None:
         """Return epsilon of one message, q = 1; None for Laplace noise, no noise, or local steps."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradleak.defense import Defense, Guarantee, Message, Public
 from gradleak.engine.objectives import relative_squared
+from gradleak.engine.residuals import difference, entries
 from gradleak.threat import Setting
 from gradleak.update import Update, flatten, squared_norm
 
@@ -70,6 +71,16 @@ class GaussianNoise(Defense):
     def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Squared distance relative to the message's squared norm."""
         return relative_squared(simulated, message)
+
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Differences over the noise's standard deviation."""
+        if self.sigma == 0:
+            return super().residual(message, simulated, public)
+        return difference(simulated, message) / public["deviation"]
+
+    def noise_floor(self, message: Message, public: Public) -> Tensor:
+        """One an entry."""
+        return entries(message) if self.sigma else super().noise_floor(message, public)
 
     def guarantee(self, setting: Setting) -> Guarantee | None:
         """Return epsilon of one message with clipping, by Opacus' Rényi accountant."""

@@ -57,6 +57,14 @@ class GradientNoise(Defense):
         """Squared distance relative to the message's squared norm."""
         return self._noise.nll(message, simulated, public)
 
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Differences over the noise's standard deviation."""
+        return self._noise.residual(message, simulated, self._noise.public(message, 1, torch.Generator()))
+
+    def noise_floor(self, message: Message, public: Public) -> Tensor:
+        """One an entry."""
+        return self._noise.noise_floor(message, public)
+
     @property
     def _noise(self) -> GaussianNoise:
         return GaussianNoise(sigma=self.deviation, clip=None)

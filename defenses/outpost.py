@@ -72,6 +72,16 @@ class Outpost(Defense):
             sizes.append((sent.square() / variance).sum())
         return torch.stack(misses).sum() / (torch.stack(sizes).sum() + 1e-30)
 
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Differences of the entries that were sent, as `nll` weighs them: where noise lies is only guessed."""
+        floor = 1e-2 * torch.stack([sent.square().mean() for sent in message.values()]).mean() + 1e-30
+        rows, sizes = [], []
+        for name, sent in message.items():
+            deviation = (public[name].square() * self._informative(sent) + floor).sqrt()
+            rows.append((torch.where(sent != 0, simulated[name] - sent, 0.0) / deviation).flatten())
+            sizes.append((sent / deviation).square().sum())
+        return torch.cat(rows) / (torch.stack(sizes).sum() + 1e-30).sqrt()
+
     def _pruned(self, tensor: Tensor) -> Tensor:
         kept = math.ceil((1 - self.prune) * tensor.numel())
         chosen = tensor.abs().flatten().topk(kept).indices

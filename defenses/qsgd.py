@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from gradleak.defense import Defense, Message, Public
 from gradleak.engine.objectives import minus_log
+from gradleak.engine.residuals import entries
 from gradleak.mechanisms.packing import pack_bits, pack_floats
 from gradleak.update import Update
 
@@ -65,6 +66,15 @@ class QSGD(Defense):
             losses.append(minus_log(1 - (self._scaled(guess, message[name + _NORMS]) - level).abs()).sum())
             of_zero.append(minus_log(1 - level.abs()).sum())
         return torch.stack(losses).sum() / (torch.stack(of_zero).sum() + 1e-30)
+
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Differences in levels, over the mean deviation of stochastic rounding: the root of a sixth."""
+        rows = [self._scaled(guess, message[name + _NORMS]) - message[name] for name, guess in simulated.items()]
+        return torch.cat([row.flatten() for row in rows]) * 6**0.5
+
+    def noise_floor(self, message: Message, public: Public) -> Tensor:
+        """One an entry."""
+        return entries({name: sent for name, sent in message.items() if not name.endswith(_NORMS)})
 
     def pack(self, message: Message, public: Public) -> bytes:
         """One float32 a bucket, then one sign and magnitude of ceil(log2(levels + 1)) bits an entry."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradleak.defense import Defense, Message, Public
 from gradleak.engine.objectives import relative_squared
+from gradleak.engine.residuals import entries
 from gradleak.mechanisms.packing import pack_bits, pack_floats
 from gradleak.update import Update, flatten
 
@@ -45,6 +46,15 @@ class Quantise(Defense):
         of_zero = [(sent.abs() - half[name]).relu() for name, sent in message.items()]
         return _squares(outside) / (_squares(of_zero) + 1e-30)
 
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Differences over the deviation of rounding, which is that of a uniform number within a step."""
+        rows = [(simulated[name] - sent) / self._deviation(sent) for name, sent in message.items()]
+        return flatten(dict(zip(message, rows, strict=True)))
+
+    def noise_floor(self, message: Message, public: Public) -> Tensor:
+        """One an entry."""
+        return entries(message)
+
     def pack(self, message: Message, public: Public) -> bytes:
         """One float32 step a tensor, then `bits` an entry; half precision has no steps."""
         if self.bits == 16:
@@ -56,6 +66,13 @@ class Quantise(Defense):
     @property
     def _top(self) -> int:
         return int(2 ** (self.bits - 1)) - 1
+
+    def _deviation(self, sent: Tensor) -> Tensor:
+        if self.bits < 16:
+            return self._step(sent) / 12**0.5
+        # A half has eleven binary digits, down to 2^-14; the step is that of the number that was sent.
+        least = torch.full_like(sent, 2.0**-14)
+        return torch.exp2(torch.maximum(sent.abs(), least).log2().floor() - 10) / 12**0.5
 
     def _step(self, tensor: Tensor) -> Tensor:
         # The largest entry is kept exactly, so update and message have the same step.

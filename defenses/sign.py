@@ -48,6 +48,16 @@ class Sign(Defense):
             losses.append(softplus(-self.sharpness * sent.sign() * relative).flatten())
         return torch.cat(losses).mean() / torch.tensor(2.0).log()
 
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Entries of the wrong sign in units of their tensor's mean magnitude, and what that magnitude is off."""
+        rows = []
+        for name, sent in message.items():
+            guess, size = simulated[name], simulated[name].abs().mean()
+            rows.append((-sent.sign() * guess / (size + 1e-30)).relu().flatten() / sent.numel() ** 0.5)
+            if self.scaled:
+                rows.append((size / (sent.abs().mean() + 1e-30) - 1)[None])
+        return torch.cat(rows)
+
     def pack(self, message: Message, public: Public) -> bytes:
         """One bit an entry, after one float32 a tensor if scaled."""
         signs = torch.cat([sent.flatten() > 0 for sent in message.values()])

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from gradleak import structure
 from gradleak.defense import Defense, Message, Public
 from gradleak.engine.objectives import cosine
+from gradleak.engine.residuals import relative_difference
 from gradleak.errors import GradleakError
 from gradleak.mechanisms.packing import pack_bits, pack_floats
 from gradleak.update import copied, flatten
@@ -85,6 +86,14 @@ class Soteria(Defense):
             for name, sent in message.items()
         }
         return cosine(seen, message)
+
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Relative differences of all that was sent."""
+        seen = {
+            name: simulated[name] * _columns(sent) if name.endswith(_WEIGHT) else simulated[name]
+            for name, sent in message.items()
+        }
+        return relative_difference(seen, message)
 
     def pack(self, message: Message, public: Public) -> bytes:
         """A bitmap of the defended weight's columns, then float32 values without the missing ones."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradleak.defense import Defense, Message, Public
 from gradleak.engine.objectives import minus_log
+from gradleak.engine.residuals import entries
 from gradleak.mechanisms.packing import pack_bits, pack_floats
 from gradleak.update import Update
 
@@ -58,6 +59,15 @@ class TernGrad(Defense):
                 probability = torch.where(sent != 0, share * sent.sign(), 1 - share.abs())
                 parts.append(minus_log(probability).sum())
         return torch.stack(losses).sum() / (torch.stack(of_zero).sum() + 1e-30)
+
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Differences over the root mean square of what was drawn in the tensor, which is nearly its noise."""
+        rows = [(simulated[name] - sent) / (sent.square().mean() + 1e-30).sqrt() for name, sent in message.items()]
+        return torch.cat([row.flatten() for row in rows])
+
+    def noise_floor(self, message: Message, public: Public) -> Tensor:
+        """One an entry."""
+        return entries(message)
 
     def pack(self, message: Message, public: Public) -> bytes:
         """One float32 a tensor, then two bits an entry: 0 minus, 1 zero, 2 plus."""

@@ -44,6 +44,12 @@ class TopK(Defense):
         excess = torch.stack([_excess(sent, guess) for sent, guess in groups]).sum()
         return cosine(seen, message) + excess / (squared_norm(message) + 1e-30)
 
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Relative differences of the entries that were sent, and by how much others exceed the smallest of them."""
+        groups = zip(self._groups(message), self._groups(simulated), strict=True)
+        rows = torch.cat([torch.where(sent != 0, guess - sent, _beyond(sent, guess)) for sent, guess in groups])
+        return rows / (squared_norm(message) + 1e-30).sqrt()
+
     def pack(self, message: Message, public: Public) -> bytes:
         """One byte (0: indices, 1: bitmap), then int32 indices or a bitmap, the shorter, then float32 values."""
         vector = flatten(message)
@@ -61,6 +67,11 @@ class TopK(Defense):
 
 
 def _excess(sent: Tensor, guess: Tensor) -> Tensor:
+    return _beyond(sent, guess).square().sum()
+
+
+def _beyond(sent: Tensor, guess: Tensor) -> Tensor:
+    """By how much each entry that was not sent exceeds the smallest that was."""
     mask = sent != 0
     smallest = torch.where(mask, sent.abs(), torch.full_like(sent, torch.inf)).amin()
-    return torch.where(mask, torch.zeros_like(guess), (guess.abs() - smallest).relu()).square().sum()
+    return torch.where(mask, torch.zeros_like(guess), (guess.abs() - smallest).relu())

@@ -207,6 +207,14 @@ class Chain(Defense):
         """As the last member that changes messages: it made this one."""
         return self.defenses[self._last].nll(message, simulated, _own(public, self._last))
 
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """As the last member that changes messages."""
+        return self.defenses[self._last].residual(message, simulated, _own(public, self._last))
+
+    def noise_floor(self, message: Message, public: Public) -> Tensor:
+        """As the last member that changes messages; what members before it added is not known here."""
+        return self.defenses[self._last].noise_floor(message, _own(public, self._last))
+
     def pack(self, message: Message, public: Public) -> bytes:
         """As the last member that changes messages, or as the shares of a sum."""
         aggregating = [index for index, defense in enumerate(self.defenses) if defense.cohort > 1]

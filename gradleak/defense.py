@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .engine.residuals import relative_difference
 from .options import Options
 from .update import Update
 
@@ -156,6 +157,18 @@ class Defense(Options):
         """
         raise NotImplementedError
 
+    def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
+        """Return by how much a guess misses the message, [K]; second-order attacks minimise its squared norm.
+
+        Where the noise has a known law: differences over their standard deviation, so of unit variance at the truth,
+        and `noise_floor`. The default, for messages without noise: differences relative to the message's norm.
+        """
+        return relative_difference(simulated, message)
+
+    def noise_floor(self, message: Message, public: Public) -> Tensor:
+        """Return the expected squared norm of `residual` at the truth, a scalar; 0 without noise, but for rounding."""
+        return next(iter(message.values())).new_zeros(())
+
     def pack(self, message: Message, public: Public) -> bytes:
         """Encode a message as it travels; its length is the price in bytes. Default: dense float32."""
         return b"".join(tensor.detach().float().cpu().numpy().tobytes() for tensor in message.values())
@@ -222,6 +235,14 @@ class View:
     def nll(self, message: Message, simulated: Message) -> Tensor:
         """Minus the log-likelihood of a message."""
         return self.defense.nll(message, simulated, self._public())
+
+    def residual(self, message: Message, simulated: Message) -> Tensor:
+        """By how much a guess misses a message, [K]."""
+        return self.defense.residual(message, simulated, self._public())
+
+    def noise_floor(self, message: Message) -> Tensor:
+        """Expected squared norm of the residual at the truth, a scalar."""
+        return self.defense.noise_floor(message, self._public())
 
     def _public(self) -> Public:
         if self.public is None:

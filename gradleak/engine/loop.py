@@ -24,8 +24,9 @@ from ..threat import Compute
 from . import memory
 from .choice import choose, kind_of
 from .final import Final, chunks, evaluate, finish, join
-from .optimisers import Optimiser, Schedule, Variables
+from .optimisers import Optimiser, Scene, Schedule, Variables
 from .problem import Facts, Problem, Values, take
+from .restarts import Heats, OnDemand
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,10 @@ class Plan:
     """Brings stacked variables back into their set, in place, after every step."""
     perturb: Callable[[Variables, Tensor, Tensor], None] | None = None
     """Changes stacked variables in place before an iteration, by its trial and step [W] alone (noise, fresh masks)."""
+    goal: Tensor | None = None
+    """Matching loss [N] of each victim at which later trials of it are given up, once a trial has ended there."""
+    ends_at_goal: bool = False
+    """Whether a trial ends as soon as it reaches the goal."""
     halving: tuple[float, ...] = ()
     """Shares of the iterations after which the worse half of a victim's trials, by matching loss so far, leaves."""
     trace_points: int = 50
@@ -133,20 +138,23 @@ class _Run:
         width = min(width, _halved.get(self.kind, width))
         first, known = {name: tensor[:width] for name, tensor in start.items()}, take(facts, owner[:width])
         self.name, self.backend, self.reason, fits = choose(compute.backend, problem, first, known, plan.iterations)
-        self.facts = self.backend.prepare(problem, facts)
+        self.raw, self.facts = facts, self.backend.prepare(problem, facts)
         if compute.width == "auto":
             width = min(self._fitting(), self.trials)
         elif fits < width:
             _halved[self.kind] = fits
+        if plan.goal is not None:
+            width = min(width, len(plan.goal))
         self.width = self.part = min(width, _halved.get(self.kind, width))
         if compute.compile and not self.backend.compile():
             _say(f"backend {self.name!r} is not compiled; only 'vmap' is")
         # The trial that each slot holds, and how many iterations are left until it must be looked at.
         self.held: list[int | None] = [None] * self.width
         self.left = [0] * self.width
-        self.queue = deque(range(self.trials))
+        self.demand = OnDemand(owner.tolist(), plan.goal)
+        self.queue = deque(self.demand.first())
         self.paused: dict[int, _Paused] = {}
-        self.heats = _Heats(owner.tolist(), plan)
+        self.heats = Heats(owner.tolist(), plan.halving, plan.iterations)
         self.slot = torch.arange(self.width, device=device)
         self.nobody = torch.full_like(self.slot, self.trials)
         # Slots whose trial has ended, for whatever reason, and was not replaced yet.
@@ -155,6 +163,8 @@ class _Run:
         self.stale = torch.zeros_like(self.step)
         self.current = {name: tensor[self.slot].clone() for name, tensor in start.items()}
         self.known = take(self.facts, owner[self.slot])
+        # The same as the backend does not know them; what it left alone is not held twice.
+        self.seen = self.known if self.raw is self.facts else take(self.raw, owner[self.slot])
         # One row more than trials: idle slots write there.
         self.best = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in start.items()}
         dtype = next(iter(start.values())).dtype
@@ -205,6 +215,8 @@ class _Run:
             values = self.backend(self.problem, current, take(self.facts, self.owner[rows]))
             optimiser = self.plan.optimiser()
             optimiser.start(current)
+            known = take(self.raw, self.owner[rows])
+            optimiser.see(Scene(self.problem, known, values.total, self.plan.project))
             rate = torch.full((width,), self.plan.rate, dtype=torch.float64, device=self.device)
             optimiser.step(current, values.gradients, rate)
 
@@ -227,6 +239,7 @@ class _Run:
             name: torch.where(_column(finite, g), g, torch.zeros_like(g)) for name, g in values.gradients.items()
         }
         done = self.step.double() / self.plan.iterations
+        self.optimiser.see(Scene(self.problem, self.seen, values.total, self.plan.project))
         moving = self.optimiser.step(self.current, gradients, self.plan.rate * self.plan.schedule(done), done)
         if self.plan.project is not None:
             self.plan.project(self.current)
@@ -234,6 +247,8 @@ class _Run:
         ended = ~moving | (self.step > self.plan.iterations) | (values.total < self.plan.tolerance) | ~finite
         if self.plan.patience is not None:
             ended |= self.stale >= self.plan.patience
+        if self.plan.goal is not None and self.plan.ends_at_goal:
+            ended |= values.matching <= self.plan.goal[self.owner[self.slot]]
         self.idle |= ended
 
     def _evaluate(self) -> Values:
@@ -286,6 +301,11 @@ class _Run:
             resting.append(trial)
         if not resting:
             return
+        self.queue, left = self.demand.settle(resting, self.matching, self.queue)
+        for index, held in enumerate(self.held):
+            if held in left:
+                self.held[index] = None
+                self.idle[index] = True
         for trial, stays in self.heats.compare(resting, self.matching):
             if stays and trial in self.paused:
                 self.heats.go_on(trial)
@@ -310,8 +330,10 @@ class _Run:
         self.held[index] = trial
         self.slot[index] = trial
         self.idle[index] = False
-        for known, fresh in _leaves(self.known, take(self.facts, int(self.owner[trial]))):
-            known[index] = fresh
+        owner = int(self.owner[trial])
+        for held, facts in [(self.known, self.facts)] + ([] if self.seen is self.known else [(self.seen, self.raw)]):
+            for known, fresh in _leaves(held, take(facts, owner)):
+                known[index] = fresh
         if paused is None:
             self.step[index] = self.stale[index] = 0
             for name, tensor in self.current.items():
@@ -347,49 +369,6 @@ class _Paused:
     state: list[Tensor]
     step: int
     stale: int
-
-
-class _Heats:
-    """Successive halving: at each of some steps a victim's trials wait for one another, and the worse half leaves.
-
-    Jamieson and Talwalkar, arXiv:1502.07943. Trials that have ended by themselves are compared like the others.
-    """
-
-    def __init__(self, owner: list[int], plan: Plan) -> None:
-        self.owner, self.last = owner, plan.iterations + 1
-        stops = {round(share * plan.iterations) for share in plan.halving}
-        self.stops = sorted(stop for stop in stops if 0 < stop < self.last)
-        self.racing: dict[int, list[int]] = {}
-        for trial, victim in enumerate(owner):
-            self.racing.setdefault(victim, []).append(trial)
-        self.heat = dict.fromkeys(self.racing, 0)
-        self.resting: dict[int, set[int]] = {victim: set() for victim in self.racing}
-
-    def next_stop(self, trial: int) -> int:
-        """Step at which a trial must be looked at: at the next comparison, if it has company, or at its end."""
-        victim = self.owner[trial]
-        if len(self.racing[victim]) == 1 or self.heat[victim] == len(self.stops):
-            return self.last
-        return self.stops[self.heat[victim]]
-
-    def compare(self, trials: list[int], loss: Tensor) -> list[tuple[int, bool]]:
-        """Note trials that have ended or reached their stop; return whether each that this compares stays."""
-        found: list[tuple[int, bool]] = []
-        for trial in trials:
-            victim = self.owner[trial]
-            racing, resting = self.racing[victim], self.resting[victim]
-            resting.add(trial)
-            if self.heat[victim] == len(self.stops) or not resting.issuperset(racing):
-                continue
-            ranked = sorted(racing, key=lambda trial: float(loss[trial]))
-            self.racing[victim] = ranked[: -(-len(ranked) // 2)]
-            self.heat[victim] += 1
-            found += [(trial, trial in self.racing[victim]) for trial in sorted(ranked)]
-        return found
-
-    def go_on(self, trial: int) -> None:
-        """Note that a trial runs again."""
-        self.resting[self.owner[trial]].discard(trial)
 
 
 def _column(rows: Tensor, like: Tensor) -> Tensor:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from .problem import Facts, Problem
 
 Variables = dict[str, Tensor]
 """What an attack searches over, each tensor [W, ...] with a row a trial."""
@@ -36,6 +40,19 @@ def cosine_decay(done: Tensor) -> Tensor:
 SCHEDULES: dict[str, Schedule] = {"constant": constant, "step": step_decay, "cosine": cosine_decay}
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What the rows of an optimiser stand for, for those that need more than gradients."""
+
+    problem: Problem
+    facts: Facts
+    """Facts of the rows, [W, ...], as the problem understands them."""
+    total: Tensor
+    """Total loss where the rows are, [W]."""
+    project: Callable[[Variables], None] | None
+    """Brings stacked variables back into their set, in place."""
+
+
 class Optimiser(ABC):
     """Moves stacked variables in place; rows never mix."""
 
@@ -46,6 +63,10 @@ class Optimiser(ABC):
     @abstractmethod
     def restart(self, rows: Tensor) -> None:
         """Clear the state of some rows (int64 indices), which now hold new trials."""
+
+    def see(self, scene: Scene) -> None:
+        """Take what the rows stand for, before every step; first-order methods do without."""
+        del scene
 
     def state(self, row: int) -> list[Tensor]:
         """Copy the state of one row, to go on from it later."""

@@ -62,6 +62,10 @@ class Problem:
     penalty: Callable[[Guess, Variables, Facts], Tensor]
     """Prior, a scalar."""
     per_example: Callable[[Update], Update] | None = None
+    residual: Callable[[Update, Facts], Tensor] | None = None
+    """Vector [m] whose squared norm is `match`; second-order optimisers need it."""
+    prior_residual: Callable[[Guess, Variables, Facts], Tensor] | None = None
+    """Vector whose squared norm is (part of) `penalty`."""
 
     def simulate(self, guess: Guess, differentiate: Differentiate) -> Update:
         """Return the update a client with the guessed batch would compute."""

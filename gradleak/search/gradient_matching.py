@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import structure
 from ..defense import Defense, View
 from ..engine import answers, loop
+from ..engine.gauss_newton import LevenbergMarquardt
 from ..engine.loop import Plan
 from ..engine.objectives import OBJECTIVES, weigh
 from ..engine.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
@@ -24,7 +25,7 @@ from ..seeds import Generators
 from ..threat import Knowledge, Labels, Observation, Setting, rank
 from ..update import LocalTraining, Network, Update, one_hot
 from . import labels as label_rules
-from . import parametrisations, penalties
+from . import parametrisations, penalties, refinements, second_order
 from .presets import PRESETS
 
 
@@ -47,7 +48,8 @@ class GradientMatching(Attack):
     """Name in `gradleak.engine.objectives`."""
     layer_weights: Literal["equal", "linear", "exp"] = "equal"
     """How much the tensors of an update count, the first most: equally, falling linearly, or by e with each."""
-    optimiser: Literal["adam", "lbfgs"] = "adam"
+    optimiser: Literal["adam", "lbfgs", "levenberg-marquardt"] = "adam"
+    """With levenberg-marquardt the objective is the squared norm of the defense's `residual`, in float64."""
     lr: Annotated[float, Gt(0)] = 0.1
     schedule: Literal["constant", "step", "cosine"] = "step"
     warm_up: Annotated[int, Ge(0)] = 0
@@ -66,8 +68,9 @@ class GradientMatching(Attack):
     """What is searched: pixels, pixels to be enlarged (bicubic), or the weights of an untrained decoder."""
     reduction: Annotated[int, Ge(2)] = 2
     """How many times smaller the side of a low-resolution image is."""
-    initialisation: Literal["normal", "uniform", "zeros", "patterned"] = "normal"
-    """Start in the space searched: N(0, 1), U(0, 1), zeros, or a tile of 4x4 from N(0, 1), repeated."""
+    initialisation: Literal["normal", "uniform", "zeros", "patterned", "class-mean", "public"] = "normal"
+    """Start in the space searched: N(0, 1), U(0, 1), zeros, or a tile of 4x4 from N(0, 1), repeated. Where public
+    images are granted also their class means, or these and in further restarts the public images of least loss."""
     tv: Annotated[float, Ge(0)] = 0.0
     """Weight of the total variation."""
     tv_form: Literal["anisotropic", "isotropic", "opponents"] = "anisotropic"
@@ -82,11 +85,25 @@ class GradientMatching(Attack):
     """A restart whose loss falls below this is finished."""
     patience: Annotated[int, Ge(1)] | None = None
     """A restart that has not improved for so many iterations is finished."""
+    class_prior: tuple[Annotated[float, Ge(0)], ...] = field(default=(), metadata={"later": True})
+    """Where public images are granted: weights of a Gaussian of the label's public images, one run after another, each
+    from where the last ended. Second-order attacks on noise of a known law take 1 instead, the posterior mode."""
+    alphabet: bool = field(default=False, metadata={"later": True})
+    """Where public images are granted and have at most 256 pixel values: answer with those nearest, if the loss
+    does not speak against it."""
+    fallback: bool = field(default=False, metadata={"later": True})
+    """Where public images are granted: answer with the class means if these explain the message nearly as well: if the
+    loss is above half of theirs or, where the noise's law is known, lower by less than so many free pixels give."""
+    budget: Literal["fixed", "ceiling"] = field(default="fixed", metadata={"later": True})
+    """ceiling: further restarts are made only where none has reached the loss that the truth is expected to have;
+    first-order restarts end there. Rows say who has `converged`."""
 
     def __post_init__(self) -> None:
-        """Refuse to give up restarts where they are searched in another way than the template's."""
-        if self.halving and type(self).reconstruct is not GradientMatching.reconstruct:
+        """Refuse to give up restarts where they are searched in another way than the template's, and the like."""
+        own = type(self).reconstruct is not GradientMatching.reconstruct
+        if self.halving and own:
             raise GradleakError(f"halving: {type(self).__name__} needs all of its restarts; leave the option out")
+        refinements.refuse(self, own)
 
     # What a plugin overrides, all for one victim.
 
@@ -115,12 +132,15 @@ class GradientMatching(Attack):
         def regularise(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
             return answers.scalar(self.regularise(guess, variables, facts), self, self._penalty)
 
-        if not (self.features or self.task):
+        by_class = self._by_class(observation)
+        if not (self.features or self.task or by_class):
             return regularise
         layer = structure.of(network.module).head.layer if self.features else ""
 
         def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
             total = regularise(guess, variables, facts)
+            if by_class:
+                total = total + refinements.prior_rows(guess, facts).square().sum()
             if self.features:
                 seen = _tensors(facts["seen"])
                 assert layer is not None
@@ -162,8 +182,8 @@ class GradientMatching(Attack):
             return tile.repeat(*(1 for _ in range(tile.ndim - 2)), -(-height // 4), -(-width // 4))[
                 ..., :height, :width
             ]
-        draw = {"normal": generator.normal, "uniform": generator.uniform, "zeros": _zeros(generator)}
-        start: Tensor = draw[self.initialisation](*shape)
+        draw = {"uniform": generator.uniform, "zeros": _zeros(generator)}
+        start: Tensor = draw.get(self.initialisation, generator.normal)(*shape)
         return start
 
     def project(self, variables: Variables, mean: Tensor, std: Tensor) -> None:
@@ -175,6 +195,8 @@ class GradientMatching(Attack):
         """Optimiser for stacked trials."""
         if self.optimiser == "lbfgs":
             return LBFGS()
+        if self.optimiser == "levenberg-marquardt":
+            return LevenbergMarquardt()
         return Adam(signs=frozenset({"pixels"}) if self.signed else frozenset(), soft=self.signed == "soft")
 
     def perturbation(
@@ -198,25 +220,28 @@ class GradientMatching(Attack):
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Minimise from every restart and return each victim's restart of lowest matching loss."""
         victims, compute = observation.victims, observation.compute
-        problem, facts = self.problem(observation), self.facts(observation)
-        starts = [self._begin(observation, generator.child("restart", r)) for r in range(self.restarts)]
+        sharp = second_order.in_double(observation) if self._second_order else observation
+        problem, facts = self.problem(sharp), self.facts(sharp)
+        starts = refinements.starts(self, sharp, problem, facts, generator)
         start = {name: torch.cat([row[name] for row in starts]) for name in starts[0]}
         owner = torch.arange(victims, device=observation.device).repeat(self.restarts)
         names = [name for r in range(self.restarts) for name in generator.child("restart", r, "steps").names]
         streams = Generators(names, generator.device, generator.dtype)
-        plan, perturb = self.plan(observation), self.perturbation(observation, streams)
+        plan, perturb = self.plan(sharp), self.perturbation(sharp, streams)
         if perturb is not None:
             plan = dataclasses.replace(plan, perturb=perturb)
-        self._try(observation, problem, start, facts, owner)
-        outcome = loop.minimise(problem, start, facts, owner, plan, compute)
+        self._try(sharp, problem, start, facts, owner)
+        weights = self._prior_weights(sharp) if "weight" in facts else ()
+        outcome, facts, goal = refinements.search(problem, start, facts, owner, plan, compute, weights)
         final = loop.finish(problem, outcome.variables, take(facts, owner), compute.width)
-        answer = self._pick(outcome, final, victims)
+        answer = self._pick(outcome, final, victims, goal)
         if observation.view is not None and observation.view.defense.softens and "targets" in facts:
             # What the client trains on need not be largest at the label.
             answer = dataclasses.replace(answer, labels=self.labels(observation))
-        return answer
+        return refinements.refine(self, observation, answer, goal)
 
-    def _begin(self, observation: Observation, generator: Generators) -> Variables:
+    def begin(self, observation: Observation, generator: Generators) -> Variables:
+        """Initial variables of a restart, [N, ...], with what `initial` returned checked."""
         return answers.stacked(self.initial(observation, generator), observation.victims, self, "initial")
 
     def _try(self, observation: Observation, problem: Problem, start: Variables, facts: Facts, owner: Tensor) -> None:
@@ -235,8 +260,11 @@ class GradientMatching(Attack):
         shape = (observation.batch_size, *observation.shape)
         # Of unknown local steps the guess is one gradient, which a weight difference points away from.
         turned = observation.weight_difference and observation.training.lr is None
+        residual = second_order.residual_of(observation, turned) if self._second_order else None
 
         def match(update: Update, facts: Facts) -> Tensor:
+            if residual is not None:
+                return residual(update, facts).square().sum()
             if view is None:
                 return answers.scalar(self.distance(update, _tensors(facts["update"])), self, "distance", update)
             if turned:
@@ -252,7 +280,7 @@ class GradientMatching(Attack):
         def decode(variables: Variables, facts: Facts) -> Guess:
             return answers.guess(self.decode(variables, facts), shape, observation.classes, self)
 
-        direct = None if turned and view is not None else self._direct(view)
+        direct = None if residual is not None or (turned and view is not None) else self._direct(view)
         clips = view is not None and view.defense.per_example_gradients
         return Problem(
             network=observation.network,
@@ -261,7 +289,31 @@ class GradientMatching(Attack):
             match=match if direct is None else direct,
             penalty=self.prior(observation),
             per_example=view.per_example if view is not None and clips else None,
+            residual=residual,
+            prior_residual=_prior_rows if residual is not None and self._by_class(observation) else None,
         )
+
+    @property
+    def _second_order(self) -> bool:
+        return self.optimiser == "levenberg-marquardt"
+
+    def _by_class(self, observation: Observation) -> bool:
+        """Whether the Gaussians of classes are part of the prior."""
+        return bool(self.class_prior) and observation.auxiliary is not None
+
+    def _prior_weights(self, observation: Observation) -> tuple[float, ...]:
+        """Weights of the class prior, one run each."""
+        return (1.0,) if self._second_order and second_order.is_noisy(observation) else self.class_prior
+
+    def goal(self, observation: Observation) -> Tensor | None:
+        """Matching loss [N] that the truth is expected not to exceed; None where that is not known."""
+        if self._second_order:
+            return second_order.goal(observation)
+        view = second_order.known_view(observation)
+        likelihood = view is not None and view.defense.has_likelihood
+        if likelihood or type(self).distance is not GradientMatching.distance:
+            return None
+        return second_order.first_order_goal(observation, self.objective)
 
     def _direct(self, view: View | None) -> Direct | None:
         """Matching as a plain comparison, if nothing makes it another."""
@@ -294,6 +346,8 @@ class GradientMatching(Attack):
             if self.features:
                 head = structure.of(observation.network.module).head
                 facts["seen"] = penalties.seen_features(observation.gradient, head, labels)
+        if self._by_class(observation):
+            facts |= refinements.prior_facts(observation, facts)
         return facts
 
     def labels(self, observation: Observation) -> Tensor:
@@ -313,6 +367,8 @@ class GradientMatching(Attack):
             iterations=self.iterations,
             tolerance=self.tolerance,
             patience=self.patience,
+            goal=self.goal(observation) if self.budget == "ceiling" else None,
+            ends_at_goal=not self._second_order,
             halving=self.halving,
             project=lambda variables: self.project(variables, mean, std),
         )
@@ -335,28 +391,47 @@ class GradientMatching(Attack):
 
     def loss(self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]) -> Tensor:
         """Matching loss [N] of given batches."""
+        if self._second_order:
+            observation = second_order.in_double(observation)
+            images, targets = images.double(), targets.double()
+            buffers = {name: tensor.double() for name, tensor in buffers.items()}
         rows: dict[str, Any] = {"images": images, "targets": targets, "buffers": buffers}
         return loop.evaluate(self.problem(observation), rows, self.facts(observation), observation.compute.width)
 
-    def _pick(self, outcome: loop.Outcome, final: loop.Final, victims: int) -> Reconstruction:
+    def _pick(
+        self, outcome: loop.Outcome, final: loop.Final, victims: int, goal: Tensor | None = None
+    ) -> Reconstruction:
+        """Each victim's restart of lowest matching loss, or the first that reached its goal [N]."""
         by_victim = final.matching.view(self.restarts, victims)
         ranked = torch.where(torch.isfinite(by_victim), by_victim, torch.full_like(by_victim, torch.inf))
-        picked = ranked.argmin(0) * victims + torch.arange(victims, device=ranked.device)
-        iterations = outcome.iterations.view(self.restarts, victims).sum(0)
-        candidates = final.images.unflatten(0, (self.restarts, victims)).transpose(0, 1)
+        best = ranked.argmin(0)
+        spent = outcome.iterations.view(self.restarts, victims)
+        candidates = final.images.unflatten(0, (self.restarts, victims))
+        if goal is not None:
+            best, made = refinements.first_to_reach(ranked, goal)
+            # Restarts after it were made or not as slots were free.
+            spent = torch.where(made, spent, 0)
+            column = made.view(*made.shape, *(1,) * (candidates.ndim - 2))
+            candidates = torch.where(column, candidates, candidates[best, torch.arange(victims)])
+        picked = best * victims + torch.arange(victims, device=ranked.device)
+        iterations = spent.sum(0)
         return Reconstruction(
             images=final.images[picked],
             labels=final.targets[picked].argmax(-1),
             loss=final.matching[picked],
             status=[outcome.status[index] for index in picked.tolist()],
             iterations=iterations,
-            gradient_evaluations=iterations * self.gradients_per_iteration(),
-            candidates=candidates if self.restarts > 1 else None,
+            gradient_evaluations=iterations * self._gradients(final.images[0].numel()),
+            candidates=candidates.transpose(0, 1) if self.restarts > 1 else None,
             trace=outcome.trace[picked],
             backend=outcome.backend,
             backend_reason=outcome.reason,
             guessed={name: tensor[picked] for name, tensor in final.buffers.items()},
+            details={} if goal is None else {"converged": (final.matching[picked] <= goal).to(final.matching)},
         )
+
+    def _gradients(self, unknowns: int) -> int:
+        return LevenbergMarquardt().gradients(unknowns) if self._second_order else self.gradients_per_iteration()
 
     def gradients_per_iteration(self) -> int:
         """Gradients of the client's model that one iteration computes."""
@@ -387,6 +462,10 @@ def _shape(facts: Facts) -> tuple[int, int, int]:
 def _tensors(value: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
     assert isinstance(value, dict)
     return value
+
+
+def _prior_rows(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+    return refinements.prior_rows(guess, facts)
 
 
 def _zeros(generator: Generators) -> Any:
