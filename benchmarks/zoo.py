@@ -1,7 +1,7 @@
 """Networks as people have them: which backend computes their attack, and how far it is from plain autograd.
 
     python benchmarks/zoo.py small          # one of each kind, in small; what tests/test_zoo.py asserts
-    python benchmarks/zoo.py full           # torchvision's networks as they come, 32x32 (64x64 where they need it)
+    python benchmarks/zoo.py full           # torchvision's networks as they come, at 32x32
     python benchmarks/zoo.py full --only resnet18
 
 A line is a network in a mode: the backend that `layerwise`, the default, ends at, the largest relative difference of
@@ -304,7 +304,6 @@ FULL: dict[str, Build] = {
         "resnet18": {},
         "resnet50": {},
         "resnext50_32x4d": {},
-        "vgg11_bn": {"dropout": 0.0},
         "mobilenet_v2": {"dropout": 0.0},
         "mobilenet_v3_small": {"dropout": 0.0},
         "efficientnet_b0": {"dropout": 0.0, "stochastic_depth_prob": 0.0},
@@ -315,12 +314,9 @@ FULL: dict[str, Build] = {
         "regnet_y_400mf": {},
         "mnasnet0_5": {"dropout": 0.0},
         "googlenet": {"aux_logits": False, "init_weights": False, "dropout": 0.0},
-        "vit_b_16": {},
         "swin_t": {"stochastic_depth_prob": 0.0},
     }.items()
 }
-SIZES = {"vit_b_16": 224}
-"""Sides of the images of networks that do not take 32x32."""
 
 
 @dataclass(frozen=True)
@@ -418,7 +414,7 @@ def main() -> None:
             if given.only not in (None, name):
                 continue
             try:
-                found = measure(build, mode, SIZES.get(name, 32) if given.suite == "full" else 32)
+                found = measure(build, mode)
             except GradleakError as error:
                 found = Found("refused", 0.0, 0.0, str(error))
             print(
