@@ -169,7 +169,7 @@ def twice_differentiable_kernels(module: nn.Module, like: Tensor | None = None) 
             enable(was)
 
 
-_FAST = (
+_FAST: tuple[tuple[Callable[[], bool], Callable[[bool], Any]], ...] = (
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
