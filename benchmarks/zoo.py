@@ -33,6 +33,7 @@ from gradleak.engine.choice import choose
 from gradleak.engine.derivatives import twice_differentiable
 from gradleak.engine.problem import Direct, Facts, Guess, Problem
 from gradleak.errors import GradleakError
+from gradleak.models._foreign import quieten
 from gradleak.update import (
     LocalTraining,
     Network,
@@ -299,22 +300,22 @@ OWN: dict[str, Build] = {
 SMALL = {**TORCHVISION, **OWN}
 
 FULL: dict[str, Build] = {
-    name: partial(getattr(models, name), num_classes=CLASSES, **options)
+    name: lambda name=name, options=options: quieten(getattr(models, name)(num_classes=CLASSES, **options))  # type: ignore[misc]
     for name, options in {
         "resnet18": {},
         "resnet50": {},
         "resnext50_32x4d": {},
-        "mobilenet_v2": {"dropout": 0.0},
-        "mobilenet_v3_small": {"dropout": 0.0},
-        "efficientnet_b0": {"dropout": 0.0, "stochastic_depth_prob": 0.0},
-        "convnext_tiny": {"stochastic_depth_prob": 0.0},
+        "mobilenet_v2": {},
+        "mobilenet_v3_small": {},
+        "efficientnet_b0": {},
+        "convnext_tiny": {},
         "densenet121": {},
-        "squeezenet1_1": {"dropout": 0.0},
+        "squeezenet1_1": {},
         "shufflenet_v2_x0_5": {},
         "regnet_y_400mf": {},
-        "mnasnet0_5": {"dropout": 0.0},
-        "googlenet": {"aux_logits": False, "init_weights": False, "dropout": 0.0},
-        "swin_t": {"stochastic_depth_prob": 0.0},
+        "mnasnet0_5": {},
+        "googlenet": {"aux_logits": False, "init_weights": False},
+        "swin_t": {},
     }.items()
 }
 
