@@ -338,9 +338,9 @@ def measure(build: Build, mode: str, size: int = 32) -> Found:
     refused = twice_differentiable(network, start["pixels"][0], targets)
     if refused is not None:
         return Found("refused", 0.0, time.process_time() - started, refused)
-    name, backend, reason, _ = choose("layerwise", problem, start, facts, 300)
+    name, backend, reason, _, ready = choose("layerwise", problem, start, facts, 300)
     seconds = time.process_time() - started
-    values = backend(problem, start, backend.prepare(problem, facts))
+    values = backend(problem, start, ready)
     wanted = torch.stack([by_hand(network.module, facts, start["pixels"], row) for row in range(VICTIMS)])
     error = (values.gradients["pixels"] - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
     return Found(name, float(error.max()), seconds, reason)
