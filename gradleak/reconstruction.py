@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from .engine.loop import Status
 from .options import Options
 from .plugins import PluginError, at, place_of_hook
 from .seeds import Generators
-from .threat import Knowledge, Observation, Setting
+from .threat import Knowledge, Level, Observation, Setting
 
 
 @dataclass(kw_only=True)
@@ -86,6 +86,12 @@ class Attack(Options, ABC):
     ) -> Tensor | None:
         """Own loss [N] of given batches; the evaluator asks it for the truth's. None without a loss."""
         return None
+
+
+def granted_of(attack: Attack, setting: Setting, level: str) -> Knowledge:
+    """What a setting grants; controls are yardsticks and always have the public images."""
+    auxiliary = setting.grants.auxiliary or attack.family == "control"
+    return replace(setting.grants, defense=Level(level), auxiliary=auxiliary)
 
 
 def complete(answer: object, attack: Attack, images: Tensor) -> Reconstruction:

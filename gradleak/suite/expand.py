@@ -17,9 +17,9 @@ from ..scales import METRICS
 if TYPE_CHECKING:
     from ..defense import Defense
     from ..threat import Setting
-from .cells import UTILITY, Cell, build_defense, code_of_file, key_of
+from .cells import UTILITY, Cell, LeftOut, Note, build_defense, code_of_file, dataset_label, key_of, unnoted
 from .read import levels_of
-from .schema import Entry, Prior, Suite, Utility, build_setting
+from .schema import Counter, Entry, Prior, Suite, Utility, build_setting
 
 CORE = "1"
 """Raised whenever the engine, the client or the label rules change results."""
@@ -29,7 +29,7 @@ Digest = Callable[[str, Mapping[str, Any]], tuple[str, str]]
 """A dataset's name and options to its version and the hash of its images."""
 
 
-def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]:
+def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = unnoted) -> list[Cell]:
     """Return every cell of the grid once, in a stable order, then the cells that measure utility.
 
     Levels of knowledge that make no difference (the attack or the defense ignores them) are one cell.
@@ -38,11 +38,12 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]
         suite: what to expand.
         digest: reads the datasets.
         root: the data root, where a prior's weights are.
+        note: told what of the grid is left out, and why.
 
     Raises:
         GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
     """
-    from ..threat import Level
+    from ..reconstruction import granted_of
 
     attacks = [(entry, registry.build("attacks", entry.name, entry.options)) for entry in suite.attacks]
     defenses = [(entry, build_defense(entry.name, entry.options)) for entry in suite.defenses]
@@ -58,10 +59,21 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]
             "settings": setting.name,
             "defenses": guard.title,
         }
-        if not (_wanted(entry, here) and _wanted(guard, here)):
+        if not _wanted(guard, here):
             continue
-        for level in levels_of(suite, attack, defense, entry.optional):
-            if entry.optional and attack.needs.missing(dataclasses.replace(setting.grants, defense=Level(level))):
+        place = (entry.title, guard.title, model_entry.title, dataset_label(data_entry.title, suite.tuning))
+        if (reason := _reason(entry, here)) is not None:
+            note(LeftOut(*place, setting.name, "", *reason))
+            continue
+        levels = levels_of(suite, attack, defense, entry.optional)
+        if not levels:
+            lacking = f"needs {attack.needs.defense.value} knowledge of the defense, which the suite does not give"
+            note(LeftOut(*place, setting.name, "", lacking))
+        for level in levels:
+            missing = attack.needs.missing(granted_of(attack, setting, level))
+            if entry.optional and missing:
+                lacking = f"needs {', '.join(missing)}, which the setting does not grant"
+                note(LeftOut(*place, setting.name, level, lacking))
                 continue
             config = {
                 "attack": _plugin("attacks", entry),
@@ -124,6 +136,15 @@ def _guard(entry: Entry, defense: Defense) -> dict[str, Any]:
 
 def _wanted(entry: Entry, here: Mapping[str, str]) -> bool:
     return all(here[axis] in titles for axis, titles in entry.only.items())
+
+
+def _reason(entry: Entry, here: Mapping[str, str]) -> tuple[str, bool] | None:
+    """Say why an attack is not run here, and whether that is the suite's own choice; None if it is run."""
+    if not _wanted(entry, here):
+        return "left out by the suite", True
+    if isinstance(entry, Counter) and here["defenses"] not in entry.against:
+        return "is a counter-attack to other defenses only", False
+    return None
 
 
 def _plugin(group: str, entry: Entry) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..defense import Defense
 from .cells import build_defense
 from .document import load
-from .schema import AXES, KNOWLEDGE, Entry, Prior, Suite, build_setting, first_mistake
+from .schema import AXES, KNOWLEDGE, Counter, Entry, Prior, Suite, build_setting, first_mistake
 
 
 def read(path: Path) -> Suite:
@@ -107,9 +107,8 @@ def _members(suite: Suite) -> list[Entry]:
             for name in build_defense(guard.name, guard.options).counter_attacks:
                 counters.setdefault(name, []).append(guard.title)
         for name, titles in counters.items():
-            wanted = [title for title in titles if title in entry.only.get("defenses", titles)]
             if name not in names and name in registry.names("attacks"):
-                members.append(Entry(name=name, only={**entry.only, "defenses": wanted}, optional=True))
+                members.append(Counter(name=name, only=entry.only, optional=True, against=tuple(titles)))
         found += [member for member in members if member.title not in listed]
         listed |= {member.title for member in members}
     return found

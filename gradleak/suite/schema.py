@@ -81,6 +81,13 @@ class Entry(_Strict):
         return f"{self.name}({', '.join(f'{key}={_short(value)}' for key, value in self.options.items())})"
 
 
+class Counter(Entry):
+    """A member of an ensemble that some defenses name as their counter-attack; it is run against these."""
+
+    against: tuple[str, ...]
+    """Labels of these defenses."""
+
+
 def _width(value: Any) -> Any:
     if value != "auto" and not (type(value) is int and 1 <= value < 2**63):
         raise ValueError("a number of trials (1 or more), or auto")
