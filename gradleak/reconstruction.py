@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -67,9 +67,10 @@ class Attack(Options, ABC):
     """Whether the attack uses what it knows of a defense."""
     observes_other_victim: ClassVar[bool] = False
     """A control: it is shown the observation of another victim."""
-    ensembles: ClassVar[tuple[str, ...]] = ()
-    """Ensembles that the attack is a member of, such as `auto-v1`; a suite that names one runs all members that can
-    run. A changed membership is a new version of the name."""
+    ensembles: ClassVar[tuple[str, ...] | Mapping[str, Mapping[str, Mapping[str, object]]]] = ()
+    """Ensembles that the attack is a member of, such as `auto-v2`; a suite that names one runs all members that can
+    run. Members with other options than the defaults, or several of one attack, are given by ensemble and label:
+    `{"auto-v2": {"label": {"option": 1}}}`. A changed membership is a new version of the name."""
     tuning: ClassVar[str] = "defaults of the reference"
     """How the defaults were found: on which tuning victims, with how many trials."""
 
@@ -80,6 +81,10 @@ class Attack(Options, ABC):
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """Say why this attack cannot run on such a client at all, or None; asked before anything runs."""
         return None
+
+    def blind(self, setting: Setting) -> bool:
+        """Whether the answer is the same under every defense: it reads neither message nor update. Of controls only."""
+        return False
 
     def loss(
         self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]

@@ -15,6 +15,7 @@ from ..errors import GradleakError
 from ..scales import METRICS
 
 if TYPE_CHECKING:
+    from ..attack import Attack
     from ..defense import Defense
     from ..threat import Setting
 from .cells import UTILITY, Cell, LeftOut, Note, build_defense, code_of_file, dataset_label, key_of, unnoted
@@ -43,14 +44,13 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
     Raises:
         GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
     """
-    from ..reconstruction import granted_of
-
     attacks = [(entry, registry.build("attacks", entry.name, entry.options)) for entry in suite.attacks]
     defenses = [(entry, build_defense(entry.name, entry.options)) for entry in suite.defenses]
     settings = [build_setting(values) for values in suite.settings]
     datasets = [(entry, _dataset(entry, digest)) for entry in suite.datasets]
     models = [(entry, _plugin("models", entry)) for entry in suite.models]
     cells: dict[str, Cell] = {}
+    guessed: set[tuple[Any, ...]] = set()
     grid = itertools.product(datasets, models, settings, suite.seeds, defenses, attacks)
     for (data_entry, dataset), (model_entry, model), setting, seed, (guard, defense), (entry, attack) in grid:
         here = {
@@ -61,20 +61,13 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
         }
         if not _wanted(guard, here):
             continue
-        place = (entry.title, guard.title, model_entry.title, dataset_label(data_entry.title, suite.tuning))
-        if (reason := _reason(entry, here)) is not None:
-            note(LeftOut(*place, setting.name, "", *reason))
-            continue
-        levels = levels_of(suite, attack, defense, entry.optional)
-        if not levels:
-            lacking = f"needs {attack.needs.defense.value} knowledge of the defense, which the suite does not give"
-            note(LeftOut(*place, setting.name, "", lacking))
-        for level in levels:
-            missing = attack.needs.missing(granted_of(attack, setting, level))
-            if entry.optional and missing:
-                lacking = f"needs {', '.join(missing)}, which the setting does not grant"
-                note(LeftOut(*place, setting.name, level, lacking))
+        if suite.controls == "all" and attack.family == "control" and attack.blind(setting):
+            # Nothing of it depends on the defense but how many clients' images it answers.
+            guess = (*list(here.values())[:3], seed, entry.title, defense.cohort)
+            if guess in guessed:
                 continue
+            guessed.add(guess)
+        for level in _levels(suite, entry, attack, defense, setting, here, note):
             config = {
                 "attack": _plugin("attacks", entry),
                 "defense": _guard(guard, defense),
@@ -82,13 +75,7 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
                 "dataset": dataset,
                 "setting": _setting(setting),
                 "knowledge": level,
-                "victims": suite.victims,
-                "tuning": suite.tuning,
-                "candidates": suite.candidates,
-                "seed": seed,
-                "engine": suite.engine.model_dump(),
-                "definitions": _definitions(),
-                "suite": {"name": suite.name, "version": suite.version},
+                **_of_suite(suite, seed),
             }
             if attack.needs.generator and setting.grants.generator:
                 config["prior"] = _prior(suite.prior, dataset, digest, root)
@@ -98,6 +85,50 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
         cell = Cell(key_of(config), config)
         cells.setdefault(cell.key, cell)
     return list(cells.values())
+
+
+def _of_suite(suite: Suite, seed: int) -> dict[str, Any]:
+    """Return the parts of a configuration that all cells of a suite and a seed share."""
+    return {
+        "victims": suite.victims,
+        "tuning": suite.tuning,
+        "candidates": suite.candidates,
+        "seed": seed,
+        "engine": suite.engine.model_dump(),
+        "definitions": _definitions(),
+        "suite": {"name": suite.name, "version": suite.version},
+    }
+
+
+def _levels(
+    suite: Suite,
+    entry: Entry,
+    attack: Attack,
+    defense: Defense,
+    setting: Setting,
+    here: Mapping[str, str],
+    note: Note,
+) -> list[str]:
+    """Return the levels of knowledge at which an attack is run here; note the others that make a difference."""
+    from ..reconstruction import granted_of
+
+    data = dataset_label(here["datasets"], suite.tuning)
+    place = (entry.title, here["defenses"], here["models"], data, here["settings"])
+    if (reason := _reason(entry, here)) is not None:
+        note(LeftOut(*place, "", *reason))
+        return []
+    levels = levels_of(suite, attack, defense, entry.optional)
+    if not levels:
+        lacking = f"needs {attack.needs.defense.value} knowledge of the defense, which the suite does not give"
+        note(LeftOut(*place, "", lacking))
+    kept = []
+    for level in levels:
+        missing = attack.needs.missing(granted_of(attack, setting, level))
+        if entry.optional and missing:
+            note(LeftOut(*place, level, f"needs {', '.join(missing)}, which the setting does not grant"))
+        else:
+            kept.append(level)
+    return kept
 
 
 def _utilities(

@@ -211,6 +211,9 @@ class Suite(_Strict):
     prior: Prior = Prior()
     utility: Utility | None = None
     """Unset, no model is trained under the defenses."""
+    controls: Literal["all", "listed"] = "listed"
+    """`all`: every control runs in every context whose grants allow it, whatever `only` says, and once a context where
+    it reads no message; but for those that attack another victim, which have to be listed."""
     datasets: Plugins
     models: Plugins
     settings: Annotated[list[Annotated[dict[str, Any], AfterValidator(_grants_no_defense)]], MinLen(1)] = [{}]
