@@ -81,7 +81,7 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
                 config["prior"] = _prior(suite.prior, dataset, digest, root)
             cell = Cell(key_of(config), config, entry.optional)
             cells.setdefault(cell.key, cell)
-    for config in _utilities(suite, datasets, models, defenses):
+    for config in _utilities(suite, datasets, models, settings, defenses):
         cell = Cell(key_of(config), config)
         cells.setdefault(cell.key, cell)
     return list(cells.values())
@@ -135,16 +135,19 @@ def _utilities(
     suite: Suite,
     datasets: list[tuple[Entry, dict[str, Any]]],
     models: list[tuple[Entry, dict[str, Any]]],
+    settings: list[Setting],
     defenses: list[tuple[Entry, Defense]],
 ) -> Iterator[dict[str, Any]]:
     """Yield the configuration of every training under a defense that is wanted in any setting."""
     if suite.utility is None:
         return
-    recipe = suite.utility.model_dump(exclude={"seeds"})
-    setting = _setting(suite.utility.setting())
-    grid = itertools.product(datasets, models, suite.utility.seeds or suite.seeds, defenses)
-    for (data_entry, dataset), (model_entry, model), seed, (guard, defense) in grid:
+    grid = itertools.product(datasets, models, settings, suite.utility.seeds or suite.seeds, defenses)
+    for (data_entry, dataset), (model_entry, model), faced, seed, (guard, defense) in grid:
         here = {"datasets": data_entry.title, "models": model_entry.title, "defenses": guard.title}
+        if suite.utility.batch_size == "setting":
+            here["settings"] = faced.name
+        asked = suite.utility.at(faced)
+        recipe, setting = asked.model_dump(exclude={"seeds"}), _setting(asked.setting())
         wanted = all(title in guard.only.get(axis, [title]) for axis, title in here.items())
         if defense.single_round or not wanted:
             continue

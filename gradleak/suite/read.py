@@ -59,14 +59,14 @@ def _check(suite: Suite, where: str) -> None:
             titles.add(entry.title)
     _check_prior(suite.prior, f"{where}: prior")
     _check_backend(suite.engine.backend, f"{where}: engine")
-    if suite.utility is not None:
-        suite.utility.setting(f"{where}: utility")
     names: set[str] = set()
     for index, values in enumerate(suite.settings):
         setting = build_setting(values, f"{where}: settings[{index}]")
         if setting.name in names:
             raise GradleakError(f"{where}: settings[{index}]: name {setting.name!r} is taken; settings need names")
         names.add(setting.name)
+        if suite.utility is not None:
+            suite.utility.at(setting, f"{where}: utility").setting(f"{where}: utility")
     for index, level in enumerate(suite.knowledge):
         if level not in KNOWLEDGE:
             raise unknown("level", level, KNOWLEDGE, f"{where}: knowledge[{index}]")
