@@ -10,20 +10,21 @@ from ..attack import GradientMatching
 from ..engine.derivatives import not_computable
 from ..errors import GradleakError
 from ..federation import utility
+from ..reconstruction import granted_of
 from ..search.generators import Generator
 from ..state import restored
-from ..suite import Cell, Utility, attack_and_defense, build_defense_of, build_setting
+from ..suite import Cell, Note, Utility, attack_and_defense, build_defense_of, build_setting, unnoted
 from ..threat import Level
 from .checks import combinations, generators
-from .observe import batch_size_of, granted_of
+from .observe import batch_size_of
 from .workshop import Resources, client_of, data_of, fitting_prior
 
 
-def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
+def check(cells: Iterable[Cell], resources: Resources, note: Note = unnoted) -> list[Cell]:
     """Refuse cells that cannot run, before any of them does; return all but the optional ones that cannot.
 
     Every combination of dataset, model, setting and defense is tried on real victims: models and clients must be
-    functions (see `checks`). What is tried is never shown to an attack.
+    functions (see `checks`). What is tried is never shown to an attack. `note` is told what is left out, and why.
 
     Raises:
         GradleakError: an attack needs knowledge that its setting does not grant, cannot run on a model or
@@ -31,7 +32,7 @@ def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
             generator cannot be had or makes other images than the victims', or a client is no function.
     """
     with restored():
-        kept = _fitting(cells, resources)
+        kept = _fitting(cells, resources, note)
         tried: set[str] = set()
         for cell in kept:
             mark = None if cell.is_utility else combinations.mark_of(cell)
@@ -41,7 +42,7 @@ def check(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
     return kept
 
 
-def _fitting(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
+def _fitting(cells: Iterable[Cell], resources: Resources, note: Note) -> list[Cell]:
     """Compare what cells ask for with what there is; nothing is computed but networks' structure."""
     seen: dict[str, bool] = {}
     kept: list[Cell] = []
@@ -87,6 +88,7 @@ def _fitting(cells: Iterable[Cell], resources: Resources) -> list[Cell]:
             reason = "a sum of clients with local batches is no update of one batch; leave local_batch_size out"
         if reason is not None and cell.optional:
             seen[mark] = False
+            note(cell.left_out(reason))
             continue
         if reason is not None:
             raise GradleakError(

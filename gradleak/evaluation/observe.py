@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from ..defense import Defense, View
 from ..engine import answers
 from ..federation import client
 from ..mechanisms import batch_statistics
+from ..reconstruction import granted_of
 from ..search.generators import Generator
-from ..threat import BatchNorm, Compute, Knowledge, Level, Observation, Setting, rank
+from ..threat import BatchNorm, Compute, Level, Observation, Setting, rank
 from ..update import LocalTraining, Network
 from .workshop import Progress
 
@@ -80,12 +80,6 @@ def observe(
             progress=progress,
         ),
     )
-
-
-def granted_of(attack: Attack, setting: Setting, level: str) -> Knowledge:
-    """What a setting grants; controls are yardsticks and always have the public images."""
-    auxiliary = setting.grants.auxiliary or attack.family == "control"
-    return replace(setting.grants, defense=Level(level), auxiliary=auxiliary)
 
 
 def batch_size_of(attack: Attack, defense: Defense, setting: Setting, level: Level) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,19 @@ class Cell:
     """Whether it is left out where its attack cannot run on its model, instead of refused."""
 
     @property
+    def place(self) -> tuple[str, str, str, str, str]:
+        """Labels of attack, defense, model, dataset and setting, as tables have them."""
+        attack, defense, model, dataset = (
+            self.config[axis]["label"] for axis in ("attack", "defense", "model", "dataset")
+        )
+        tuning = bool(self.config.get("tuning"))
+        return attack, defense, model, dataset_label(dataset, tuning), self.config["setting"]["name"]
+
+    def left_out(self, reason: str) -> LeftOut:
+        """Return the note that its attack does not apply."""
+        return LeftOut(*self.place, self.config["knowledge"], reason)
+
+    @property
     def title(self) -> str:
         """One line for progress and errors."""
         config = self.config
@@ -42,6 +55,35 @@ class Cell:
     def is_utility(self) -> bool:
         """Whether it trains a model under the defense instead of attacking it."""
         return bool(self.config["attack"]["name"] == UTILITY)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A combination of a grid that is not run, by its labels, and why."""
+
+    attack: str
+    defense: str
+    model: str
+    dataset: str
+    setting: str
+    knowledge: str
+    """Empty for all levels."""
+    reason: str
+    chosen: bool = False
+    """Whether the suite leaves it out by its own choice; else the attack does not apply."""
+
+
+Note = Callable[[LeftOut], None]
+"""Told of every combination that is left out."""
+
+
+def unnoted(found: LeftOut) -> None:
+    """Note nothing."""
+
+
+def dataset_label(label: str, tuning: bool) -> str:
+    """Return what tables call a dataset: its tuning victims are a list of their own."""
+    return f"{label} (tuning victims)" if tuning else label
 
 
 def build_defense(name: str, options: Mapping[str, Any], where: str = "") -> Defense:

@@ -15,11 +15,12 @@ from ..errors import GradleakError
 from ..scales import METRICS
 
 if TYPE_CHECKING:
+    from ..attack import Attack
     from ..defense import Defense
     from ..threat import Setting
-from .cells import UTILITY, Cell, build_defense, code_of_file, key_of
+from .cells import UTILITY, Cell, LeftOut, Note, build_defense, code_of_file, dataset_label, key_of, unnoted
 from .read import levels_of
-from .schema import Entry, Prior, Suite, Utility, build_setting
+from .schema import Counter, Entry, Prior, Suite, Utility, build_setting
 
 CORE = "1"
 """Raised whenever the engine, the client or the label rules change results."""
@@ -29,7 +30,7 @@ Digest = Callable[[str, Mapping[str, Any]], tuple[str, str]]
 """A dataset's name and options to its version and the hash of its images."""
 
 
-def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]:
+def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = unnoted) -> list[Cell]:
     """Return every cell of the grid once, in a stable order, then the cells that measure utility.
 
     Levels of knowledge that make no difference (the attack or the defense ignores them) are one cell.
@@ -38,18 +39,18 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]
         suite: what to expand.
         digest: reads the datasets.
         root: the data root, where a prior's weights are.
+        note: told what of the grid is left out, and why.
 
     Raises:
         GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
     """
-    from ..threat import Level
-
     attacks = [(entry, registry.build("attacks", entry.name, entry.options)) for entry in suite.attacks]
     defenses = [(entry, build_defense(entry.name, entry.options)) for entry in suite.defenses]
     settings = [build_setting(values) for values in suite.settings]
     datasets = [(entry, _dataset(entry, digest)) for entry in suite.datasets]
     models = [(entry, _plugin("models", entry)) for entry in suite.models]
     cells: dict[str, Cell] = {}
+    guessed: set[tuple[Any, ...]] = set()
     grid = itertools.product(datasets, models, settings, suite.seeds, defenses, attacks)
     for (data_entry, dataset), (model_entry, model), setting, seed, (guard, defense), (entry, attack) in grid:
         here = {
@@ -58,11 +59,15 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]
             "settings": setting.name,
             "defenses": guard.title,
         }
-        if not (_wanted(entry, here) and _wanted(guard, here)):
+        if not _wanted(guard, here):
             continue
-        for level in levels_of(suite, attack, defense, entry.optional):
-            if entry.optional and attack.needs.missing(dataclasses.replace(setting.grants, defense=Level(level))):
+        if suite.controls == "all" and attack.family == "control" and attack.blind(setting):
+            # Nothing of it depends on the defense but how many clients' images it answers.
+            guess = (*list(here.values())[:3], seed, entry.title, defense.cohort)
+            if guess in guessed:
                 continue
+            guessed.add(guess)
+        for level in _levels(suite, entry, attack, defense, setting, here, note):
             config = {
                 "attack": _plugin("attacks", entry),
                 "defense": _guard(guard, defense),
@@ -70,38 +75,79 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]
                 "dataset": dataset,
                 "setting": _setting(setting),
                 "knowledge": level,
-                "victims": suite.victims,
-                "tuning": suite.tuning,
-                "candidates": suite.candidates,
-                "seed": seed,
-                "engine": suite.engine.model_dump(),
-                "definitions": _definitions(),
-                "suite": {"name": suite.name, "version": suite.version},
+                **_of_suite(suite, seed),
             }
             if attack.needs.generator and setting.grants.generator:
                 config["prior"] = _prior(suite.prior, dataset, digest, root)
             cell = Cell(key_of(config), config, entry.optional)
             cells.setdefault(cell.key, cell)
-    for config in _utilities(suite, datasets, models, defenses):
+    for config in _utilities(suite, datasets, models, settings, defenses):
         cell = Cell(key_of(config), config)
         cells.setdefault(cell.key, cell)
     return list(cells.values())
+
+
+def _of_suite(suite: Suite, seed: int) -> dict[str, Any]:
+    """Return the parts of a configuration that all cells of a suite and a seed share."""
+    return {
+        "victims": suite.victims,
+        "tuning": suite.tuning,
+        "candidates": suite.candidates,
+        "seed": seed,
+        "engine": suite.engine.model_dump(),
+        "definitions": _definitions(),
+        "suite": {"name": suite.name, "version": suite.version},
+    }
+
+
+def _levels(
+    suite: Suite,
+    entry: Entry,
+    attack: Attack,
+    defense: Defense,
+    setting: Setting,
+    here: Mapping[str, str],
+    note: Note,
+) -> list[str]:
+    """Return the levels of knowledge at which an attack is run here; note the others that make a difference."""
+    from ..reconstruction import granted_of
+
+    data = dataset_label(here["datasets"], suite.tuning)
+    place = (entry.title, here["defenses"], here["models"], data, here["settings"])
+    if (reason := _reason(entry, here)) is not None:
+        note(LeftOut(*place, "", *reason))
+        return []
+    levels = levels_of(suite, attack, defense, entry.optional)
+    if not levels:
+        lacking = f"needs {attack.needs.defense.value} knowledge of the defense, which the suite does not give"
+        note(LeftOut(*place, "", lacking))
+    kept = []
+    for level in levels:
+        missing = attack.needs.missing(granted_of(attack, setting, level))
+        if entry.optional and missing:
+            note(LeftOut(*place, level, f"needs {', '.join(missing)}, which the setting does not grant"))
+        else:
+            kept.append(level)
+    return kept
 
 
 def _utilities(
     suite: Suite,
     datasets: list[tuple[Entry, dict[str, Any]]],
     models: list[tuple[Entry, dict[str, Any]]],
+    settings: list[Setting],
     defenses: list[tuple[Entry, Defense]],
 ) -> Iterator[dict[str, Any]]:
     """Yield the configuration of every training under a defense that is wanted in any setting."""
     if suite.utility is None:
         return
-    recipe = suite.utility.model_dump(exclude={"seeds"})
-    setting = _setting(suite.utility.setting())
-    grid = itertools.product(datasets, models, suite.utility.seeds or suite.seeds, defenses)
-    for (data_entry, dataset), (model_entry, model), seed, (guard, defense) in grid:
+    grid = itertools.product(datasets, models, settings, suite.utility.seeds or suite.seeds, defenses)
+    for (data_entry, dataset), (model_entry, model), faced, seed, (guard, defense) in grid:
         here = {"datasets": data_entry.title, "models": model_entry.title, "defenses": guard.title}
+        if suite.utility.batch_size == "setting":
+            here["settings"] = faced.name
+        asked = suite.utility.at(faced)
+        recipe, setting = asked.model_dump(exclude={"seeds"}), _setting(asked.setting())
         wanted = all(title in guard.only.get(axis, [title]) for axis, title in here.items())
         if defense.single_round or not wanted:
             continue
@@ -124,6 +170,15 @@ def _guard(entry: Entry, defense: Defense) -> dict[str, Any]:
 
 def _wanted(entry: Entry, here: Mapping[str, str]) -> bool:
     return all(here[axis] in titles for axis, titles in entry.only.items())
+
+
+def _reason(entry: Entry, here: Mapping[str, str]) -> tuple[str, bool] | None:
+    """Say why an attack is not run here, and whether that is the suite's own choice; None if it is run."""
+    if not _wanted(entry, here):
+        return "left out by the suite", True
+    if isinstance(entry, Counter) and here["defenses"] not in entry.against:
+        return "is a counter-attack to other defenses only", False
+    return None
 
 
 def _plugin(group: str, entry: Entry) -> dict[str, Any]:
