@@ -165,20 +165,30 @@ def fingerprint(group: str, name: str) -> str:
     return "" if path is None else str(getattr(_import_path(path), _FINGERPRINT))
 
 
-def _sources(group: str) -> dict[str, Callable[[], type[Any]]]:
+_Source = Callable[[], type[Any]]
+
+
+def _sources(group: str) -> dict[str, _Source]:
     if group not in GROUPS:
         raise unknown("registry", group, GROUPS)
+    found = dict(_shipped(group, tuple(sys.path)))
+    for (owner, name), path in _files.items():
+        if owner == group and name not in found:
+            found[name] = lambda path=path: _public_class(_import_path(path), str(path))  # type: ignore[misc]
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _shipped(group: str, path: tuple[str, ...]) -> Mapping[str, _Source]:
+    """Built-ins and what is installed on the path; a suite asks for names thousands of times."""
     package = importlib.import_module(f"gradleak.{group}")
-    found: dict[str, Callable[[], type[Any]]] = {}
+    found: dict[str, _Source] = {}
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):
             full = f"gradleak.{group}.{module.name}"
             found[_name(module.name)] = lambda full=full: _import_module(full)  # type: ignore[misc]
     for name, entry in _entries(group, frozenset(found)).items():
         found[name] = lambda entry=entry: _import_entry(group, entry)  # type: ignore[misc]
-    for (owner, name), path in _files.items():
-        if owner == group and name not in found:
-            found[name] = lambda path=path: _public_class(_import_path(path), str(path))  # type: ignore[misc]
     return found
 
 
@@ -246,6 +256,7 @@ def _name(stem: str) -> str:
     return stem.replace("_", "-")
 
 
+@functools.cache
 def _import_module(full: str) -> type[Any]:
     return _public_class(plugins.importing(full, lambda: importlib.import_module(full)), full)
 
