@@ -1,4 +1,4 @@
-"""Puts the published boards into README.md, between their markers, from results/*/leaderboard.csv.
+"""Puts the published boards into README.md, between their markers, from results/*/defenses.csv.
 
 python benchmarks/readme.py
 """
@@ -6,32 +6,49 @@ python benchmarks/readme.py
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 ROOT = Path(__file__).parents[1]
 
 
+HEAD = (
+    "| defense | standing | images ≥ 20 dB, % | exact, % | PSNR, dB | floor | worst attack | accuracy | lost, points "
+    "| bytes | epsilon of one message | doubt |\n"
+    "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | --- |"
+)
+
+
 def board(folder: Path) -> str:
-    """Return a published report's largest board of one context as a Markdown table, the safest defense first."""
-    table = pd.read_csv(folder / "leaderboard.csv", low_memory=False)
-    table = table[(table["board"] == "defenses") & ~table["title"].str.contains("mean over")]
-    table = table[table["title"] == table["title"].value_counts().idxmax()]
-    lines = [
-        "| defense | worst case, PSNR dB | attack | floor | re-identified | test accuracy | bytes "
-        "| epsilon of one message |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in table.to_dict("records"):
-        said = ", ".join(row[name] for name in ("standing", "doubt") if isinstance(row[name], str))
-        badge = f" ({said})" if said else ""
-        lines.append(
-            f"| {row['defense']}{badge} | {row['psnr']:.1f} [{row['psnr_low']:.1f}, {row['psnr_high']:.1f}]"
-            f" | {row['psnr_attack']} | {row['psnr_floor']:.1f} | {row['reidentified']:.0%}"
-            f" | {_or_dash(row['test_accuracy'], '.1%')} | {row['bytes']:,.0f} | {_or_dash(row['epsilon'], ',.1f')} |"
-        )
+    """Return a published report's first board as a Markdown table, the safest defense first."""
+    table = pd.read_csv(folder / "defenses.csv", low_memory=False)
+    lines = [HEAD, *map(_line, table.to_dict("records"))]
     return "\n".join([f"{table['title'].iloc[0]}:", "", *lines])
+
+
+def _line(row: Mapping[Any, Any]) -> str:
+    cells = [
+        row["defense"],
+        _text(row["standing"]),
+        f"{row['success_psnr_20']:.0%}".rstrip("%"),
+        f"{row['success_psnr_54']:.0%}".rstrip("%"),
+        f"{row['psnr']:.1f} [{row['psnr_low']:.1f}, {row['psnr_high']:.1f}]",
+        f"{row['psnr_floor']:.1f}",
+        row["psnr_attack"],
+        _or_dash(row["test_accuracy"], ".1%"),
+        _or_dash(100 * row["accuracy_lost"], ".1f"),
+        f"{row['bytes']:,.0f}",
+        _or_dash(row["epsilon"], ",.1f"),
+        _text(row["doubt"]),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _or_dash(value: float, form: str) -> str:

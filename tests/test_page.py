@@ -189,11 +189,20 @@ def test_strange_images_become_pictures() -> None:
 
 def test_the_page_says_what_the_tables_say(store: Store, made: Path) -> None:
     names = {path.relative_to(made).as_posix() for path in made.rglob("*") if path.stat().st_size > 0}
-    assert {"index.html", "leaderboard.csv", "leaderboard.md", "leaderboard.tex", "rows.parquet"} <= names
+    assert {
+        "index.html",
+        "defenses.csv",
+        "contexts.csv",
+        "schema.json",
+        "leaderboard.md",
+        "leaderboard.tex",
+        "rows.parquet",
+    } <= names
     assert {f"figures/{name}.{form}" for name in ("gallery", "heat_map", "pareto") for form in ("png", "pdf")} <= names
     text = (made / "index.html").read_text()
-    csv = pd.read_csv(made / "leaderboard.csv", keep_default_na=False)
-    titles = list(dict.fromkeys(csv[csv["board"] == "defenses"]["title"]))
+    parts = [pd.read_csv(made / f"{name}.csv", keep_default_na=False) for name in ("defenses", "contexts")]
+    csv = pd.concat(parts)
+    titles = list(dict.fromkeys(csv["title"]))
     assert len(titles) == 3  # all contexts, and each
     shown = Tables(text)
     for place, title in enumerate(titles):
@@ -201,8 +210,8 @@ def test_the_page_says_what_the_tables_say(store: Store, made: Path) -> None:
         assert [line["defense"] for line in lines] == [line["defense"] for line in shown.lines(place)]
         for mine, line in zip(shown.lines(place), lines, strict=True):
             values = {name: float(line[name]) for name in ("psnr", "psnr_low", "psnr_high")}
-            assert mine["PSNR dB"] == interval(values, "psnr")
-            assert mine["floor"] == number(float(line["psnr_floor"]))
+            assert mine["PSNR, dB"] == interval(values, "psnr")
+            assert mine["floor, dB"] == number(float(line["psnr_floor"]))
             assert mine["bytes"] == number(float(line["bytes"]), 0)
     rows = pd.read_parquet(made / "rows.parquet")
     assert len(rows) == 2 * len(PSNR) * VICTIMS
@@ -303,7 +312,7 @@ def test_many_flags_are_cut_kind_by_kind_and_that_is_said() -> None:
     kinds = ["a"] * (page.MOST_FLAGS + 7) + ["b"] * 3
     found = page._fewer(Board("flags", "Doubts", pd.DataFrame({"flag": kinds, "where": kinds, "why": kinds})))
     assert found.table["flag"].value_counts().to_dict() == {"a": page.MOST_FLAGS, "b": 3}
-    assert found.notes == ("7 more of 'a': see leaderboard.csv",)
+    assert found.notes == ("7 more of 'a': see flags.csv",)
     few = Board("flags", "Doubts", pd.DataFrame({"flag": ["b"], "where": [""], "why": [""]}))
     assert page._fewer(few) is few
 

@@ -183,8 +183,13 @@ def _leaderboard(
     board: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(BOARDS)}; may be repeated.")
     ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,…", help="Columns to show, e.g. rank,defense,psnr-db [default: what fits]."),
+    ] = None,
 ) -> None:
     """Print the defense board and the attack board of stores and bundles, merged."""
+    wanted = [part.strip() for part in (columns or "").split(",") if part.strip()]
     from .. import report
     from ..board import leaderboard, results
     from ..board.bundle import open_all
@@ -205,11 +210,11 @@ def _leaderboard(
     }
     chosen = [made[name]() for name in board or BOARDS[:2]]
     if format == "table" and sys.stdout.isatty():
-        from ..report import terminal
-
-        print(terminal.write(chosen, Console().width, colour="NO_COLOR" not in os.environ), end="")
+        report.check_columns(chosen, wanted)
+        width, colour = Console().width, "NO_COLOR" not in os.environ
+        print(report.terminal.write(chosen, wanted, width, colour), end="")
     else:
-        print(report.render(chosen, format), end="")
+        print(report.render(chosen, format, wanted), end="")
 
 
 @app.command("report")

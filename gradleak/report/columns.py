@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..board.leaderboard import Board
 from ..board.results import HEADLINE, SUCCESSES
 from ..paths import printable
 from ..scales import CAP, METRICS, Threshold
+from .help import HELP
 
 Line = Mapping[str, Any]
 
@@ -33,6 +35,18 @@ class Column:
     """Whether it stands out on lines that are separably first."""
     brief: Callable[[Line], str] | None = None
     """A shorter text, for where the column would not fit."""
+    most: int | None = None
+    """Characters above which its text is broken into lines, none for numbers."""
+
+    @property
+    def tip(self) -> str:
+        """What the column holds: its meaning, unit and direction."""
+        return HELP.get(self.heading, "")
+
+    @property
+    def key(self) -> str:
+        """The heading as a word, for command lines: `psnr-db`."""
+        return "-".join(re.findall(r"[a-z0-9]+", self.heading.lower()))
 
 
 @dataclass(frozen=True)
@@ -49,13 +63,28 @@ class Shown:
         return Shown(self.column, self.brief or self.cells)
 
     @property
+    def heading(self) -> str:
+        """The heading, in two lines where one would be wider than every cell."""
+        return in_two_lines(self.column.heading, max(map(len, self.cells), default=0))
+
+    @property
     def width(self) -> int:
-        """Characters of the widest cell or heading."""
-        return max(map(len, (self.column.heading, *self.cells)))
+        """Characters of the widest cell, broken where it may be, or line of the heading."""
+        widest = max((*map(len, self.cells), 0))
+        return max(min(widest, self.column.most or widest), *map(len, self.heading.splitlines()))
 
 
-def shown(board: Board) -> list[Shown]:
-    """Return the columns of a board that hold anything, as text."""
+def in_two_lines(heading: str, width: int) -> str:
+    """Return a heading, broken at the space that makes its longer line shortest if it is wider than `width`."""
+    places = [place for place, mark in enumerate(heading) if mark == " "]
+    if len(heading) <= width or not places:
+        return heading
+    place = min(places, key=lambda each: max(each, len(heading) - each - 1))
+    return f"{heading[:place]}\n{heading[place + 1 :]}"
+
+
+def shown(board: Board, chosen: Sequence[str] = ()) -> list[Shown]:
+    """Return the columns of a board that hold anything, as text; of these the `chosen` ones by key, if any."""
     lines: list[Line] = board.table.to_dict("records")  # type: ignore[assignment]
     columns = [
         Shown(
@@ -65,7 +94,53 @@ def shown(board: Board) -> list[Shown]:
         )
         for column in _COLUMNS[board.name]
     ]
-    return [each for each in columns if any(cell not in ("", MISSING) for cell in each.cells)]
+    known = [each for each in columns if any(cell not in ("", MISSING) for cell in each.cells)]
+    if not chosen:
+        return known
+    return sorted((each for each in known if each.column.key in chosen), key=lambda each: chosen.index(each.column.key))
+
+
+def of(board: str) -> tuple[Column, ...]:
+    """Return the columns of a kind of board."""
+    return _COLUMNS[board]
+
+
+def keys(board: str) -> list[str]:
+    """Return the words by which the columns of a kind of board are chosen."""
+    return [column.key for column in _COLUMNS[board]]
+
+
+GAP = 2
+"""Characters between two columns of text."""
+_LEAST = 5
+"""Columns of this rank or above are left out before others are shortened."""
+
+
+def fit(columns: list[Shown], width: int | None, gap: int = GAP) -> tuple[list[Shown], list[Column]]:
+    """Split columns into those that fit and those left out; equal ranks go from the right.
+
+    The least important columns go first; then the others are shortened, those of highest rank first; then they go.
+    """
+
+    def is_fitting() -> bool:
+        return not width or sum(each.width + gap for each in columns) - gap <= width
+
+    def leave_out(least: int) -> list[Column]:
+        left: list[Column] = []
+        while not is_fitting():
+            worst = max(columns, key=lambda each: (each.column.rank, columns.index(each)))
+            if worst.column.rank < least:
+                break
+            columns.remove(worst)
+            left.append(worst.column)
+        return left
+
+    columns = list(columns)
+    left_out = leave_out(_LEAST)
+    for each in sorted(columns, key=lambda each: -each.column.rank):
+        if not is_fitting():
+            columns[columns.index(each)] = each.shortened()
+    return columns, left_out + leave_out(1)
 
 
 def number(value: Any, digits: int = 1, percent: bool = False) -> str:
@@ -97,8 +172,35 @@ def _plain(heading: str, name: str, digits: int = 1, rank: int = 1, percent: boo
     return Column(heading, lambda line: number(line.get(name), digits, percent), rank=rank)
 
 
-def _label(heading: str, name: str, rank: int = 0, strong: bool = False) -> Column:
-    return Column(heading, lambda line: str(line.get(name) or ""), right=False, rank=rank, strong=strong)
+def _label(
+    heading: str,
+    name: str,
+    rank: int = 0,
+    strong: bool = False,
+    brief: Callable[[str], str] | None = None,
+    most: int | None = None,
+) -> Column:
+    def text(line: Line) -> str:
+        return str(line.get(name) or "")
+
+    shorter = brief and (lambda line: brief(text(line)))
+    return Column(heading, text, right=False, rank=rank, strong=strong, brief=shorter, most=most)
+
+
+def _capped(text: str, most: int = 22) -> str:
+    """Cut a text, where it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _standing(text: str) -> str:
+    """Shorten `at the floor` and `3 of 4 attacks`."""
+    return text.replace("at the floor", "at floor").replace(" of ", "/").replace("not evaluated", "not eval.")
+
+
+def _first(text: str) -> str:
+    """Shorten several doubts to the first and how many more there are."""
+    first, *others = text.split() or [""]
+    return f"{first} +{len(others)}" if others else first
 
 
 def _interval(heading: str, name: str, digits: int = 1, rank: int = 1, percent: bool = False) -> Column:
@@ -130,18 +232,26 @@ def _failed(line: Line) -> str:
 def _share(line: Threshold, name: str, rank: int, intervals: bool) -> Column:
     """Return the column of the share of images that reach a threshold."""
     if (line.metric, line.value) == (HEADLINE, CAP):
-        heading = "exact %"
+        heading = "images exact, %"
     else:
         direction, unit = "≥" if METRICS[line.metric].higher_is_better else "≤", METRICS[line.metric].unit
         measure = f"{direction} {line.value:g} {unit}" if unit else f"{line.metric.upper()} {direction} {line.value:g}"
-        heading = f"{measure} %"
+        heading = f"images {measure}, %"
     make = _interval if intervals else _plain
     return make(heading, name, digits=0, rank=rank, percent=True)
 
 
-def _successes(first: int, intervals: bool, among: slice) -> list[Column]:
-    chosen = list(SUCCESSES.items())[among]
-    return [_share(line, name, first + place, intervals) for place, (name, line) in enumerate(chosen)]
+_RECOGNISABLE, _EXACT = "success_psnr_20", f"success_psnr_{CAP:g}"
+
+
+def _recovered(name: str, rank: int, intervals: bool = True) -> Column:
+    return _share(SUCCESSES[name], name, rank, intervals)
+
+
+def _successes(first: int, intervals: bool) -> list[Column]:
+    """Return the columns of the other shares, the less important the further."""
+    others = [name for name in SUCCESSES if name not in (_RECOGNISABLE, _EXACT)]
+    return [_share(SUCCESSES[name], name, first + place, intervals) for place, name in enumerate(others)]
 
 
 def _specialty(line: Line) -> str:
@@ -160,64 +270,65 @@ def _faced(line: Line) -> str:
 _COLUMNS: dict[str, tuple[Column, ...]] = {
     "defenses": (
         Column("rank", rank, strong=True),
-        _label("defense", "defense", strong=True),
-        _label("standing", "standing", rank=1),
-        *_successes(0, intervals=True, among=slice(0, 1)),
-        *_successes(1, intervals=True, among=slice(1, 2)),
-        _interval("PSNR dB", "psnr", rank=0),
-        Column("quartiles", _quartiles, rank=8),
-        _plain("most exposed", "psnr_q95", rank=5),
-        _label("doubt", "doubt"),
-        _plain("floor", "psnr_floor", rank=2),
-        _interval("above floor dB", "above", rank=5),
-        _interval("accuracy %", "test_accuracy", rank=3, percent=True),
-        _interval("lost points", "accuracy_lost", rank=6, percent=True),
-        _plain("bytes", "bytes", digits=0, rank=3),
-        Column("epsilon", _guarantee, rank=3),
+        _label("defense", "defense", strong=True, most=26),
+        _label("standing", "standing", brief=_standing),
+        _recovered(_RECOGNISABLE, rank=0),
+        _interval("accuracy lost, points", "accuracy_lost", rank=1, percent=True),
+        _plain("bytes", "bytes", digits=0, rank=1),
+        Column("epsilon", _guarantee, rank=1),
+        _label("doubt", "doubt", brief=_first),
+        _recovered(_EXACT, rank=2),
+        _interval("PSNR, dB", "psnr", rank=2),
+        _plain("floor, dB", "psnr_floor", rank=2),
+        Column("worst attack", _attained, right=False, rank=3, brief=lambda line: _capped(_attained(line)), most=34),
+        _plain("most exposed, dB", "psnr_q95", rank=4),
+        _interval("accuracy, %", "test_accuracy", rank=5, percent=True),
+        Column("attacks", _faced, rank=5),
+        Column("quartiles, dB", _quartiles, rank=8),
+        _interval("above floor, dB", "above", rank=6),
         _plain("training epsilon", "training_epsilon", digits=2, rank=9),
-        Column("worst attack", _attained, right=False, rank=4),
-        Column("attacks", _faced, rank=4),
-        _plain("oblivious", "psnr_oblivious", rank=6),
-        _plain("adaptive", "psnr_adaptive", rank=6),
-        _plain("oracle", "psnr_ceiling", rank=9),
+        _plain("oblivious, dB", "psnr_oblivious", rank=7),
+        _plain("adaptive, dB", "psnr_adaptive", rank=7),
+        _plain("oracle, dB", "psnr_ceiling", rank=9),
         _interval("SSIM", "ssim", digits=2, rank=7),
         _interval("MS-SSIM", "ms_ssim", digits=2, rank=12),
-        _interval("LPIPS", "lpips", digits=2, rank=6),
-        _interval("re-identified %", "reidentified", digits=0, rank=5, percent=True),
-        _interval("labels %", "label_correct", digits=0, rank=8, percent=True),
-        *_successes(13, intervals=True, among=slice(2, None)),
-        _plain("client s", "client_seconds", digits=3, rank=11),
+        _interval("LPIPS", "lpips", digits=2, rank=7),
+        _interval("re-identified, %", "reidentified", digits=0, rank=6, percent=True),
+        _interval("labels, %", "label_correct", digits=0, rank=8, percent=True),
+        *_successes(13, intervals=True),
+        _plain("client, s", "client_seconds", digits=3, rank=11),
         Column("failed", _failed, rank=6),
     ),
     "attacks": (
         Column("rank", rank, strong=True),
-        _label("attack", "attack", strong=True),
+        _label("attack", "attack", strong=True, most=26),
         _label("knowledge", "knowledge", rank=1),
-        _label("family", "family", rank=4),
-        _interval("above floor dB", "above", rank=0),
-        Column("sets worst of", lambda line: str(line.get("sets") or ""), rank=2),
-        _plain("PSNR dB", "psnr", rank=1),
-        *_successes(2, intervals=False, among=slice(0, 2)),
-        _plain("SSIM", "ssim", digits=2, rank=5),
-        _plain("MS-SSIM", "ms_ssim", digits=2, rank=9),
-        _plain("LPIPS", "lpips", digits=2, rank=5),
-        _plain("re-identified %", "reidentified", digits=0, rank=3, percent=True),
-        _plain("labels %", "label_correct", digits=0, rank=6, percent=True),
-        *_successes(8, intervals=False, among=slice(2, None)),
-        _interval("rating", "rating", digits=0, rank=2),
-        _plain("gradients", "gradient_evaluations", digits=0, rank=4),
-        _plain("seconds", "seconds", digits=2, rank=7),
+        _interval("above floor, dB", "above", rank=0),
+        Column("sets worst of", lambda line: str(line.get("sets") or ""), rank=1),
+        _recovered(_RECOGNISABLE, rank=1, intervals=False),
+        _recovered(_EXACT, rank=2, intervals=False),
+        _plain("PSNR, dB", "psnr", rank=2),
+        _plain("gradients", "gradient_evaluations", digits=0, rank=3),
         Column("cells", lambda line: f"{line['cells']}/{line['of_cells']}", rank=3),
         Column("unfit", lambda line: str(line.get("unfit") or ""), rank=4),
+        _label("family", "family", rank=5),
+        _plain("SSIM", "ssim", digits=2, rank=6),
+        _plain("MS-SSIM", "ms_ssim", digits=2, rank=9),
+        _plain("LPIPS", "lpips", digits=2, rank=6),
+        _plain("re-identified, %", "reidentified", digits=0, rank=5, percent=True),
+        _plain("labels, %", "label_correct", digits=0, rank=7, percent=True),
+        *_successes(8, intervals=False),
+        _interval("rating", "rating", digits=0, rank=2),
+        _plain("seconds", "seconds", digits=2, rank=7),
         Column("failed", _failed, rank=4),
-        Column("specialist against", _specialty, right=False, rank=3),
+        Column("specialist against", _specialty, right=False, rank=4, most=34),
     ),
     "pareto": (
         Column("front", _mark("front", "*"), right=False),
-        _label("defense", "defense"),
-        _interval("above floor dB", "above"),
-        _interval("accuracy %", "test_accuracy", percent=True),
-        _plain("lost points", "accuracy_lost", percent=True),
+        _label("defense", "defense", most=26),
+        _interval("above floor, dB", "above"),
+        _interval("accuracy, %", "test_accuracy", percent=True),
+        _plain("accuracy lost, points", "accuracy_lost", percent=True),
         _plain("bytes", "bytes", digits=0),
         Column("epsilon", _guarantee),
         _label("standing", "standing"),
@@ -229,10 +340,10 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         _label("knowledge", "knowledge"),
         _plain("gradients", "gradient_evaluations", digits=0),
         _plain("seconds", "seconds", digits=2),
-        _interval("above floor dB", "above"),
+        _interval("above floor, dB", "above"),
     ),
     "reproduction": (
-        _label("claim", "claim"),
+        _label("claim", "claim", most=40),
         _interval("ours", "ours", digits=2),
         _label("relation", "relation", rank=2),
         _plain("reported", "reported", digits=2),
@@ -240,7 +351,7 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         _label("metric", "metric", rank=1),
         _plain("images", "images", digits=0, rank=3),
         _label("verdict", "verdict"),
-        _label("source", "source", rank=1),
+        _label("source", "source", rank=1, most=40),
     ),
     "changes": (
         _label("attack", "attack"),
@@ -249,15 +360,15 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         _label("model", "model", rank=2),
         _label("dataset", "dataset", rank=2),
         _label("setting", "setting", rank=2),
-        _plain("before dB", "before"),
-        _plain("after dB", "after"),
-        _interval("change dB", "change", digits=2, rank=0),
+        _plain("before, dB", "before"),
+        _plain("after, dB", "after"),
+        _interval("change, dB", "change", digits=2, rank=0),
         _plain("victims", "victims", digits=0, rank=3),
         _label("note", "note", rank=1),
     ),
     "flags": (
-        _label("flag", "flag"),
-        _label("where", "where"),
-        _label("why", "why"),
+        _label("flag", "flag", most=20),
+        _label("where", "where", most=28),
+        _label("why", "why", most=48),
     ),
 }

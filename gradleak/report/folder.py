@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from .. import __version__
 from ..board import leaderboard
@@ -15,20 +18,31 @@ from ..board.leaderboard import Board
 from ..board.results import Results
 from ..board.store import Store
 from ..errors import GradleakError
-from ..paths import printable
+from ..paths import printable, written_whole
 from . import figures, page
 from . import render as render_boards
+from .dictionary import schema
 from .gallery import Pictures
 from .reproduction import Reported, reproduction_board
 
 MARKER = "report.json"
 """Lists the files of a report, so that the next one replaces these and nothing else."""
-TABLES = {"leaderboard.md": "markdown", "leaderboard.csv": "csv", "leaderboard.tex": "latex"}
+TABLES = {"leaderboard.md": "markdown", "leaderboard.tex": "latex"}
+CONTEXTS, SCHEMA = "contexts", "schema.json"
 PAGE, ROWS, FIGURES = "index.html", "rows.parquet", "figures"
 
 
-def write(results: Results, stores: Sequence[Store], out: Path, reported: Sequence[Reported] = ()) -> list[Path]:
-    """Write a report and return its files; one that was there before is replaced.
+def write(
+    results: Results, stores: Sequence[Store], out: Path, reported: Sequence[Reported] = (), about: str = ""
+) -> list[Path]:
+    """Write a report and return its files; one that was there before is replaced, file by file.
+
+    Args:
+        results: what to show.
+        stores: where its pictures and rows are.
+        out: a new folder, or one of an earlier report.
+        reported: published numbers to compare with.
+        about: what the suite is, for the page's head.
 
     Raises:
         GradleakError: `out` holds something that no report wrote, or cannot be written.
@@ -42,18 +56,12 @@ def write(results: Results, stores: Sequence[Store], out: Path, reported: Sequen
     try:
         out.mkdir(parents=True, exist_ok=True)
         # First the marker, so that an interrupted report can be written again.
-        written = [out / MARKER]
         _mark(out, before)
-        for name, form in TABLES.items():
-            written.append(out / name)
-            written[-1].write_text(render_boards([*boards.values(), *contexts], form), encoding="utf-8")
-        written.append(out / ROWS)
-        _write_rows(stores, written[-1])
+        written = [out / MARKER, *_write_tables(boards, contexts, stores, out)]
         written += figures.write(results, boards, pictures, out / FIGURES)
-        written.append(out / PAGE)
-        beside = [*TABLES, ROWS, *(f"{FIGURES}/{path.name}" for path in written if path.parent.name == FIGURES)]
-        made = page.write(results, boards, pictures, contexts, beside)
-        written[-1].write_text(printable(made, keep="\n\t"), encoding="utf-8")
+        beside = [path.relative_to(out).as_posix() for path in written[1:]]
+        made = page.write(results, boards, pictures, contexts, beside, about)
+        written.append(_write_text(out / PAGE, printable(made, keep="\n\t")))
         names = sorted(path.relative_to(out).as_posix() for path in written)
         for name in set(before) - set(names):
             (out / name).unlink(missing_ok=True)
@@ -61,6 +69,32 @@ def write(results: Results, stores: Sequence[Store], out: Path, reported: Sequen
     except OSError as error:
         raise GradleakError(f"report {out}: cannot be written: {error.strerror or error}") from error
     return written
+
+
+def _write_tables(
+    boards: dict[str, Board], contexts: Sequence[Board], stores: Sequence[Store], out: Path
+) -> list[Path]:
+    """Write boards for people, a CSV for each kind of board, every row, and what all columns mean."""
+    shown = [board for name, board in boards.items() if name != "flags"]
+    written = [_write_text(out / name, render_boards([*shown, *contexts], form)) for name, form in TABLES.items()]
+    columns: dict[str, list[str]] = {}
+    for name, found in {**{name: [board] for name, board in boards.items()}, CONTEXTS: list(contexts)}.items():
+        if found:
+            text = render_boards(found, "csv")
+            written.append(_write_text(out / f"{name}.csv", text))
+            columns[f"{name}.csv"] = next(csv.reader(io.StringIO(text)), [])
+    with written_whole(out / ROWS) as path:
+        _write_rows(stores, path)
+        columns[ROWS] = list(pq.read_schema(path).names)
+    schemas = {name: schema(names) for name, names in columns.items()}
+    text = json.dumps(schemas, indent=1, ensure_ascii=False)
+    return [*written, out / ROWS, _write_text(out / SCHEMA, f"{text}\n")]
+
+
+def _write_text(path: Path, text: str) -> Path:
+    with written_whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+    return path
 
 
 def all_boards(results: Results, reported: Sequence[Reported] = ()) -> dict[str, Board]:
@@ -91,7 +125,7 @@ def _files_before(out: Path) -> list[str]:
 
 def _mark(out: Path, names: Sequence[str]) -> None:
     text = json.dumps({"made_by": "gradleak report", "version": __version__, "files": list(names)}, indent=1)
-    (out / MARKER).write_text(text + "\n", encoding="utf-8")
+    _write_text(out / MARKER, text + "\n")
 
 
 def _write_rows(stores: Sequence[Store], path: Path) -> None:

@@ -48,7 +48,12 @@ _LADDER = (*KNOWLEDGE, "oracle")
 
 
 def write(
-    results: Results, boards: Mapping[str, Board], pictures: Pictures, contexts: Sequence[Board], beside: Sequence[str]
+    results: Results,
+    boards: Mapping[str, Board],
+    pictures: Pictures,
+    contexts: Sequence[Board],
+    beside: Sequence[str],
+    about: str = "",
 ) -> str:
     """Return the page.
 
@@ -58,6 +63,7 @@ def write(
         pictures: where images and curves come from.
         contexts: a defense board for each context, or none.
         beside: names of files that lie beside the page.
+        about: what the suite is, in the words of its author.
     """
     levels = _levels(results, boards)
     cells, chunks = _cells(results, pictures, levels)
@@ -132,7 +138,7 @@ def _fewer(flags: Board) -> Board:
     lost = [f"{len(part) - MOST_FLAGS} more of {kind!r}" for kind, part in kinds if len(part) > MOST_FLAGS]
     if not lost:
         return flags
-    notes = (*flags.notes, f"{', '.join(lost)}: see leaderboard.csv")
+    notes = (*flags.notes, f"{', '.join(lost)}: see flags.csv")
     return replace(flags, table=kinds.head(MOST_FLAGS).reset_index(drop=True), notes=notes)
 
 

@@ -12,37 +12,37 @@ from rich.text import Text
 
 from ..board.leaderboard import Board
 from ..paths import printable
-from .columns import Column, Shown, shown
-
-_GAP = 2
+from .columns import GAP, Shown, fit, shown
 
 
-def write(boards: Sequence[Board], width: int | None = None, colour: bool = False) -> str:
+def write(boards: Sequence[Board], chosen: Sequence[str] = (), width: int | None = None, colour: bool = False) -> str:
     """Return boards as aligned text, `width` characters wide, or as wide as it takes.
 
-    Lines that are separably first are bold where `colour` allows escape codes.
+    Lines that are separably first are bold where `colour` allows escape codes. With `chosen`, keys of columns, these
+    are shown and no other.
     """
-    return "\n".join(_board(board, width, colour) for board in boards)
+    return "\n".join(_board(board, chosen, width, colour) for board in boards)
 
 
-def _board(board: Board, width: int | None, colour: bool) -> str:
-    all_columns = shown(board)
-    columns, left_out = _fit(all_columns, width)
+def _board(board: Board, chosen: Sequence[str], width: int | None, colour: bool) -> str:
+    all_columns = shown(board, chosen)
+    columns, left_out = fit(all_columns, width)
     # One space of padding and one for the box's invisible edge make the gap.
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
     for each in columns:
         right = each.column.right
-        table.add_column(Text(each.column.heading), justify="right" if right else "left", overflow="fold")
+        heading = Text(each.heading, justify="right" if right else "left")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold", width=_narrow(each, width))
     for line in range(len(board.table)):
         bold = line in board.strong
         table.add_row(*(Text(each.cells[line], "bold" if bold and each.column.strong else "") for each in columns))
     notes = list(map(printable, board.notes))
     headings = [each.column.heading for each in all_columns if each.column in left_out]
     if any(each not in all_columns for each in columns):
-        notes.append("too narrow for all intervals")
+        notes.append("too narrow for every interval and long text")
     if headings:
         notes.append(f"too narrow for: {'; '.join(headings)}")
-    natural = sum(each.width + _GAP for each in columns)
+    natural = sum(each.width + GAP for each in columns)
     console = Console(
         file=io.StringIO(),
         width=width or max(natural, *map(len, notes), len(board.title), 1),
@@ -61,32 +61,6 @@ def _board(board: Board, width: int | None, colour: bool) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
 
 
-_LEAST = 3
-"""Columns of this rank or above are left out before intervals are."""
-
-
-def _fit(columns: list[Shown], width: int | None) -> tuple[list[Shown], list[Column]]:
-    """Split columns into those that fit and those left out; equal ranks go from the right.
-
-    The least important columns go first, then the intervals of the others, then the others.
-    """
-
-    def is_fitting() -> bool:
-        return not width or sum(each.width + _GAP for each in columns) - _GAP <= width
-
-    def leave_out(least: int) -> list[Column]:
-        left: list[Column] = []
-        while not is_fitting():
-            worst = max(columns, key=lambda each: (each.column.rank, columns.index(each)))
-            if worst.column.rank < least:
-                break
-            columns.remove(worst)
-            left.append(worst.column)
-        return left
-
-    columns = list(columns)
-    left_out = leave_out(_LEAST)
-    for each in sorted(columns, key=lambda each: -each.column.rank):
-        if not is_fitting():
-            columns[columns.index(each)] = each.shortened()
-    return columns, left_out + leave_out(1)
+def _narrow(each: Shown, width: int | None) -> int | None:
+    """Return the width of a column whose text is broken into lines, where the screen has an edge."""
+    return min(each.width, width) if width and each.column.most else None
