@@ -3,8 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from gradleak.board.leaderboard import attack_board, defense_board, pareto_board
 from gradleak.board.results import Results, read
@@ -65,8 +68,10 @@ def test_figures_are_written_and_equal_twice(results: Results, store: Store, tmp
     boards = {"defenses": defenses, "attacks": attack_board(results), "pareto": pareto_board(defenses)}
     pictures = Pictures(results, [store])
     first = figures.write(results, boards, pictures, tmp_path / "a")
-    assert {path.stem for path in first} == {"gallery", "heat_map", "pareto", "convergence"}
-    assert {path.suffix for path in first} == {".png", ".pdf"} and len(first) == 8
+    assert {path.stem for path in first} == {"gallery", "heat_map", "pareto", "convergence", "captions"}
+    assert [path.suffix for path in first] == [".png", ".pdf"] * 4 + [".md"]
+    captions = first[-1].read_text()
+    assert all(f"- {path.stem}: " in captions for path in first[:-1])
     for path, again in zip(first, figures.write(results, boards, pictures, tmp_path / "b"), strict=True):
         assert path.read_bytes() == again.read_bytes(), path.name
 
@@ -126,3 +131,29 @@ def test_curves_are_relative_to_their_start(results: Results, store: Store) -> N
     for line in lines:
         values = np.asarray(line.get_ydata(), dtype=float)
         assert (values[0], values[-1]) == pytest.approx((1, 0.25))
+
+
+def test_figures_fit_the_text_and_can_be_read(results: Results, store: Store) -> None:
+    defenses = defense_board(results)
+    place = ("mlp", "photos", "default")
+    with rc_context(figures.STYLE):
+        drawn = [
+            figures.gallery(results, Pictures(results, [store]), place),
+            figures.heat_map(results, defenses, attack_board(results)),
+            figures.pareto(pareto_board(defenses)),
+            figures.convergence(results, Pictures(results, [store]), place),
+        ]
+    for figure in drawn:
+        assert figure is not None and figure.get_figwidth() == figures.WIDTH
+        written = [text for text in figure.findobj(Text) if text.get_text()]
+        assert written and min(text.get_fontsize() for text in written) >= figures.SMALL
+    assert len(drawn[1].axes) == 2  # type: ignore[union-attr]  # the map and its colour bar
+    looks = {(line.get_color(), line.get_linestyle()) for line in drawn[3].axes[0].get_lines()}  # type: ignore[union-attr]
+    assert len({style for _, style in looks}) == len(looks) == 2
+
+
+def test_the_gallery_shows_those_that_hold_and_those_that_fall() -> None:
+    worst = pd.DataFrame({"defense": [f"d{place}" for place in range(20)], "mean": np.linspace(50, 10, 20)})
+    assert list(figures._held_and_fallen(worst)["defense"]) == [f"d{place}" for place in (0, 1, 2, 3, 16, 17, 18, 19)]
+    assert figures._decibels(60.0) == figures._decibels(54.0) == "54 dB (pixel-exact)"
+    assert figures._decibels(53.94) == "53.9 dB" and figures._decibels(float("nan")) == "- dB"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from gradleak.board.attack_board import attack_board
 from gradleak.board.leaderboard import Board
 from gradleak.board.results import read
 from gradleak.board.store import CellResult, ImageRow, Store, victim_list
 from gradleak.cli.main import main
 from gradleak.errors import GradleakError
-from gradleak.report import figures, folder, page
+from gradleak.report import figures, folder, page, verdict
 from gradleak.report.columns import interval, number
 from gradleak.report.gallery import QUANTILES, Pictures, picks, picture
 from gradleak.report.reproduction import Reported, read_reported, reproduction_board
@@ -240,11 +243,14 @@ def test_the_page_holds_every_cell_with_its_pictures(store: Store, made: Path) -
 
 def test_the_page_needs_no_network_and_no_label_breaks_it(made: Path) -> None:
     text = (made / "index.html").read_text()
+    unlinked = text.replace("http://www.w3.org/2000/svg", "").replace(
+        '<a class="paper" href="https://arxiv.org/abs/', ""
+    )
     for mark in ("http://", "https://", "//cdn", "@import", "url("):
-        assert mark not in text.replace("http://www.w3.org/2000/svg", ""), mark
+        assert mark not in unlinked, mark
     assert "<b>" not in text and text.count("</script>") == text.count("<script")
     assert HIDDEN in payload(text)["levels"]["defense"]
-    linked = [name for name in re.findall(r'href="([^#"]+)"', text) if name != "data:,"]
+    linked = [name for name in re.findall(r'href="([^#"]+)"', text) if name != "data:," and "arxiv.org" not in name]
     assert linked and all((made / name).is_file() for name in linked)
     ids = set(re.findall(r' id="([^"]+)"', text))
     assert all(name in ids for name in re.findall(r'href="#([^"]+)"', text))
@@ -374,6 +380,84 @@ def test_reported_numbers_come_from_a_suite(store: Store, tmp_path: Path, capsys
 
 # In a browser
 
+
+@pytest.fixture(scope="module")
+def priced(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page whose defenses lose accuracy."""
+    results = read(store)
+    boards = folder.all_boards(results)
+    table = boards["defenses"].table
+    boards["defenses"] = replace(boards["defenses"], table=table.assign(accuracy_lost=[0.2, 0.1, 0.0]))
+    path = tmp_path_factory.mktemp("priced") / "index.html"
+    path.write_text(page.write(results, boards, Pictures(results, [store]), [], [], "What this is. " * 20))
+    return path
+
+
+def test_the_page_says_what_it_shows_without_scripts(priced: Path, made: Path) -> None:
+    text = " ".join(priced.read_text().split())
+    assert "What this is." in text and "A client computes one gradient of 1 image with an untrained network" in text
+    assert "<noscript>" in text and "figures/heat_map.png" in (made / "index.html").read_text()
+    assert 'href="https://arxiv.org/abs/1906.08935" aria-label="paper of dlg: arXiv:1906.08935"' in text
+    assert 'data-tip="Size of one message of one client. Lower is cheaper."' in text
+
+
+def test_every_published_column_has_a_meaning(made: Path) -> None:
+    schema = json.loads((made / "schema.json").read_text())
+    assert {"defenses.csv", "contexts.csv", "attacks.csv", "flags.csv", "rows.parquet"} <= set(schema)
+    for name, columns in schema.items():
+        own = pd.read_parquet(made / name) if name.endswith("parquet") else pd.read_csv(made / name)
+        assert [column["name"] for column in columns] == list(own.columns), name
+        blank = [column["name"] for column in columns if not column["meaning"]]
+        assert not blank, (name, blank)
+    units = {column["name"]: column["unit"] for column in schema["defenses.csv"]}
+    assert (units["psnr_low"], units["bytes"], units["accuracy_lost"]) == ("dB", "byte", "share, 0 to 1")
+
+
+# Verdicts
+
+
+def board_of(*lines: tuple[str, str, float, str]) -> Board:
+    names = ["defense", "standing", "accuracy_lost", "doubt"]
+    table = pd.DataFrame(lines, columns=names).assign(family="noise", success_psnr_20=1.0)
+    table["rank_low"] = pd.array([None if " of " in line[1] else 1 for line in lines], dtype="Int64")
+    table.loc[table["defense"] == "none", "family"] = "none"
+    return Board("defenses", "Defenses", table)
+
+
+FLOOR_ = "at the floor"
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([], "No attack has faced any defense yet."),
+        ([("a", "", 0.0, "")], "None of 1 defense is shown to stay at the floor."),
+        (
+            [("a", FLOOR_, 0.01, ""), ("b", FLOOR_, 0.2, "fit"), ("none", "", 0.0, "")],
+            "1 of 3 defenses stays at the floor and loses under 5 points of accuracy: a. 1 more stays there at a higher "
+            "or unknown price. b carries a doubt: a better attack may still break it. Without a defense 100 % of images "
+            "are recovered.",
+        ),
+        (
+            [("a", FLOOR_, math.nan, ""), ("b", "3 of 4 attacks", math.nan, "")],
+            "1 of 2 defenses stays at the floor: a. What they cost in accuracy was not measured. 1 of 2 was not fully "
+            "evaluated and has no rank.",
+        ),
+        (
+            [("a", FLOOR_, 0.06, ""), ("b", FLOOR_, 0.2, "")],
+            "2 of 2 defenses stay at the floor, none of them known to lose under 5 points of accuracy.",
+        ),
+    ],
+)
+def test_verdicts_say_what_the_numbers_say(lines: list[tuple[str, str, float, str]], says: str) -> None:
+    assert " ".join(verdict.of_defenses(board_of(*lines))) == says
+
+
+def test_the_leading_attack_is_named(store: Store) -> None:
+    said = " ".join(verdict.of_attacks(attack_board(read(store))))
+    assert said.startswith(("dlg", "No attack is surely")) and "floor" in said
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -471,18 +555,18 @@ COLUMN = ROWS + ".map(r => r.cells[{}].textContent)"
 def test_boards_sort_filter_and_pick_columns(made: Path, browser: Browser) -> None:
     browser.open(made / "index.html")
     assert browser.run(COLUMN.format(1)) == [HIDDEN, "noise", "none"]
-    heading = "document.querySelectorAll('#defenses th')[2]"
+    heading = "document.querySelectorAll('#defenses th')[3]"
     browser.run(f"{heading}.firstChild.click()")
     assert browser.run(f"{heading}.getAttribute('aria-sort')") == "ascending"
-    values = [float(text.split()[0]) for text in browser.run(COLUMN.format(2))]
+    values = [float(text.split()[0]) for text in browser.run(COLUMN.format(3))]
     assert values == sorted(values)
     browser.run(f"{heading}.firstChild.click()")
-    assert [float(text.split()[0]) for text in browser.run(COLUMN.format(2))] == values[::-1]
+    assert [float(text.split()[0]) for text in browser.run(COLUMN.format(3))] == values[::-1]
     search = "document.querySelector('#defenses .find')"
     browser.run(f"{search}.value = 'NOI'; {search}.dispatchEvent(new Event('input'))")
     assert browser.run(COLUMN.format(1)) == ["noise"]
     assert browser.run(f"{heading}.hidden") is False
-    browser.run("document.querySelectorAll('#defenses fieldset input')[2].click()")
+    browser.run("document.querySelectorAll('#defenses fieldset input')[3].click()")
     assert browser.run(f"{heading}.hidden") is True
     browser.run("const c = document.getElementById('context'); c.value = '1'; c.dispatchEvent(new Event('change'))")
     assert browser.run("document.querySelectorAll('#defenses .context:not([hidden])').length") == 1
@@ -516,6 +600,67 @@ def test_a_gallery_opens_from_the_heat_map_and_from_a_board(store: Store, made: 
     assert browser.run("document.querySelectorAll('#pareto circle').length") == 3
     browser.run("document.querySelector('#pareto circle').focus()")
     assert "dB above the floor" in browser.run("document.getElementById('tip').textContent")
+
+
+@pytest.mark.browser
+def test_the_price_filters_and_the_address_remembers(priced: Path, browser: Browser) -> None:
+    browser.open(priced)
+    price = "document.querySelector('#defenses .lost')"
+    browser.run(f"{price}.value = '3'; {price}.dispatchEvent(new Event('input'))")
+    assert browser.run(COLUMN.format(1)) == ["none"]
+    browser.run("document.querySelectorAll('#defenses th')[1].firstChild.click()")
+    saved = browser.run("location.href")
+    assert "defenses1.lost=3" in saved and "defenses1.sort=defense+ascending" in saved
+    csv = browser.run("shownCsv(document.querySelector('#defenses table')).split('\\n')")
+    assert len(csv) == 2 and csv[0].startswith("rank,defense,standing,") and ",none," in csv[1]
+    browser.ask("Page.navigate", url=saved.replace("lost=3", "lost=90"))
+    while browser.next().get("method") != "Page.loadEventFired":
+        pass
+    assert browser.run(COLUMN.format(1)) == [HIDDEN, "noise", "none"]
+    assert browser.run("document.querySelectorAll('#defenses th')[1].getAttribute('aria-sort')") == "ascending"
+
+
+@pytest.mark.browser
+def test_the_first_screen_answers(priced: Path, browser: Browser) -> None:
+    wanted = {"defense", "standing", "images ≥ 20 dB, %", "accuracy lost, points", "bytes", "epsilon", "doubt"}
+    for width in (1440, 390):
+        browser.open(priced, width=width, height=844)
+        headings = "[...document.querySelectorAll('#defenses .context:not([hidden]) th:not([hidden])')]"
+        assert wanted - {"epsilon"} <= set(browser.run(f"{headings}.map(h => h.textContent)"))
+        ends = browser.run(f"{ROWS}.map(r => r.getBoundingClientRect().bottom)")
+        assert ends[0] < 600, width
+        edge = browser.run(f"Math.max(...{headings}.map(h => h.getBoundingClientRect().right))")
+        assert edge <= width
+
+
+@pytest.mark.browser
+def test_the_heat_map_is_one_tab_stop(made: Path, browser: Browser) -> None:
+    browser.open(made / "index.html")
+    stops = "document.querySelectorAll('.heat button[tabindex=\"0\"]')"
+    assert browser.run(f"{stops}.length") == 1
+    press = "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {{key: '{}', bubbles: true}}))"
+    browser.run(f"{stops}[0].focus()")
+    place = "(c => [c.parentElement.rowIndex, c.cellIndex])(document.activeElement.closest('td'))"
+    assert browser.run(place) == [1, 1]
+    for key, there in (
+        ("ArrowRight", [1, 2]),
+        ("ArrowDown", [2, 2]),
+        ("Home", [2, 2]),
+        ("ArrowUp", [1, 2]),
+        ("End", [1, 3]),
+    ):
+        browser.run(press.format(key))
+        assert browser.run(place) == there, key
+    assert browser.run(f"{stops}.length") == 1
+
+
+@pytest.mark.browser
+def test_print_keeps_headings_and_heat_map(made: Path, browser: Browser) -> None:
+    browser.open(made / "index.html")
+    browser.ask("Emulation.setEmulatedMedia", media="print")
+    seen = "[...document.querySelectorAll('#defenses .context:not([hidden]) th:not([hidden]) button, .heat button')]"
+    assert browser.run(f"{seen}.every(b => getComputedStyle(b).display !== 'none')")
+    assert browser.run("getComputedStyle(document.querySelector('.tools')).display") == "none"
 
 
 @pytest.mark.browser

@@ -155,9 +155,13 @@ def test_terminal_table_fits_and_says_what_it_left_out(width: int) -> None:
 
 
 def test_what_matters_stays_at_80_columns() -> None:
-    wide = {"defense": ["a-defense-with-a-long-name + another", "none"]}
-    doubts = {"doubt": ["fit budget failed adaptive victims", ""], "bytes": [1e9, 1.0], "accuracy_lost": [0.5, 0.0]}
-    text = terminal.write([replace(DEFENSES, table=DEFENSES.table.assign(**wide, **doubts))], width=80)
+    table = DEFENSES.table.assign(
+        defense=["a-defense-with-a-long-name + another", "none"],
+        doubt=["fit budget failed adaptive victims", ""],
+        bytes=[1e9, 1.0],
+        accuracy_lost=[0.5, 0.0],
+    )
+    text = terminal.write([replace(DEFENSES, table=table)], width=80)
     assert {"rank", "defense", "standing", "images ≥ 20 dB, %", "accuracy lost, points", "doubt"} <= headings(text)
     assert "fit +4" in text and "at floor" in text and "3/4 attacks" in text
     assert max(map(len, text.splitlines())) <= 80

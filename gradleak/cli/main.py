@@ -223,7 +223,10 @@ def _report(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, or one of an earlier report.")],
     suite: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="A suite whose `reported` numbers are compared; may be repeated."),
+        typer.Option(
+            metavar="FILE",
+            help="A suite whose description heads the page and whose `reported` numbers are compared; may be repeated.",
+        ),
     ] = None,
 ) -> None:
     """Write a page that shows everything (DIR/index.html), and tables, rows and figures beside it."""
@@ -232,8 +235,9 @@ def _report(
     from ..report import folder, reproduction
 
     reported = [item for path in suite or [] for item in reproduction.read_reported(path)]
+    about = " ".join(filter(None, map(reproduction.read_description, suite or [])))
     with open_all(stores) as opened:
-        written = folder.write(results.read(*opened), opened, out, reported)
+        written = folder.write(results.read(*opened), opened, out, reported, about)
     _say(f"{len(written)} files in {out}; see {out / folder.PAGE}")
 
 

@@ -183,13 +183,26 @@ def _label(
     def text(line: Line) -> str:
         return str(line.get(name) or "")
 
-    shorter = brief and (lambda line: brief(text(line)))
-    return Column(heading, text, right=False, rank=rank, strong=strong, brief=shorter, most=most)
+    def shorter(line: Line) -> str:
+        return brief(text(line)) if brief else text(line)
+
+    return Column(heading, text, right=False, rank=rank, strong=strong, brief=shorter if brief else None, most=most)
 
 
 def _capped(text: str, most: int = 22) -> str:
     """Cut a text, where it is longer than `most` characters."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _size(value: Any) -> str:
+    """Return bytes in a few characters: 401, 1.9k, 19k."""
+    text = number(value, 0)
+    size = 0.0 if text == MISSING else float(value)
+    for unit in ("", "k", "M", "G"):
+        if round(size) < 1000 or unit == "G":
+            return text if not unit else f"{size:.{1 if size < 9.95 else 0}f}{unit}"
+        size /= 1000
+    return text
 
 
 def _standing(text: str) -> str:
@@ -274,8 +287,8 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         _label("standing", "standing", brief=_standing),
         _recovered(_RECOGNISABLE, rank=0),
         _interval("accuracy lost, points", "accuracy_lost", rank=1, percent=True),
-        _plain("bytes", "bytes", digits=0, rank=1),
-        Column("epsilon", _guarantee, rank=1),
+        Column("bytes", lambda line: number(line.get("bytes"), 0), rank=1, brief=lambda line: _size(line.get("bytes"))),
+        Column("epsilon", _guarantee, rank=1, brief=lambda line: number(line.get("epsilon"), 1)),
         _label("doubt", "doubt", brief=_first),
         _recovered(_EXACT, rank=2),
         _interval("PSNR, dB", "psnr", rank=2),

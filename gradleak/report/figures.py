@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,42 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator
+from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, NullFormatter
 
-from ..board.leaderboard import Board
+from ..board.leaderboard import FLOOR, Board
 from ..board.results import CONTEXT, HEADLINE, KNOWLEDGE, Results
+from ..paths import printable, written_whole
+from ..scales import CAP
 from .columns import number
 from .gallery import QUANTILES, Picture, Pictures, picks
 
-DOTS = 160
+CAPTIONS = "captions.md"
+DOTS = 200
 """Dots an inch of the PNG files."""
+WIDTH = 5.5
+"""Inches that every figure is wide, the text of a paper, so that nothing is made smaller there."""
 MOST = 8
-"""Defenses that a figure of pictures or curves shows, from the most leaking one on; the page shows all."""
+"""Defenses that a figure of pictures or curves shows: half of them hold, half fall; the page shows all."""
+MOST_LINES, MOST_COLUMNS = 24, 32
+"""Attacks and defenses of a heat map at most, the strongest and safest."""
+MOST_CURVES = 5
+"""Curves in a plot of losses, those of the strongest attacks."""
+SMALL = 6
+"""Points of the smallest text."""
 
-_STYLE: dict[Any, Any] = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
+STYLE: dict[Any, Any] = {
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "legend.fontsize": SMALL,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "pdf.fonttype": 42,
+}
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Told apart by colour-blind readers too (Okabe and Ito 2008)."""
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _GREY = "#777777"
 
 
@@ -48,17 +72,39 @@ def write(results: Results, boards: Mapping[str, Board], pictures: Pictures, fol
     }
     folder.mkdir(parents=True, exist_ok=True)
     written = []
+    captions = []
     for name, draw in drawn.items():
-        with rc_context(_STYLE):
+        with rc_context(STYLE):
             figure = draw()
             if figure is None:
                 continue
+            captions.append(f"- {name}: {_captions(context)[name]}")
             for form, facts in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Creator": None})):
-                path = folder / f"{name}.{form}"
-                # Neither date nor version goes in: equal results give equal files.
-                figure.savefig(path, dpi=DOTS, metadata=facts, bbox_inches="tight")
-                written.append(path)
+                with written_whole(folder / f"{name}.{form}") as path:
+                    # Neither date nor version goes in: equal results give equal files.
+                    figure.savefig(path, dpi=DOTS, metadata=facts, format=form)
+                written.append(folder / f"{name}.{form}")
+    if captions:
+        with written_whole(folder / CAPTIONS) as path:
+            path.write_text(printable("\n".join(captions), keep="\n") + "\n", encoding="utf-8")
+        written.append(folder / CAPTIONS)
     return written
+
+
+def _captions(context: tuple[str, ...]) -> dict[str, str]:
+    """Return a sentence or two for under each figure."""
+    where = " · ".join(context)
+    quantiles = ", ".join(f"{100 * share:.0f} %" for share in QUANTILES)
+    return {
+        "gallery": f"Truth beside reconstruction under the strongest attack on each defense ({where}), for defenses "
+        f"that hold and that fall: images at the {quantiles} quantiles by PSNR, never chosen by hand.",
+        "heat_map": "Mean PSNR in dB of every attack (down, strongest first; in brackets what it knows of the defense) "
+        "against every defense (across, safest first), over contexts. Higher leaks more; grey was not run.",
+        "pareto": "Leakage of each defense, PSNR of the worst attack above the floor with 95 % intervals, against what "
+        "it costs. Filled: no other defense is at least as good in everything and better in one thing.",
+        "convergence": f"Median loss over victims, relative to its start, of the {MOST_CURVES} strongest attacks on "
+        f"each defense ({where}).",
+    }
 
 
 def richest(results: Results) -> tuple[str, ...]:
@@ -76,7 +122,7 @@ def richest(results: Results) -> tuple[str, ...]:
 
 def gallery(results: Results, pictures: Pictures, context: tuple[str, ...]) -> Figure | None:
     """Truth beside reconstruction at `QUANTILES` of the images, a line a defense, under the worst attack on it."""
-    worst = _worst_attacks(results, context)
+    worst = _held_and_fallen(_worst_attacks(results, context))
     lines = []
     for number_, entry in worst.iterrows():
         chosen = picks(results.rows[results.panel.entry_of_row == number_], "defense").to_dict("records")
@@ -93,26 +139,44 @@ def gallery(results: Results, pictures: Pictures, context: tuple[str, ...]) -> F
     if not lines:
         return None
     columns = 2 * len(QUANTILES)
-    figure = Figure(figsize=(1.9 + 0.85 * columns, 0.45 + 1.05 * len(lines)))
+    left, side = 1.25, (WIDTH - 1.25) / columns
+    figure = Figure(figsize=(WIDTH, 0.4 + (side + 0.16) * len(lines)))
     axes = figure.subplots(len(lines), columns, squeeze=False)
-    figure.subplots_adjust(
-        left=1.9 / figure.get_figwidth(), right=1, top=1 - 0.45 / figure.get_figheight(), bottom=0, wspace=0.04
-    )
+    top = 1 - 0.36 / figure.get_figheight()
+    figure.subplots_adjust(left=left / WIDTH, right=0.995, top=top, bottom=0.16 / figure.get_figheight(), wspace=0.04)
     for line, (entry, shown) in enumerate(lines):
         for place, (truth, found, row) in enumerate(shown):
             _image(axes[line, 2 * place], truth, "")
-            _image(axes[line, 2 * place + 1], found, f"{number(row[HEADLINE])} dB")
-        first = axes[line, 0]
-        name = entry["attack"] + ("" if entry["knowledge"] == KNOWLEDGE[0] else f"\n({entry['knowledge']})")
-        first.text(-0.12, 0.62, entry["defense"], transform=first.transAxes, ha="right", va="center", weight="bold")
-        first.text(-0.12, 0.28, name, transform=first.transAxes, ha="right", va="center", color=_GREY, size=7)
+            _image(axes[line, 2 * place + 1], found, _decibels(row[HEADLINE]))
+        _line_name(axes[line, 0], entry)
     for place, share in enumerate(QUANTILES):
-        axes[0, 2 * place].set_title("truth", size=7, color=_GREY, pad=3)
-        axes[0, 2 * place + 1].set_title("reconstruction", size=7, color=_GREY, pad=3)
+        axes[0, 2 * place].set_title("truth", size=SMALL, color=_GREY, pad=2)
+        axes[0, 2 * place + 1].set_title("reconstruction", size=SMALL, color=_GREY, pad=2)
         axes[0, 2 * place].text(
-            1.02, 1.28, f"{100 * share:.0f} % quantile", transform=axes[0, 2 * place].transAxes, ha="center"
+            1.02, 1.24, f"{100 * share:.0f} % quantile", transform=axes[0, 2 * place].transAxes, ha="center"
         )
     return figure
+
+
+def _decibels(value: float) -> str:
+    return f"{CAP:g} dB (pixel-exact)" if value >= CAP else f"{number(value)} dB"
+
+
+def _line_name(axes: Axes, entry: pd.Series[Any]) -> None:
+    """Write a defense and the attack on it left of its pictures."""
+    for height, text, size, colour in (
+        (0.62, entry["defense"], 7, "black"),
+        (0.3, _attack(entry["attack"], entry["knowledge"]), SMALL, _GREY),
+    ):
+        broken = "\n".join(textwrap.wrap(text, 24))
+        axes.text(-0.1, height, broken, transform=axes.transAxes, ha="right", va="center", size=size, color=colour)
+
+
+def _held_and_fallen(worst: pd.DataFrame) -> pd.DataFrame:
+    """Return at most `MOST` lines of those sorted by leakage: the first and the last ones."""
+    if len(worst) <= MOST:
+        return worst
+    return pd.concat([worst.head(MOST - MOST // 2), worst.tail(MOST // 2)])
 
 
 def heat(results: Results) -> pd.DataFrame:
@@ -126,22 +190,24 @@ def heat_map(results: Results, defenses: Board, attacks: Board) -> Figure | None
     table = heat(results)
     if not len(defenses.table) or not len(attacks.table):
         return None
-    order = list(attacks.table[["attack", "knowledge"]].itertuples(index=False, name=None))
-    table = table.reindex(index=pd.MultiIndex.from_tuples(order), columns=list(defenses.table["defense"]))
+    order = list(attacks.table[["attack", "knowledge"]].itertuples(index=False, name=None))[:MOST_LINES]
+    names = list(defenses.table["defense"])[:MOST_COLUMNS]
+    table = table.reindex(index=pd.MultiIndex.from_tuples(order), columns=names)
     values = table.to_numpy(dtype=float)
-    figure = Figure(figsize=(1.8 + 0.55 * values.shape[1], 0.9 + 0.26 * values.shape[0]))
+    figure = Figure(figsize=(WIDTH, 1.3 + 0.15 * values.shape[0]), layout="constrained")
     axes = figure.subplots()
-    colours = colormaps["YlOrBr"].with_extremes(bad="#eeeeee")
-    shades = np.clip((values - 5) / 30, 0, 1)
-    axes.imshow(np.ma.masked_invalid(shades), cmap=colours, vmin=0, vmax=1.2, aspect="auto")
+    colours = colormaps["cividis"].with_extremes(bad="#dddddd")
+    low, high = 5, CAP
+    shown = axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high, aspect="auto")
     for (line, column), value in np.ndenumerate(values):
-        dark = shades[line, column] > 0.8
-        axes.text(column, line, number(value, 0), ha="center", va="center", color="white" if dark else "black", size=7)
-    axes.set_xticks(range(values.shape[1]), list(table.columns), rotation=35, ha="right")
+        if math.isfinite(value):
+            colour = "black" if value > (low + high) / 2 else "white"
+            axes.text(column, line, number(value, 0), ha="center", va="center", color=colour, size=SMALL)
+    axes.set_xticks(range(values.shape[1]), names, rotation=90)
     axes.set_yticks(range(values.shape[0]), [_attack(*name) for name in order])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("mean PSNR, dB", loc="left", size=8)
+    figure.colorbar(shown, ax=axes, extend="min", fraction=0.03, pad=0.01, label="mean PSNR, dB")
     return figure
 
 
@@ -152,42 +218,82 @@ def pareto(board: Board) -> Figure | None:
     measured = [name for name in costs if table[name].notna().any()]
     if not measured:
         return None
-    figure = Figure(figsize=(3.6 * len(measured), 2.8))
+    figure = Figure(figsize=(WIDTH, 2.6 if len(measured) > 1 else 3.2), layout="constrained")
+    drawn = []
     for axes, name in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured, strict=True):
-        for place, line in enumerate(table.to_dict("records")):
-            if not math.isfinite(line[name]):
-                continue
-            ends = [max(0.0, line["above"] - line["above_low"]), max(0.0, line["above_high"] - line["above"])]
-            axes.errorbar(
-                line[name],
-                line["above"],
-                yerr=None if not all(map(math.isfinite, ends)) else [[ends[0]], [ends[1]]],
-                fmt="o",
-                color=f"C{place % 10}",
-                markerfacecolor=f"C{place % 10}" if line["front"] else "white",
-                capsize=2,
-                label=line["defense"],
-            )
+        lines = [line for line in table.to_dict("records") if math.isfinite(line[name])]
+        drawn.append((axes, lines, name))
+        for line in lines:
+            _point(axes, line, name)
         if name == "bytes":
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            axes.xaxis.set_minor_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(costs[name])
         axes.set_ylabel("worst PSNR above the floor, dB")
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="filled: on the front")
+    # Where points lie on paper is known once the axes have their place.
+    figure.draw_without_rendering()
+    for axes, lines, name in drawn:
+        _name_points(axes, lines, name)
     return figure
+
+
+def _point(axes: Axes, line: dict[Any, Any], cost: str) -> None:
+    """Draw a defense: filled on the front, a triangle at the floor, a circle beside it."""
+    ends = [max(0.0, line["above"] - line["above_low"]), max(0.0, line["above_high"] - line["above"])]
+    colour = _COLOURS[0] if line["front"] else _GREY
+    axes.errorbar(
+        line[cost],
+        line["above"],
+        yerr=None if not all(map(math.isfinite, ends)) else [[ends[0]], [ends[1]]],
+        fmt="^" if line.get("standing") == FLOOR else "o",
+        ms=4,
+        lw=0.7,
+        color=colour,
+        markerfacecolor=colour if line["front"] else "white",
+        capsize=1.5,
+    )
+
+
+def _name_points(axes: Axes, lines: list[dict[Any, Any]], cost: str) -> None:
+    """Write the names of points beside them, lifted where another name is near: all of a few, else the front's."""
+    named = lines if len(lines) <= MOST else [line for line in lines if line["front"]]
+    letter, high = 0.55 * SMALL / 72 / (axes.get_position().width * WIDTH), 1 / 18
+    placed: list[tuple[float, float, float]] = []
+    for line in sorted(named, key=lambda each: (each["above"], each["defense"])):
+        x, y = map(float, axes.transAxes.inverted().transform(axes.transData.transform((line[cost], line["above"]))))
+        side = 1 if x < 0.5 else -1
+        left, right = sorted((x, x + side * (0.05 + letter * len(line["defense"]))))
+        while any(left < there[1] and there[0] < right and abs(y - there[2]) < high for there in placed):
+            y += high / 4
+        placed.append((left, right, y))
+        axes.annotate(
+            line["defense"],
+            (line[cost], line["above"]),
+            xytext=(x + 0.03 * side, y),
+            textcoords="axes fraction",
+            size=SMALL,
+            va="center",
+            ha="left" if side > 0 else "right",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.7},
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": _GREY, "shrinkA": 0, "shrinkB": 2},
+        ).set_in_layout(False)
 
 
 def convergence(results: Results, pictures: Pictures, context: tuple[str, ...]) -> Figure | None:
     """The median loss of every attack over its iterations, relative to its start, one plot a defense."""
     plots: list[tuple[str, dict[str, npt.NDArray[np.float64]]]] = []
-    names = results.rows[[*CONTEXT]].apply(tuple, axis=1) == context
-    rows = results.rows[names]
-    for defense in _worst_attacks(results, context)["defense"]:
-        curves = {}
+    here = results.rows[[*CONTEXT]].apply(tuple, axis=1) == context
+    controls = set(results.panel.entries.loc[results.panel.entries["control"], "attack"])
+    rows = results.rows[here & ~results.rows["attack"].isin(controls)]
+    for defense in _held_and_fallen(_worst_attacks(results, context))["defense"]:
+        curves: dict[str, npt.NDArray[np.float64]] = {}
         faced = rows[(rows["defense"] == defense) & (rows["seed"] == rows["seed"].min())]
-        for (attack, knowledge, key), group in faced.groupby(["attack", "knowledge", "key"]):
+        strongest = faced.groupby(["attack", "knowledge", "key"])[HEADLINE].mean().sort_values(ascending=False)
+        for attack, knowledge, key in strongest.index:
+            if len(curves) == MOST_CURVES:
+                break
+            group = faced[faced["key"] == key]
             curve = pictures.curve(str(key), sorted(set(group["victim"])))
             if len(curve) > 1 and curve[0] > 0:
                 curves[_attack(str(attack), str(knowledge))] = curve / curve[0]
@@ -197,35 +303,39 @@ def convergence(results: Results, pictures: Pictures, context: tuple[str, ...]) 
         return None
     wide = min(4, len(plots))
     high = math.ceil(len(plots) / wide)
-    figure = Figure(figsize=(2.4 * wide + 1.4, 1.9 * high + 0.3))
+    figure = Figure(figsize=(WIDTH, 1.25 * high + 0.6), layout="constrained")
     grid = figure.subplots(high, wide, squeeze=False, sharex=True, sharey=True)
-    colours = {name: f"C{place % 10}" for place, name in enumerate(dict.fromkeys(n for _, c in plots for n in c))}
+    found = list(dict.fromkeys(name for _, curves in plots for name in curves))
+    looks: dict[str, dict[str, Any]] = {
+        name: {"color": _COLOURS[place % len(_COLOURS)], "ls": _DASHES[place % len(_DASHES)], "lw": 1}
+        for place, name in enumerate(found)
+    }
+    lowest = min(float(np.nanmin(curve)) for _, curves in plots for curve in curves.values())
     for axes, (defense, curves) in zip(grid.flat, plots, strict=False):
         for name, curve in curves.items():
-            axes.plot(np.linspace(0, 1, len(curve)), np.maximum(curve, 1e-12), color=colours[name], lw=1)
+            axes.plot(np.linspace(0, 1, len(curve)), np.maximum(curve, 1e-12), **looks[name])
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(FormatStrFormatter("%g") if lowest > 0.05 else NullFormatter())
         axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        axes.set_title(defense, size=8)
+        axes.set_title("\n".join(textwrap.wrap(defense, 22)))
     for axes in grid.flat[len(plots) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("loss / first loss")
     for axes in grid[-1]:
         axes.set_xlabel("share of iterations")
-    figure.tight_layout()
-    handles = [Line2D([0], [0], color=colour, lw=1, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    handles = [Line2D([0], [0], label=name, **look) for name, look in looks.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def _worst_attacks(results: Results, context: tuple[str, ...]) -> pd.DataFrame:
-    """Return the strongest entry against each defense in a context, the most leaking defenses first, at most `MOST`."""
+    """Return the strongest entry against each defense in a context, the most leaking defenses first."""
     entries = results.panel.entries
     here = entries[list(CONTEXT)].apply(tuple, axis=1) == context
     attacks = entries[here & ~entries["control"] & entries["knowledge"].isin(KNOWLEDGE) & entries["mean"].notna()]
-    return attacks.sort_values("mean", ascending=False, kind="stable").drop_duplicates("defense").head(MOST)
+    return attacks.sort_values("mean", ascending=False, kind="stable").drop_duplicates("defense")
 
 
 def _attack(attack: str, knowledge: str) -> str:
@@ -241,4 +351,4 @@ def _image(axes: Axes, image: Picture | None, caption: str) -> None:
     else:
         axes.imshow(image, interpolation="nearest")
     if caption:
-        axes.set_xlabel(caption, size=7, labelpad=2)
+        axes.set_xlabel(caption, size=SMALL, labelpad=1)

@@ -30,51 +30,106 @@ function compare(first, second, sign) {
   return sign * (bothNumbers ? left - right : first.localeCompare(second));
 }
 
-function sortable(table) {
-  const headings = [...table.tHead.rows[0].cells];
-  headings.forEach((heading, place) => heading.firstChild.addEventListener("click", () => {
-    const next = heading.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending";
-    headings.forEach((each) => each.removeAttribute("aria-sort"));
-    heading.setAttribute("aria-sort", next);
-    const text = (row) => row.cells[place].textContent;
-    const rows = [...table.tBodies[0].rows];
-    rows.sort((a, b) => compare(text(a), text(b), next === "ascending" ? 1 : -1));
-    table.tBodies[0].append(...rows);
-  }));
+// The state of the page stands in its address, so that a link shows what was seen.
+
+const address = new URLSearchParams(location.search);
+function remember(name, value) {
+  if (value === "" || value === null) address.delete(name);
+  else address.set(name, value);
+  const text = address.toString();
+  try { history.replaceState(null, "", `${text ? `?${text}` : location.pathname}${location.hash}`); } catch { /* a file that may not */ }
+}
+function restored(field, name) {
+  if (address.has(name)) field.value = address.get(name);
+  field.addEventListener(field.tagName === "SELECT" ? "change" : "input", () => remember(name, field.value));
 }
 
-function searchable(table, input) {
-  input.addEventListener("input", () => {
-    const words = input.value.toLowerCase().split(/\s+/);
+function sortable(table, name) {
+  const headings = [...table.tHead.rows[0].cells];
+  const sort = (heading, order) => {
+    const place = heading.cellIndex;
+    headings.forEach((each) => each.removeAttribute("aria-sort"));
+    heading.setAttribute("aria-sort", order);
+    const text = (row) => row.cells[place].textContent;
+    const rows = [...table.tBodies[0].rows];
+    rows.sort((a, b) => compare(text(a), text(b), order === "ascending" ? 1 : -1));
+    table.tBodies[0].append(...rows);
+  };
+  for (const heading of headings) {
+    heading.firstChild.addEventListener("click", () => {
+      const next = heading.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending";
+      sort(heading, next);
+      remember(`${name}.sort`, `${heading.dataset.key} ${next}`);
+    });
+  }
+  const [key, order] = (address.get(`${name}.sort`) ?? "").split(" ");
+  const known = headings.find((each) => each.dataset.key === key);
+  if (known && ["ascending", "descending"].includes(order)) sort(known, order);
+}
+
+function searchable(table, tools, name) {
+  const [words, lost] = [tools.querySelector(".find"), tools.querySelector(".lost")];
+  const look = () => {
+    const wanted = words.value.toLowerCase().split(/\s+/);
     for (const row of table.tBodies[0].rows) {
       const text = row.textContent.toLowerCase();
-      row.hidden = !words.every((word) => text.includes(word));
+      const price = parseFloat(row.dataset.lost);
+      row.hidden = !wanted.every((word) => text.includes(word)) || (Boolean(lost?.value) && !(price <= Number(lost.value)));
     }
-  });
+  };
+  for (const [field, what] of [[words, "find"], [lost, "lost"]]) {
+    if (!field) continue;
+    restored(field, `${name}.${what}`);
+    field.addEventListener("input", look);
+  }
+  look();
 }
 
 function pickable(table, fieldset) {
-  const most = window.innerWidth < 640 ? 1 : 6;
+  const narrow = window.innerWidth < 640;
   [...table.tHead.rows[0].cells].forEach((heading, place) => {
     const box = make("input", { type: "checkbox" });
     const show = () => { for (const row of table.rows) row.cells[place].hidden = !box.checked; };
-    box.checked = Number(heading.dataset.rank) <= most;
+    // The order of the lines says on a phone what the rank would.
+    box.checked = narrow ? Number(heading.dataset.rank) <= 1 && heading.dataset.key !== "rank" : Number(heading.dataset.rank) <= 4;
     box.addEventListener("change", show);
     show();
     fieldset.append(make("label", {}, box, ` ${heading.textContent}`));
   });
 }
 
-for (const table of document.querySelectorAll("table.board")) {
-  const tools = table.parentElement.previousElementSibling;
-  sortable(table);
-  searchable(table, tools.querySelector(".find"));
-  pickable(table, tools.querySelector("fieldset"));
+function quoted(text) {
+  const safe = /^[=+@-]/.test(text) && Number.isNaN(Number(text)) && text !== "-" ? `'${text}` : text;
+  return /[",\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
+}
+function shownCsv(table) {
+  const rows = [...table.rows].filter((row) => !row.hidden);
+  return rows.map((row) => [...row.cells].filter((cell) => !cell.hidden).map((cell) => quoted(cell.textContent)).join(",")).join("\n");
+}
+function download(name, text) {
+  const link = make("a", { href: URL.createObjectURL(new Blob([`${text}\n`], { type: "text/csv" })), download: name });
+  link.click();
+  URL.revokeObjectURL(link.href);
 }
 
-find("context")?.addEventListener("change", (event) => {
-  document.querySelectorAll(".context").forEach((each, place) => { each.hidden = place !== Number(event.target.value); });
-});
+for (const table of document.querySelectorAll("table.board")) {
+  const tools = table.parentElement.previousElementSibling;
+  const name = tools.dataset.state;
+  sortable(table, name);
+  searchable(table, tools, name);
+  pickable(table, tools.querySelector("fieldset"));
+  tools.querySelector(".csv").addEventListener("click", () => download(`${name}.csv`, shownCsv(table)));
+}
+
+const context = find("context");
+if (context) {
+  const show = () => {
+    document.querySelectorAll(".context").forEach((each, place) => { each.hidden = place !== Number(context.value); });
+  };
+  restored(context, "context");
+  context.addEventListener("change", show);
+  show();
+}
 
 // Cells: a filter, the heat map, the pictures, the curves
 
@@ -82,6 +137,8 @@ const FIELDS = Object.keys(data.levels);
 const form = find("filter");
 for (const name of FIELDS) {
   data.levels[name].forEach((label, number) => form.elements[name].append(make("option", { value: number }, label)));
+  const number = data.levels[name].indexOf(address.get(name));
+  if (number >= 0) form.elements[name].value = number;
 }
 
 // A line of `data.cells` and of `data.entries` starts with the numbers of its labels, in the order of FIELDS.
@@ -127,12 +184,39 @@ function drawHeat() {
     const heat = Math.min(1, Math.max(0, (value - 5) / 30)).toFixed(2);
     const names = { attack: label(each, "attack"), knowledge: label(each, "knowledge"), defense: data.levels.defense[number] };
     const tip = `${attackOf(each)} against ${names.defense}\n${value.toFixed(2)} dB, mean over ${values.length} contexts`;
-    const button = make("button", { type: "button", style: `--heat:${heat}`, "data-tip": tip }, value.toFixed(1));
+    const button = make("button", { type: "button", tabindex: -1, "aria-label": tip, style: `--heat:${heat}`, "data-tip": tip }, value.toFixed(1));
     button.addEventListener("click", () => { choose(names); find("gallery").scrollIntoView(); });
     return make("td", {}, button);
   })));
-  document.querySelector("table.heat").replaceChildren(make("thead", {}, head), make("tbody", {}, ...body));
+  const table = document.querySelector("table.heat");
+  table.replaceChildren(make("thead", {}, head), make("tbody", {}, ...body));
+  table.querySelector("button")?.setAttribute("tabindex", 0);
 }
+
+// One cell of the heat map is a tab stop; arrows, Home and End move it.
+const MOVES = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -Infinity], End: [0, Infinity] };
+function move(event) {
+  const from = event.target.closest("td");
+  if (!from || !MOVES[event.key]) return;
+  event.preventDefault();
+  const [down, right] = MOVES[event.key];
+  const rows = [...from.closest("tbody").rows];
+  let [line, column] = [from.parentElement.rowIndex - 1, from.cellIndex];
+  const last = rows[0].cells.length - 1;
+  let step = right;
+  if (Math.abs(right) === Infinity) [column, step] = right < 0 ? [0, 1] : [last + 1, -1];
+  do {
+    [line, column] = [line + down, column + step];
+  } while (rows[line]?.cells[column] && !rows[line].cells[column].querySelector("button"));
+  focusCell(from.firstChild, rows[line]?.cells[column]?.querySelector("button"));
+}
+function focusCell(from, to) {
+  if (!to) return;
+  from.setAttribute("tabindex", -1);
+  to.setAttribute("tabindex", 0);
+  to.focus();
+}
+document.querySelector("table.heat").addEventListener("keydown", move);
 
 const [MEAN, FAILED, IMAGES, PICKS, NUMBER] = [0, 1, 2, 3, 4].map((place) => FIELDS.length + place);
 const STEP = 12;
@@ -149,7 +233,8 @@ function card(each) {
     const pair = make("div", { class: "pair" },
       image(truth < 0 ? "" : line("truths", truth), `truth at the ${share} quantile`),
       image(pictures[place], `reconstruction at the ${share} quantile`));
-    const caption = `${share}: ${value === null ? "-" : `${value.toFixed(1)} dB`}${status === "ok" ? "" : `, ${status}`}`;
+    const exact = value >= data.exact ? " (pixel-exact)" : "";
+    const caption = `${share}: ${value === null ? "-" : `${value.toFixed(1)} dB${exact}`}${status === "ok" ? "" : `, ${status}`}`;
     return make("figure", {}, pair, make("figcaption", {}, caption));
   });
   const psnr = each[MEAN] === null ? "-" : `${each[MEAN].toFixed(1)} dB`;
@@ -195,6 +280,10 @@ function drawCurves() {
 }
 
 function refresh() {
+  for (const name of FIELDS) {
+    const { value } = form.elements[name];
+    remember(name, value === "" ? "" : data.levels[name][value]);
+  }
   drawHeat();
   drawCards();
   drawCurves();
@@ -202,13 +291,15 @@ function refresh() {
 
 form.addEventListener("change", refresh);
 form.addEventListener("reset", () => setTimeout(refresh));
+restored(find("order"), "order");
 find("order").addEventListener("change", drawCards);
 find("more").addEventListener("click", more);
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a[data-attack], a[data-defense]");
   if (!link) return;
   form.reset();
-  choose({ ...link.dataset });
+  const { attack, defense } = link.dataset;
+  choose(attack ? { attack } : { defense });
 });
 
 // Plots

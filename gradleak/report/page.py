@@ -25,10 +25,12 @@ from PIL import Image
 from .. import __version__
 from ..board.leaderboard import Board
 from ..board.results import CONTEXT, HEADLINE, KNOWLEDGE, Results
-from ..scales import METRICS, THRESHOLDS
-from .columns import shown
+from ..scales import CAP, METRICS, THRESHOLDS
+from . import papers
+from .columns import Shown, number, shown
 from .gallery import QUANTILES, Picture, Pictures, picks
 from .method import METHOD
+from .verdict import of_attacks, of_defenses, of_setting
 
 CHUNK = 200
 """Lines of pictures or curves that are split at once."""
@@ -70,6 +72,7 @@ def write(
     payload = {
         "chunk": CHUNK,
         "quantiles": QUANTILES,
+        "exact": CAP,
         "levels": levels,
         "cells": cells,
         "entries": _entries(results, levels),
@@ -77,6 +80,7 @@ def write(
         "compute": _points(boards["compute"].table, ("gradient_evaluations",)),
     }
     suites = sorted({name for name in results.cells["suite"] if name})
+    settings = _settings(results)
     lossless = len(results.cells) <= MANY
     sections = {"defenses": "Defenses", "attacks": "Attacks", "heat": "Heat map", "gallery": "Reconstructions"}
     sections |= {"convergence": "Convergence", "tradeoff": "Trade-off", "doubts": "Doubts"}
@@ -84,8 +88,11 @@ def write(
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_file("page.html.j2"))
     return template.render(
         title=f"gradleak: {', '.join(suites)}" if suites else "gradleak",
+        about=about,
+        settings=settings.items(),
+        papers=_papers(results),
         sections=sections.items(),
-        defenses=[_board(board) for board in (boards["defenses"], *contexts)],
+        defenses=[_with_settings(_board(board), settings) for board in (boards["defenses"], *contexts)],
         omitted=""
         if contexts or len(results.contexts) < 2
         else f"{len(results.contexts)} contexts are too many for a board each; choose them in the heat map.",
@@ -122,15 +129,52 @@ def _json(value: Any) -> Markup:
 
 def _board(board: Board) -> dict[str, Any]:
     columns = shown(board)
+    lost = board.table.get("accuracy_lost")
+    verdicts = {"defenses": of_defenses, "attacks": of_attacks}
     return {
         "name": board.name,
         "title": board.title,
         "where": board.title.partition(": ")[2],
         "columns": [each.column for each in columns],
-        "lines": [[each.cells[line] for each in columns] for line in range(len(board.table))],
+        "lines": [[_cell(each, line) for each in columns] for line in range(len(board.table))],
+        "lost": [] if lost is None or lost.isna().all() else [number(value, 3, percent=True) for value in lost],
+        "verdict": verdicts[board.name](board) if board.name in verdicts else [],
         "notes": board.notes,
         "strong": board.strong,
     }
+
+
+def _cell(column: Shown, line: int) -> dict[str, str | None]:
+    """Return the text of a cell, and a shorter one for narrow screens where that differs."""
+    text, brief = column.cells[line], column.brief[line] if column.brief else None
+    return {"text": text, "brief": None if brief == text else brief}
+
+
+def _with_settings(board: dict[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
+    """Add what the settings of a board mean: its own, where its title names one, else all."""
+    own = [text for name, text in settings.items() if board["where"].endswith(f" · {name}")]
+    return {**board, "settings": own or [f"{name}: {text}" for name, text in settings.items()]}
+
+
+def _settings(results: Results) -> dict[str, str]:
+    """Return what each setting means in words, by its name."""
+    knowledge = [level for level in _LADDER if (results.cells["knowledge"] == level).any()]
+    first = results.cells.drop_duplicates("setting").sort_values("setting")
+    return {
+        str(name): of_setting(config["setting"], knowledge)
+        for name, config in zip(first["setting"], first["config"], strict=True)
+    }
+
+
+def _papers(results: Results) -> dict[str, dict[str, str]]:
+    """Return reference and address of attacks and defenses that come along, by kind and label."""
+    found = {}
+    for kind in ("attack", "defense"):
+        names = results.cells[[kind, f"{kind}_name"]].drop_duplicates()
+        for label, name in names.itertuples(index=False, name=None):
+            if text := papers.reference(f"{kind}s", name):
+                found[f"{kind} {label}"] = {"reference": text, "link": papers.link(text)}
+    return found
 
 
 def _fewer(flags: Board) -> Board:
@@ -192,7 +236,7 @@ def _cells(
     truth_lines: list[str] = []
     found: list[str] = []
     curves: list[str] = []
-    for number, key in enumerate(ordered):
+    for line, key in enumerate(ordered):
         shown_images, texts = [], []
         for row in of_cell[key]:
             place = (pictures.list_of(key), int(row["victim"]), int(row["image"]))
@@ -206,7 +250,7 @@ def _cells(
             texts.append("" if image is None else _webp(image, lossless))
         cell = sums.loc[key]
         head = [int(value) for value in numbers.loc[key]]
-        lines.append([*head, _finite(cell["mean"]), int(cell["failed"]), int(cell["images"]), shown_images, number])
+        lines.append([*head, _finite(cell["mean"]), int(cell["failed"]), int(cell["images"]), shown_images, line])
         found.append(" ".join(texts))
         curves.append(_curve(pictures.curve(key, cell["victims"])))
     kinds = {"truths": truth_lines, "pictures": found, "curves": curves}

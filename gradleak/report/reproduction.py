@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -57,12 +57,9 @@ def read_reported(path: Path) -> list[Reported]:
     Raises:
         GradleakError: the file is not YAML, or an item is not as it should be.
     """
+    items = _content(path).get("reported") or []
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        items = content.get("reported") or [] if isinstance(content, dict) else []
         found = TypeAdapter(list[Reported]).validate_python(items)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise GradleakError(f"suite {path}: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -72,6 +69,23 @@ def read_reported(path: Path) -> list[Reported]:
             if name not in LABELS:
                 raise GradleakError(f"suite {path}: reported: {name!r} is no label (allowed: {', '.join(LABELS)})")
     return found
+
+
+def read_description(path: Path) -> str:
+    """Return the `description` of a suite on one line, empty where it has none.
+
+    Raises:
+        GradleakError: the file is not YAML.
+    """
+    return " ".join(str(_content(path).get("description") or "").split())
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise GradleakError(f"suite {path}: {' '.join(str(error).split())}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def reproduction_board(results: Results, reported: Sequence[Reported]) -> Board:
