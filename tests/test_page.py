@@ -21,7 +21,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from gradleak.board.attack_board import attack_board
 from gradleak.board.leaderboard import Board
 from gradleak.board.results import read
 from gradleak.board.store import CellResult, ImageRow, Store, victim_list
@@ -434,13 +433,13 @@ FLOOR_ = "at the floor"
         ([("a", "", 0.0, "")], "None of 1 defense is shown to stay at the floor."),
         (
             [("a", FLOOR_, 0.01, ""), ("b", FLOOR_, 0.2, "fit"), ("none", "", 0.0, "")],
-            "1 of 3 defenses stays at the floor and loses under 5 points of accuracy: a. 1 more stays there at a higher "
-            "or unknown price. b carries a doubt: a better attack may still break it. Without a defense 100 % of images "
-            "are recovered.",
+            "1 of 3 defenses stays at the floor and loses under 5 points of accuracy: a. 1 more stays there at a "
+            "higher or unknown price. b carries a doubt: a better attack may still break it. Without a defense 100 % "
+            "of images are recovered.",
         ),
         (
             [("a", FLOOR_, math.nan, ""), ("b", "3 of 4 attacks", math.nan, "")],
-            "1 of 2 defenses stays at the floor: a. What they cost in accuracy was not measured. 1 of 2 was not fully "
+            "1 of 2 defenses stays at the floor: a. What it costs in accuracy was not measured. 1 of 2 was not fully "
             "evaluated and has no rank.",
         ),
         (
@@ -453,9 +452,35 @@ def test_verdicts_say_what_the_numbers_say(lines: list[tuple[str, str, float, st
     assert " ".join(verdict.of_defenses(board_of(*lines))) == says
 
 
-def test_the_leading_attack_is_named(store: Store) -> None:
-    said = " ".join(verdict.of_attacks(attack_board(read(store))))
-    assert said.startswith(("dlg", "No attack is surely")) and "floor" in said
+def attacks_of(*lines: tuple[str, str, float, float, int | None, str]) -> Board:
+    names = ["attack", "knowledge", "above", "above_low", "rank_low", "breaks"]
+    table = pd.DataFrame(lines, columns=names).assign(control=False, sets=3)
+    table["rank_low"] = table["rank_low"].astype("Int64")
+    return Board("attacks", "Attacks", table)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([("a", "oblivious", 3.0, 1.0, None, "")], "No attack ran on enough cells to be ranked."),
+        (
+            [
+                ("a", "public", 3.0, 1.0, 1, ""),
+                ("b", "oblivious", 2.0, 1.0, 2, ""),
+                ("c", "public", 9.0, 8.0, None, "x"),
+            ],
+            "a (public) leads, 3.0 dB above the floor on average; it sets 3 worst cases. Specialists that break some "
+            "defenses: c.",
+        ),
+        (
+            [("a", "public", 3.0, 1.0, 1, ""), ("b", "oblivious", 2.0, 1.0, 1, "")],
+            "a (public) and b share the first rank; the best, a (public), gets 3.0 dB above the floor on average.",
+        ),
+        ([("a", "oblivious", 1.0, 0.0, 1, "")], "No attack is surely above the floor; a comes closest."),
+    ],
+)
+def test_the_leading_attack_is_named(lines: list[tuple[str, str, float, float, int | None, str]], says: str) -> None:
+    assert " ".join(verdict.of_attacks(attacks_of(*lines))) == says
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -610,7 +635,7 @@ def test_the_price_filters_and_the_address_remembers(priced: Path, browser: Brow
     assert browser.run(COLUMN.format(1)) == ["none"]
     browser.run("document.querySelectorAll('#defenses th')[1].firstChild.click()")
     saved = browser.run("location.href")
-    assert "defenses1.lost=3" in saved and "defenses1.sort=defense+ascending" in saved
+    assert "defenses0.lost=3" in saved and "defenses0.sort=defense+ascending" in saved
     csv = browser.run("shownCsv(document.querySelector('#defenses table')).split('\\n')")
     assert len(csv) == 2 and csv[0].startswith("rank,defense,standing,") and ",none," in csv[1]
     browser.ask("Page.navigate", url=saved.replace("lost=3", "lost=90"))

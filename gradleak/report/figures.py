@@ -139,11 +139,11 @@ def gallery(results: Results, pictures: Pictures, context: tuple[str, ...]) -> F
     if not lines:
         return None
     columns = 2 * len(QUANTILES)
-    left, side = 1.25, (WIDTH - 1.25) / columns
+    left, side = 1.25, (0.975 * WIDTH - 1.25) / columns
     figure = Figure(figsize=(WIDTH, 0.4 + (side + 0.16) * len(lines)))
     axes = figure.subplots(len(lines), columns, squeeze=False)
     top = 1 - 0.36 / figure.get_figheight()
-    figure.subplots_adjust(left=left / WIDTH, right=0.995, top=top, bottom=0.16 / figure.get_figheight(), wspace=0.04)
+    figure.subplots_adjust(left=left / WIDTH, right=0.975, top=top, bottom=0.16 / figure.get_figheight(), wspace=0.04)
     for line, (entry, shown) in enumerate(lines):
         for place, (truth, found, row) in enumerate(shown):
             _image(axes[line, 2 * place], truth, "")
@@ -194,7 +194,10 @@ def heat_map(results: Results, defenses: Board, attacks: Board) -> Figure | None
     names = list(defenses.table["defense"])[:MOST_COLUMNS]
     table = table.reindex(index=pd.MultiIndex.from_tuples(order), columns=names)
     values = table.to_numpy(dtype=float)
-    figure = Figure(figsize=(WIDTH, 1.3 + 0.15 * values.shape[0]), layout="constrained")
+    below, beside = [_short(name) for name in names], [_short(_attack(*name)) for name in order]
+    # Upright names need their length; seven lines at least leave room for the name of the colour bar.
+    high = 0.15 * max(7, len(beside)) + 0.6 * SMALL / 72 * max(map(len, below), default=0) + 0.2
+    figure = Figure(figsize=(WIDTH, high), layout="constrained")
     axes = figure.subplots()
     colours = colormaps["cividis"].with_extremes(bad="#dddddd")
     low, high = 5, CAP
@@ -203,12 +206,16 @@ def heat_map(results: Results, defenses: Board, attacks: Board) -> Figure | None
         if math.isfinite(value):
             colour = "black" if value > (low + high) / 2 else "white"
             axes.text(column, line, number(value, 0), ha="center", va="center", color=colour, size=SMALL)
-    axes.set_xticks(range(values.shape[1]), names, rotation=90)
-    axes.set_yticks(range(values.shape[0]), [_attack(*name) for name in order])
+    axes.set_xticks(range(values.shape[1]), below, rotation=90)
+    axes.set_yticks(range(values.shape[0]), beside)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(shown, ax=axes, extend="min", fraction=0.03, pad=0.01, label="mean PSNR, dB")
     return figure
+
+
+def _short(text: str, most: int = 30) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def pareto(board: Board) -> Figure | None:
@@ -275,7 +282,6 @@ def _name_points(axes: Axes, lines: list[dict[Any, Any]], cost: str) -> None:
             size=SMALL,
             va="center",
             ha="left" if side > 0 else "right",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.7},
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": _GREY, "shrinkA": 0, "shrinkB": 2},
         ).set_in_layout(False)
 

@@ -31,7 +31,8 @@ def _holding(table: pd.DataFrame, held: pd.DataFrame) -> str:
     if not len(held):
         return f"None of {_count(len(table), 'defense')} is shown to stay at the floor."
     if table["accuracy_lost"].isna().all():
-        return f"{count} {stay} at the floor: {_names(held['defense'])}. What they cost in accuracy was not measured."
+        cost = "it costs" if len(held) == 1 else "they cost"
+        return f"{count} {stay} at the floor: {_names(held['defense'])}. What {cost} in accuracy was not measured."
     cheap = held[held["accuracy_lost"] < PRICE]
     if not len(cheap):
         return f"{count} {stay} at the floor, none of them known to lose under {100 * PRICE:g} points of accuracy."
@@ -78,7 +79,7 @@ def of_attacks(board: Board) -> list[str]:
     lead = ranked.iloc[0]
     gain = f"{lead['above']:.1f} dB above the floor on average"
     if len(first) == 1:
-        said = f"{first[0]} leads, {gain}; it sets the worst case of {_count(int(lead['sets']), 'defense')}."
+        said = f"{first[0]} leads, {gain}; it sets {_count(int(lead['sets']), 'worst case')}."
     else:
         said = f"{_names(first)} share the first rank; the best, {first[0]}, gets {gain}."
     if lead["above_low"] <= 0:
