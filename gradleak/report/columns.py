@@ -234,6 +234,10 @@ def _guarantee(line: Line) -> str:
     return number(line.get("epsilon"), 2)
 
 
+def _brief_guarantee(line: Line) -> str:
+    return number(line.get("epsilon"), 1 if (line.get("epsilon") or 0) < 100 else 0)
+
+
 def _mark(name: str, text: str) -> Callable[[Line], str]:
     return lambda line: text if line.get(name) else ""
 
@@ -288,7 +292,7 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         _recovered(_RECOGNISABLE, rank=0),
         _interval("accuracy lost, points", "accuracy_lost", rank=1, percent=True),
         Column("bytes", lambda line: number(line.get("bytes"), 0), rank=1, brief=lambda line: _size(line.get("bytes"))),
-        Column("epsilon", _guarantee, rank=1, brief=lambda line: number(line.get("epsilon"), 1)),
+        Column("epsilon", _guarantee, rank=1, brief=_brief_guarantee),
         _label("doubt", "doubt", brief=_first),
         _recovered(_EXACT, rank=2),
         _interval("PSNR, dB", "psnr", rank=2),
@@ -323,7 +327,7 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         _plain("PSNR, dB", "psnr", rank=2),
         _plain("gradients", "gradient_evaluations", digits=0, rank=3),
         Column("cells", lambda line: f"{line['cells']}/{line['of_cells']}", rank=3),
-        Column("unfit", lambda line: str(line.get("unfit") or ""), rank=4),
+        Column("unfit", lambda line: str(line.get("unfit") or ""), rank=3),
         _label("family", "family", rank=5),
         _plain("SSIM", "ssim", digits=2, rank=6),
         _plain("MS-SSIM", "ms_ssim", digits=2, rank=9),
@@ -334,7 +338,7 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         _interval("rating", "rating", digits=0, rank=2),
         _plain("seconds", "seconds", digits=2, rank=7),
         Column("failed", _failed, rank=4),
-        Column("specialist against", _specialty, right=False, rank=4, most=34),
+        Column("specialist against", _specialty, right=False, rank=3, most=34),
     ),
     "pareto": (
         Column("front", _mark("front", "*"), right=False),

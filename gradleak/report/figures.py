@@ -194,7 +194,10 @@ def heat_map(results: Results, defenses: Board, attacks: Board) -> Figure | None
     names = list(defenses.table["defense"])[:MOST_COLUMNS]
     table = table.reindex(index=pd.MultiIndex.from_tuples(order), columns=names)
     values = table.to_numpy(dtype=float)
-    below, beside = [_short(name) for name in names], [_short(_attack(*name)) for name in order]
+    below, beside = (
+        [_short(name) for name in names],
+        [_attack(_short(attack, 26), knowledge) for attack, knowledge in order],
+    )
     # Upright names need their length; seven lines at least leave room for the name of the colour bar.
     high = 0.15 * max(7, len(beside)) + 0.6 * SMALL / 72 * max(map(len, below), default=0) + 0.2
     figure = Figure(figsize=(WIDTH, high), layout="constrained")

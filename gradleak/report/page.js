@@ -91,7 +91,7 @@ function pickable(table, fieldset) {
     const box = make("input", { type: "checkbox" });
     const show = () => { for (const row of table.rows) row.cells[place].hidden = !box.checked; };
     // The order of the lines says on a phone what the rank would.
-    box.checked = narrow ? Number(heading.dataset.rank) <= 1 && heading.dataset.key !== "rank" : Number(heading.dataset.rank) <= 4;
+    box.checked = narrow ? Number(heading.dataset.rank) <= 1 && heading.dataset.key !== "rank" : Number(heading.dataset.rank) <= 3;
     box.addEventListener("change", show);
     show();
     fieldset.append(make("label", {}, box, ` ${heading.textContent}`));
