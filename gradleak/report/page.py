@@ -69,33 +69,18 @@ def write(
     """
     levels = _levels(results, boards)
     cells, chunks = _cells(results, pictures, levels)
-    payload = {
-        "chunk": CHUNK,
-        "quantiles": QUANTILES,
-        "exact": CAP,
-        "levels": levels,
-        "cells": cells,
-        "entries": _entries(results, levels),
-        "pareto": _points(boards["pareto"].table, ("test_accuracy", "bytes")),
-        "compute": _points(boards["compute"].table, ("gradient_evaluations",)),
-    }
     suites = sorted({name for name in results.cells["suite"] if name})
     settings = _settings(results)
     lossless = len(results.cells) <= MANY
-    sections = {"defenses": "Defenses", "attacks": "Attacks", "heat": "Heat map", "gallery": "Reconstructions"}
-    sections |= {"convergence": "Convergence", "tradeoff": "Trade-off", "doubts": "Doubts"}
-    sections |= ({"reproduction": "Published numbers"} if "reproduction" in boards else {}) | {"method": "Method"}
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_file("page.html.j2"))
     return template.render(
         title=f"gradleak: {', '.join(suites)}" if suites else "gradleak",
         about=about,
         settings=settings.items(),
         papers=_papers(results),
-        sections=sections.items(),
+        sections=_sections("reproduction" in boards),
         defenses=[_with_settings(_board(board), settings) for board in (boards["defenses"], *contexts)],
-        omitted=""
-        if contexts or len(results.contexts) < 2
-        else f"{len(results.contexts)} contexts are too many for a board each; choose them in the heat map.",
+        omitted=_omitted(results, contexts),
         attacks=_board(boards["attacks"]),
         pareto=_board(boards["pareto"]),
         compute=_board(boards["compute"]),
@@ -113,9 +98,39 @@ def write(
         files=beside,
         style=Markup(_file("page.css")),
         script=Markup(_file("page.js")),
-        data=_json(payload),
+        data=_json(_payload(results, boards, levels, cells)),
         chunks=[(name, Markup("\n".join(lines))) for name, lines in chunks],
     )
+
+
+def _payload(
+    results: Results, boards: Mapping[str, Board], levels: dict[str, list[str]], cells: list[list[Any]]
+) -> dict[str, Any]:
+    """Return what the page's script reads."""
+    return {
+        "chunk": CHUNK,
+        "quantiles": QUANTILES,
+        "exact": CAP,
+        "levels": levels,
+        "cells": cells,
+        "entries": _entries(results, levels),
+        "pareto": _points(boards["pareto"].table, ("test_accuracy", "bytes")),
+        "compute": _points(boards["compute"].table, ("gradient_evaluations",)),
+    }
+
+
+def _sections(compares: bool) -> list[tuple[str, str]]:
+    """Return anchors and names of the page's parts."""
+    sections = {"defenses": "Defenses", "attacks": "Attacks", "heat": "Heat map", "gallery": "Reconstructions"}
+    sections |= {"convergence": "Convergence", "tradeoff": "Trade-off", "doubts": "Doubts"}
+    sections |= ({"reproduction": "Published numbers"} if compares else {}) | {"method": "Method"}
+    return list(sections.items())
+
+
+def _omitted(results: Results, contexts: Sequence[Board]) -> str:
+    if contexts or len(results.contexts) < 2:
+        return ""
+    return f"{len(results.contexts)} contexts are too many for a board each; choose them in the heat map."
 
 
 def _file(name: str) -> str:
