@@ -389,21 +389,13 @@ def test_the_ensemble_is_frozen() -> None:
 def test_auto_runs_whatever_applies_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "auto.yaml"
     path.write_text(AUTO)
-    resources = workshop.Resources(cache=tmp_path)
-    cells = check.check(suite.expand(suite.read(path), workshop.digest(resources)), resources)
-    ran = {
-        (
-            c.config["attack"]["name"],
-            c.config["model"]["name"],
-            c.config["setting"]["name"],
-            c.config["defense"]["name"],
-        )
-        for c in cells
-    }
+    shop = workshop.Workshop(workshop.Resources(cache=tmp_path))
+    cells = check.check(suite.expand(suite.read(path), shop.digest), shop)
+    ran = {(c.attack.name, c.model.name, c.setting.name, c.defense.name) for c in suite.attacking(cells)}
     assert ("linear-leakage", "mlp", "plain", "none") in ran
     assert not any(row[:2] == ("linear-leakage", "lenet") for row in ran)
     assert {row[2] for row in ran if row[0] == "lti"} == {"rich"}
     assert {row[3] for row in ran if row[0] == "dropout-inversion"} == {"dropout"}
     assert not any(row[0] in ("sme", "gifd", "gradinversion") for row in ran)
     # What the suite lists itself stays as it is listed.
-    assert {c.config["attack"]["options"]["iterations"] for c in cells if c.config["attack"]["name"] == "idlg"} == {7}
+    assert {c.attack.options["iterations"] for c in suite.attacking(cells) if c.attack.name == "idlg"} == {7}

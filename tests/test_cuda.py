@@ -181,9 +181,9 @@ def test_a_cell_from_end_to_end(tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(grid))
     values: dict[str, list[float]] = {}
     for device in ("cpu", DEVICE.type):
-        resources = workshop.Resources(device=device)
-        cells = suite.expand(suite.read(tmp_path / "suite.yaml"), workshop.digest(resources))
-        results = [evaluate.evaluate(cell, resources) for cell in check.check(cells, resources)]
+        shop = workshop.Workshop(workshop.Resources(device=device))
+        cells = suite.expand(suite.read(tmp_path / "suite.yaml"), shop.digest)
+        results = [evaluate.evaluate(cell, shop) for cell in check.check(cells, shop)]
         assert [result.error for result in results] == [""] * len(cells)
         values[device] = [row.psnr or math.nan for result in results for row in result.rows]
         assert all(math.isfinite(value) for value in values[device])

@@ -465,7 +465,7 @@ def configs(tmp_path: Path, text: str) -> list[dict[str, Any]]:
     path.write_text(
         "name: tiny\ndatasets: [digits]\nmodels: [linear]\ndefenses: [none]\nknowledge: [oblivious]\n" + text
     )
-    return [cell.config for cell in suite.expand(suite.read(path), lambda name, options: ("1", "0"))]
+    return [cell.stored() for cell in suite.expand(suite.read(path), lambda name, options: ("1", "0"))]
 
 
 def test_options_that_came_later_are_no_part_of_old_cells(tmp_path: Path) -> None:
@@ -475,7 +475,8 @@ def test_options_that_came_later_are_no_part_of_old_cells(tmp_path: Path) -> Non
     (chosen,) = configs(tmp_path, "attacks: [{dlg: {halving: [0.5]}}]\nengine: {width: auto, compile: true}")
     assert chosen["engine"] == {"backend": "layerwise", "width": "auto", "timeout": None, "compile": True}
     assert chosen["attack"]["options"]["halving"] == [0.5]
-    assert suite.attack_and_defense(chosen)[0].halving == (0.5,)  # type: ignore[attr-defined]
+    (cell,) = suite.attacking([suite.Cell.of(chosen)])
+    assert cell.built_attack.halving == (0.5,)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("width", [0, "wide", 2.5, "true"])

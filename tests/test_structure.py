@@ -20,8 +20,7 @@ from gradleak.federation import client
 from gradleak.mechanisms import batch_statistics, dropout
 from gradleak.search import labels as label_rules
 from gradleak.seeds import Generators
-from gradleak.suite.expand import _setting
-from gradleak.suite.schema import Utility, build_setting
+from gradleak.suite.schema import Utility, build_setting, stored_setting
 from gradleak.threat import Knowledge, Observation, Setting
 from gradleak.update import LocalTraining, Network
 
@@ -429,9 +428,9 @@ def test_labels_need_the_head_to_be_sent() -> None:
 
 
 def test_cells_keep_their_keys() -> None:
-    assert "trainable" not in _setting(Setting())
-    assert _setting(build_setting({"trainable": ["head"]}))["trainable"] == ["head"]
-    assert build_setting(_setting(build_setting({"trainable": "head"}))).trainable == "head"
+    assert "trainable" not in stored_setting(Setting())
+    assert stored_setting(build_setting({"trainable": ["head"]}))["trainable"] == ["head"]
+    assert build_setting(stored_setting(build_setting({"trainable": "head"}))).trainable == "head"
     assert "trainable" not in Utility().model_dump(exclude={"seeds"})
     assert (
         Utility(trainable="head").setting().trainable == Utility(trainable="head").model_dump()["trainable"] == "head"

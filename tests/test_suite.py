@@ -46,7 +46,7 @@ def _with(**changes: Any) -> dict[str, Any]:
 
 def test_a_grid_has_every_pair_once_and_only_levels_that_differ(tmp_path: Path) -> None:
     cells = _expand(tmp_path, SUITE)
-    found = sorted((c.config["model"]["name"], c.config["attack"]["name"], c.config["defense"]["name"]) for c in cells)
+    found = sorted((c.model.name, c.attack.name, c.defense.name) for c in suite.attacking(cells))
     ignored = [(model, "mean-image", guard) for model in ("mlp", "lenet") for guard in ("none", "top-k")]
     plain = [(model, "dlg", "none") for model in ("mlp", "lenet")]
     adaptive = [(model, "dlg", "top-k") for model in ("mlp", "lenet") for _ in ("oblivious", "public")]
@@ -266,7 +266,7 @@ def test_spellings_that_mean_the_same_are_the_same_suite(tmp_path: Path) -> None
 def test_keys_leave_out_the_suite(tmp_path: Path) -> None:
     first, second = (_expand(tmp_path, _with(name=name, version=number)) for name, number in (("a", 1), ("b", 2)))
     assert [cell.key for cell in first] == [cell.key for cell in second]
-    assert first[0].config["suite"] != second[0].config["suite"]
+    assert first[0].suite != second[0].suite
 
 
 def test_an_attack_that_no_level_is_enough_for_is_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from gradleak.evaluation.executors import Local, cost
 from gradleak.evaluation.workshop import Resources
 from gradleak.federation import client, utility
 from gradleak.model import initialise
-from gradleak.suite import Utility, build_defense, build_setting
+from gradleak.suite import TrainingCell, Utility, build_defense, build_setting
 from gradleak.update import squared_norm
 
 DEFENSES = [
@@ -228,8 +228,8 @@ def test_progress_runs_to_the_end() -> None:
 
 def test_a_suite_asks_for_it_once_a_defense_model_dataset_and_seed(tmp_path: Path) -> None:
     cells = suite.expand(_read(tmp_path), _digest)
-    asked = [cell for cell in cells if cell.is_utility]
-    assert [(c.config["defense"]["name"], c.config["seed"]) for c in asked] == [
+    asked = [cell for cell in cells if isinstance(cell, TrainingCell)]
+    assert [(c.defense.name, c.seed) for c in asked] == [
         ("none", 0),
         ("dp-sgd", 0),
         ("none", 1),
@@ -238,16 +238,16 @@ def test_a_suite_asks_for_it_once_a_defense_model_dataset_and_seed(tmp_path: Pat
     assert asked[0].title == "utility · none · mlp(widths=[16]) · digits · seed 0"
     assert all(cost(cell) > 0 for cell in asked)
     without = suite.expand(_read(tmp_path, utility=None), _digest)
-    assert [cell.key for cell in without] == [cell.key for cell in cells if not cell.is_utility]
+    assert [cell.key for cell in without] == [cell.key for cell in cells if not isinstance(cell, TrainingCell)]
     other = suite.expand(_read(tmp_path, attacks=["mean-image"], victims=5, utility={**SUITE["utility"]}), _digest)
-    assert [cell.key for cell in other if cell.is_utility] == [cell.key for cell in asked]
+    assert [cell.key for cell in other if isinstance(cell, TrainingCell)] == [cell.key for cell in asked]
     seeded = suite.expand(_read(tmp_path, utility={"rounds": 6, "seeds": [5, 6, 7]}), _digest)
-    assert {cell.config["seed"] for cell in seeded if cell.is_utility} == {5, 6, 7}
+    assert {cell.seed for cell in seeded if isinstance(cell, TrainingCell)} == {5, 6, 7}
     only = [{"name": "none", "only": {"models": ["other"]}}, "top-k"]
     two = suite.expand(
         _read(tmp_path, defenses=only, models=[SUITE["models"][0], {"name": "mlp", "label": "other"}]), _digest
     )
-    assert [c.config["model"]["label"] for c in two if c.is_utility and c.config["defense"]["name"] == "none"] == [
+    assert [c.model.label for c in two if isinstance(c, TrainingCell) and c.defense.name == "none"] == [
         "other",
         "other",
     ]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +16,14 @@ from ..engine import answers
 from ..federation import client
 from ..mechanisms import batch_statistics
 from ..search.generators import Generator
+from ..suite import AttackCell
 from ..threat import BatchNorm, Compute, Knowledge, Level, Observation, Setting, rank
 from ..update import LocalTraining, Network
 from .workshop import Progress
 
 
 def observe(
-    config: Mapping[str, Any],
-    attack: Attack,
-    defense: Defense,
-    setting: Setting,
+    cell: AttackCell,
     data: Data,
     network: Network,
     sent: client.Sent,
@@ -37,7 +33,8 @@ def observe(
     progress: Progress | None,
 ) -> Observation:
     """Build what the attacker sees, and nothing more than is granted."""
-    granted = granted_of(attack, setting, config["knowledge"])
+    attack, defense, setting = cell.built_attack, cell.built_defense, cell.setting
+    granted = granted_of(attack, setting, cell.knowledge)
     message, private, statistics = sent.message, sent.buffers, sent.statistics
     if attack.observes_other_victim:
         other = torch.arange(len(labels), device=labels.device).roll(-1)
@@ -54,8 +51,7 @@ def observe(
     if granted.defense is not Level.OBLIVIOUS:
         complete = rank(granted.defense) >= rank(Level.PUBLIC) or not sent.public
         view = View(defense, sent.public if complete else None)
-    engine = config["engine"]
-    timeout = engine["timeout"]
+    engine, timeout = cell.engine, cell.engine.timeout
     return Observation(
         network=network,
         message=message,
@@ -73,19 +69,19 @@ def observe(
         auxiliary=data.split.train if granted.auxiliary else None,
         private=private if granted.defense is Level.ORACLE else None,
         compute=Compute(
-            backend=engine["backend"],
-            width=engine["width"],
-            compile=engine.get("compile", False),
+            backend=engine.backend,
+            width=engine.width,
+            compile=engine.compile,
             deadline=None if timeout is None else time.monotonic() + timeout,
             progress=progress,
         ),
     )
 
 
-def granted_of(attack: Attack, setting: Setting, level: str) -> Knowledge:
+def granted_of(attack: Attack, setting: Setting, level: Level) -> Knowledge:
     """What a setting grants; controls are yardsticks and always have the public images."""
     auxiliary = setting.grants.auxiliary or attack.family == "control"
-    return replace(setting.grants, defense=Level(level), auxiliary=auxiliary)
+    return replace(setting.grants, defense=level, auxiliary=auxiliary)
 
 
 def batch_size_of(attack: Attack, defense: Defense, setting: Setting, level: Level) -> int:
