@@ -108,7 +108,7 @@ class AttackCase:
         names = [("victim", index) for index in chosen]
         before, noise = tensors_of(observation), torch.get_rng_state()
         answer = self.attack.reconstruct(observation, Generators(names, dtype=torch.float64))
-        complete(answer, self.attack, self.scene[1][chosen])
+        complete(answer, self.attack, observation)
         after = tensors_of(observation)
         self.changed += [name for name in before if not torch.equal(before[name], after[name])]
         self.changed += [] if torch.equal(torch.get_rng_state(), noise) else ["the global generator"]
