@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from gradleak import process, registry, seeds, suite
 from gradleak.engine import loop, memory
@@ -22,10 +21,10 @@ from gradleak.engine.loop import Outcome, Plan, Status, minimise
 from gradleak.engine.optimisers import LBFGS, Adam, Optimiser, Variables, constant
 from gradleak.engine.problem import Direct, Facts, Guess, Problem, Values, take
 from gradleak.errors import GradleakError
-from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.seeds import Generators
-from gradleak.threat import Compute, Observation, Setting
+from gradleak.testing import Scene, model
+from gradleak.threat import Compute, Observation
 from gradleak.update import LocalTraining, Network, local_update, one_hot, stack
 
 SHAPE, CLASSES = (1, 8, 8), 10
@@ -419,22 +418,8 @@ def test_a_deadline_marks_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def observe(victims: int = 3) -> Observation:
-    setting, defense = Setting(precision="float64"), registry.build("defenses", "none")
-    module = initialise(registry.build("models", "lenet"), SHAPE, CLASSES, 0)
-    network = client.client_network(module.double(), defense, setting)
     images, labels = normal(victims, 1, *SHAPE, name="victims").sigmoid(), torch.arange(victims)[:, None]
-    sent = client.send(network, images, labels, CLASSES, defense, setting, 0, list(range(victims)))
-    return Observation(
-        network=network,
-        message=sent.message,
-        update=vmap(lambda row: defense.decode(row, sent.public))(sent.message),
-        view=None,
-        shape=SHAPE,
-        classes=CLASSES,
-        batch_size=1,
-        training=LocalTraining(),
-        labels=labels,
-    )
+    return Scene.of(model("lenet", SHAPE, CLASSES).double(), images, labels, classes=CLASSES).observe()
 
 
 def test_attacks_count_what_halving_saves() -> None:

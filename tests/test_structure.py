@@ -21,8 +21,9 @@ from gradleak.mechanisms import batch_statistics, dropout
 from gradleak.search import labels as label_rules
 from gradleak.seeds import Generators
 from gradleak.suite.schema import Utility, build_setting, stored_setting
+from gradleak.testing import Scene
 from gradleak.threat import Knowledge, Observation, Setting
-from gradleak.update import LocalTraining, Network
+from gradleak.update import Network
 
 SHAPE, CLASSES = (3, 8, 8), 5
 PIXELS = 3 * 8 * 8
@@ -101,14 +102,8 @@ def victims(count: int = 6, batch: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def observe(module: nn.Module, batch: int = 1, defense: Defense | None = None, **setting: Any) -> Observation:
-    how, guard = Setting(batch_size=batch, precision="float64", **setting), defense or none()
-    network = client.client_network(module, guard, how)
-    images, labels = victims(batch=batch)
-    sent = client.send(network, images, labels, CLASSES, guard, how, 1, list(range(len(images))))
-    return Observation(
-        network=network, message=sent.message, update=sent.message, view=None, shape=SHAPE, classes=CLASSES,
-        batch_size=batch, training=LocalTraining(), weight_difference=how.local_lr is not None,
-    )  # fmt: skip
+    how = Setting(batch_size=batch, precision="float64", **setting)
+    return Scene.of(module, *victims(batch=batch), defense, how, CLASSES, seed=1).observe(labels="none")
 
 
 def attack(name: str, **options: Any) -> Attack:
