@@ -135,6 +135,19 @@ Width = int | Literal["auto"]
 """Trials computed together: a number, or as many as memory is measured to hold."""
 
 
+@dataclass
+class Widths:
+    """Widths that were found out, by kind of problem and the backend that was asked for.
+
+    What one cell could not hold must not change another's last digits, so every cell starts without any.
+    """
+
+    halved: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Gone down to where memory ran out."""
+    measured: dict[tuple[str, str], int] = field(default_factory=dict)
+    """As many as memory holds."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compute:
     """How an attack may compute; changes no result beyond rounding."""
@@ -147,6 +160,8 @@ class Compute:
     """Whether to compile backends that can be."""
     deadline: float | None = None
     """`time.monotonic()` after which an attack stops; its victims are marked as timed out."""
+    widths: Widths = field(default_factory=Widths, compare=False, repr=False)
+    """What the engine has found out of memory, kept from one minimisation of an attack to the next."""
     progress: Callable[[float, float], None] | None = None
     """Called now and then with the share of work done in [0, 1] and the current mean loss."""
 

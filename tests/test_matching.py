@@ -24,7 +24,7 @@ from gradleak.errors import GradleakError
 from gradleak.model import initialise
 from gradleak.seeds import Generators
 from gradleak.testing import Scene, model
-from gradleak.threat import Compute, Observation
+from gradleak.threat import Compute, Observation, Widths
 from gradleak.update import LocalTraining, Network, local_update, one_hot, stack
 
 SHAPE, CLASSES = (1, 8, 8), 10
@@ -101,8 +101,6 @@ class Recorder:
                 return answer
 
         monkeypatch.setitem(BACKENDS, name, Limited)
-        monkeypatch.setattr(loop, "_halved", {})
-        monkeypatch.setattr(loop, "_measured", {})
 
 
 SHORT = {
@@ -157,11 +155,12 @@ def test_memory_that_runs_out_on_the_way_loses_nothing(optimiser: str, monkeypat
 
 def test_the_halved_width_is_kept_for_the_same_kind_of_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch, most=3, error=MemoryError())
-    Toy(victims=6).run(8)
+    shared = {"widths": Widths()}
+    Toy(victims=6).run(8, compute=shared)
     assert recorder.failures == [6]
-    Toy(victims=5).run(8)
+    Toy(victims=5).run(8, compute=shared)
     assert recorder.failures == [6]
-    Toy(victims=5, objective="squared").run(8)
+    Toy(victims=5, objective="squared").run(8, compute=shared)
     assert recorder.failures == [6, 5], "another kind of problem"
     assert set(recorder.calls) == {2}
 
@@ -254,7 +253,6 @@ def test_auto_takes_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     measured = {}
     for share in (0.6, 0.3, 0.01):
-        monkeypatch.setattr(loop, "_measured", {})
         monkeypatch.setattr(memory, "available", lambda device, share=share: share * room / memory.SHARE)
         recorder.calls.clear()
         outcome = toy.run("auto", iterations=3)
@@ -268,9 +266,10 @@ def test_auto_takes_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_measures_a_kind_of_problem_once(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
-    Toy().run("auto")
+    shared = {"widths": Widths()}
+    Toy().run("auto", compute=shared)
     before = recorder.calls.count(1)
-    Toy().run("auto")
+    Toy().run("auto", compute=shared)
     assert before > 0 and recorder.calls.count(1) == before
     toy = Toy()
     final = loop.finish(toy.problem, toy.start, toy.facts, "auto")
@@ -531,7 +530,6 @@ def test_a_compiled_step_runs_and_is_compared_once_a_width(monkeypatch: pytest.M
         return True
 
     monkeypatch.setattr("gradleak.engine.backends._agrees", agrees)
-    monkeypatch.setattr(loop, "_measured", {})
     for width in ("auto", 2):
         outcome = toy.run(width, compute={"compile": True})
         assert outcome.iterations.tolist() == [13] * 3

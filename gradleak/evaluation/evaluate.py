@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 
 from .. import seeds
 from ..board.store import CellResult
-from ..engine import loop
 from ..federation import client, utility
 from ..mechanisms import batch_statistics
 from ..process import full_precision
@@ -42,7 +41,6 @@ def evaluate(
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     clock = time.perf_counter()
-    loop.forget_widths()
     full_precision()
     try:
         cell.check_files()
