@@ -29,6 +29,7 @@ class April(Attack):
 
     family = "analytic"
     reference = "arXiv:2112.14087"
+    ensembles = ("auto-v2",)
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs learned positions, one image, and no more patches than a token has dimensions."""

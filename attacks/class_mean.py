@@ -25,12 +25,16 @@ class ClassMean(Attack):
 
     family = "control"
     reference = "gradleak"
+    ensembles = ("auto-v2",)
     needs = Knowledge(labels=Labels.INFERRED, auxiliary=True)
+
+    def blind(self, setting: Setting) -> bool:
+        """Whether labels are granted: else they are read off the message."""
+        return rank(setting.grants.labels) >= rank(Labels.COUNTS)
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """Say why labels that are not granted cannot be inferred."""
-        granted = rank(setting.grants.labels) >= rank(Labels.COUNTS)
-        return None if granted else label_rules.lacking(structure.of(module).head, "auto")
+        return None if self.blind(setting) else label_rules.lacking(structure.of(module).head, "auto")
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Return the mean image of each label, [N, B, C, H, W]."""

@@ -34,6 +34,7 @@ class CocktailParty(Attack):
 
     family = "analytic"
     reference = "arXiv:2209.05578"
+    ensembles = ("auto-v2",)
 
     iterations: Annotated[int, Ge(1)] = 200
     """Steps of the fixed point."""

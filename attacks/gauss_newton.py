@@ -19,6 +19,12 @@ class GaussNewton(GradientMatching):
     """
 
     reference = "gradleak"
+    ensembles = {
+        "auto-v2": {
+            "gauss-newton": {"initialisation": "normal", "class_prior": (), "alphabet": False},
+            "gauss-newton + prior": {},
+        }
+    }
     tuning = "class_prior, restarts, tolerance: 4 trials on 4 to 8 tuning victims of digits (mlp), 7 defenses"
 
     optimiser: Literal["adam", "lbfgs", "levenberg-marquardt"] = "levenberg-marquardt"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gradleak.attack import Attack, Reconstruction
 from gradleak.seeds import Generators
-from gradleak.threat import Knowledge, Observation
+from gradleak.threat import Knowledge, Observation, Setting
 from gradleak.update import one_hot
 
 from ._latent import granted
@@ -21,8 +21,13 @@ class GeneratorSample(Attack):
 
     family = "control"
     reference = "gradleak"
+    ensembles = ("auto-v2",)
     version = "2"
     needs = Knowledge(generator=True)
+
+    def blind(self, setting: Setting) -> bool:
+        """Say that no message is read."""
+        return True
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Return one random image a victim image, [N, B, C, H, W]."""

@@ -35,6 +35,7 @@ class GGL(LatentMatching):
     """
 
     reference = "arXiv:2203.15696"
+    ensembles = ("auto-v2",)
 
     objective: str = "relative-squared"
     search: Literal["cma-es", "adam"] = "cma-es"

@@ -28,6 +28,7 @@ class GIAS(LatentMatching):
     """
 
     reference = "arXiv:2110.14962"
+    ensembles = ("auto-v2",)
 
     objective: str = "cosine"
     lr: Annotated[float, Gt(0)] = 3e-2

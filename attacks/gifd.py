@@ -32,7 +32,7 @@ class GIFD(LatentMatching):
     """
 
     reference = "arXiv:2308.04699"
-    ensembles = ("auto-v1",)
+    ensembles = ("auto-v1", "auto-v2")
     tuning = "radius: 3 values on 8 tuning victims of digits (lenet, batch 2) with and without noise and top-k"
 
     objective: str = "cosine"

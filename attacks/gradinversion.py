@@ -42,7 +42,7 @@ class GradInversion(GradientMatching):
 
     reference = "arXiv:2104.07586"
     tuning = "objective, tv, statistics_weight: 19 trials on 4 tuning victims of digits and photos (convnet, resnet20)"
-    ensembles = ("auto-v1",)
+    ensembles = ("auto-v1", "auto-v2")
 
     statistics: Literal["none", "running", "batch"] = "running"
     """Which batch normalisation statistics are matched: the server's, or the victim batch's own (leaked)."""

@@ -17,7 +17,7 @@ class IDLG(GradientMatching):
     """
 
     reference = "arXiv:2001.02610"
-    ensembles = ("auto-v1",)
+    ensembles = ("auto-v1", "auto-v2")
 
     objective: str = "squared"
     optimiser: Literal["adam", "lbfgs"] = "lbfgs"

@@ -17,7 +17,7 @@ class InvertingGradients(GradientMatching):
     """
 
     reference = "arXiv:2003.14053"
-    ensembles = ("auto-v1",)
+    ensembles = ("auto-v1", "auto-v2")
 
     objective: str = "cosine"
     signed: bool | Literal["soft"] = True

@@ -35,7 +35,7 @@ class LinearLeakage(Attack):
 
     family = "analytic"
     reference = "arXiv:2003.14053"
-    ensembles: ClassVar[tuple[str, ...]] = ("auto-v1",)
+    ensembles: ClassVar[tuple[str, ...]] = ("auto-v1", "auto-v2")
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs a linear layer with bias right on the pixels."""

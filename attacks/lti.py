@@ -40,7 +40,7 @@ class LTI(Attack):
     family = "learned"
     reference = "arXiv:2210.10880"
     version = "2"
-    ensembles = ("auto-v1",)
+    ensembles = ("auto-v1", "auto-v2")
     needs = Knowledge(auxiliary=True, defense=Level.PARAMETERS)
     adaptive = True
     tuning = "first try: 1 setting on 8 tuning victims of digits (lenet) under sign, top-k and gaussian-noise"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gradleak.attack import Attack, Reconstruction
 from gradleak.seeds import Generators
-from gradleak.threat import Knowledge, Observation
+from gradleak.threat import Knowledge, Observation, Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,12 @@ class MeanImage(Attack):
 
     family = "control"
     reference = "gradleak"
+    ensembles = ("auto-v2",)
     needs = Knowledge(auxiliary=True)
+
+    def blind(self, setting: Setting) -> bool:
+        """Say that no message is read."""
+        return True
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Return the mean image, [N, B, C, H, W]."""

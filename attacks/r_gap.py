@@ -40,6 +40,7 @@ class RGAP(Attack):
 
     family = "analytic"
     reference = "arXiv:2010.07733"
+    ensembles = ("auto-v2",)
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs one image and a chain of convolutions and linear layers without biases, leaky ReLUs between."""

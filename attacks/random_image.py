@@ -8,7 +8,7 @@ import torch
 
 from gradleak.attack import Attack, Reconstruction
 from gradleak.seeds import Generators
-from gradleak.threat import Knowledge, Observation
+from gradleak.threat import Knowledge, Observation, Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,12 @@ class RandomImage(Attack):
 
     family = "control"
     reference = "gradleak"
+    ensembles = ("auto-v2",)
     needs = Knowledge(auxiliary=True)
+
+    def blind(self, setting: Setting) -> bool:
+        """Say that no message is read."""
+        return True
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Return one random image a victim image, [N, B, C, H, W]."""

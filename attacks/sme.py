@@ -31,7 +31,7 @@ class SME(GradientMatching):
     """
 
     reference = "arXiv:2306.00127"
-    ensembles = ("auto-v1",)
+    ensembles = ("auto-v1", "auto-v2")
     tuning = "surrogate_lr: 2 values on 4 tuning victims of digits (lenet, batches of 2), 10 and 20 local steps"
 
     surrogate: Annotated[float, Ge(0), Le(1)] = 0.5

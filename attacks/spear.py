@@ -39,7 +39,7 @@ class Spear(Attack):
 
     family = "analytic"
     reference = "arXiv:2403.03945"
-    ensembles = ("auto-v1",)
+    ensembles = ("auto-v1", "auto-v2")
 
     trials: Annotated[int, Ge(1)] = 2048
     """Planes drawn in a round."""

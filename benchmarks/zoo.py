@@ -1,7 +1,7 @@
 """Networks as people have them: which backend computes their attack, and how far it is from plain autograd.
 
     python benchmarks/zoo.py small          # one of each kind, in small; what tests/test_zoo.py asserts
-    python benchmarks/zoo.py full           # torchvision's networks as they come, 32x32 (64x64 where they need it)
+    python benchmarks/zoo.py full           # torchvision's networks as they come, at 32x32
     python benchmarks/zoo.py full --only resnet18
 
 A line is a network in a mode: the backend that `layerwise`, the default, ends at, the largest relative difference of
@@ -33,6 +33,7 @@ from gradleak.engine.choice import choose
 from gradleak.engine.derivatives import twice_differentiable
 from gradleak.engine.problem import Direct, Facts, Guess, Problem
 from gradleak.errors import GradleakError
+from gradleak.models._foreign import quieten
 from gradleak.update import (
     LocalTraining,
     Network,
@@ -299,28 +300,24 @@ OWN: dict[str, Build] = {
 SMALL = {**TORCHVISION, **OWN}
 
 FULL: dict[str, Build] = {
-    name: partial(getattr(models, name), num_classes=CLASSES, **options)
+    name: lambda name=name, options=options: quieten(getattr(models, name)(num_classes=CLASSES, **options))  # type: ignore[misc]
     for name, options in {
         "resnet18": {},
         "resnet50": {},
         "resnext50_32x4d": {},
-        "vgg11_bn": {"dropout": 0.0},
-        "mobilenet_v2": {"dropout": 0.0},
-        "mobilenet_v3_small": {"dropout": 0.0},
-        "efficientnet_b0": {"dropout": 0.0, "stochastic_depth_prob": 0.0},
-        "convnext_tiny": {"stochastic_depth_prob": 0.0},
+        "mobilenet_v2": {},
+        "mobilenet_v3_small": {},
+        "efficientnet_b0": {},
+        "convnext_tiny": {},
         "densenet121": {},
-        "squeezenet1_1": {"dropout": 0.0},
+        "squeezenet1_1": {},
         "shufflenet_v2_x0_5": {},
         "regnet_y_400mf": {},
-        "mnasnet0_5": {"dropout": 0.0},
-        "googlenet": {"aux_logits": False, "init_weights": False, "dropout": 0.0},
-        "vit_b_16": {},
-        "swin_t": {"stochastic_depth_prob": 0.0},
+        "mnasnet0_5": {},
+        "googlenet": {"aux_logits": False, "init_weights": False},
+        "swin_t": {},
     }.items()
 }
-SIZES = {"vit_b_16": 224}
-"""Sides of the images of networks that do not take 32x32."""
 
 
 @dataclass(frozen=True)
@@ -341,9 +338,9 @@ def measure(build: Build, mode: str, size: int = 32) -> Found:
     refused = twice_differentiable(network, start["pixels"][0], targets)
     if refused is not None:
         return Found("refused", 0.0, time.process_time() - started, refused)
-    name, backend, reason, _ = choose("layerwise", problem, start, facts, 300)
+    name, backend, reason, _, ready = choose("layerwise", problem, start, facts, 300)
     seconds = time.process_time() - started
-    values = backend(problem, start, backend.prepare(problem, facts))
+    values = backend(problem, start, ready)
     wanted = torch.stack([by_hand(network.module, facts, start["pixels"], row) for row in range(VICTIMS)])
     error = (values.gradients["pixels"] - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
     return Found(name, float(error.max()), seconds, reason)
@@ -418,7 +415,7 @@ def main() -> None:
             if given.only not in (None, name):
                 continue
             try:
-                found = measure(build, mode, SIZES.get(name, 32) if given.suite == "full" else 32)
+                found = measure(build, mode)
             except GradleakError as error:
                 found = Found("refused", 0.0, 0.0, str(error))
             print(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from .engine.loop import Status
 from .options import Options
 from .plugins import PluginError, at, place_of_hook
 from .seeds import Generators
-from .threat import Knowledge, Observation, Setting
+from .threat import Knowledge, Level, Observation, Setting
 
 ROUNDING = 1e-6
 """How far beyond [0, 1] a pixel may lie: what clamping before the last product in float32 leaves."""
@@ -69,9 +69,10 @@ class Attack(Options, ABC):
     """Whether the attack uses what it knows of a defense."""
     observes_other_victim: ClassVar[bool] = False
     """A control: it is shown the observation of another victim."""
-    ensembles: ClassVar[tuple[str, ...]] = ()
-    """Ensembles that the attack is a member of, such as `auto-v1`; a suite that names one runs all members that can
-    run. A changed membership is a new version of the name."""
+    ensembles: ClassVar[tuple[str, ...] | Mapping[str, Mapping[str, Mapping[str, object]]]] = ()
+    """Ensembles that the attack is a member of, such as `auto-v2`; a suite that names one runs all members that can
+    run. Members with other options than the defaults, or several of one attack, are given by ensemble and label:
+    `{"auto-v2": {"label": {"option": 1}}}`. A changed membership is a new version of the name."""
     tuning: ClassVar[str] = "defaults of the reference"
     """How the defaults were found: on which tuning victims, with how many trials."""
 
@@ -83,11 +84,21 @@ class Attack(Options, ABC):
         """Say why this attack cannot run on such a client at all, or None; asked before anything runs."""
         return None
 
+    def blind(self, setting: Setting) -> bool:
+        """Whether the answer is the same under every defense: it reads neither message nor update. Of controls only."""
+        return False
+
     def loss(
         self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]
     ) -> Tensor | None:
         """Own loss [N] of given batches; the evaluator asks it for the truth's. None without a loss."""
         return None
+
+
+def granted_of(attack: Attack, setting: Setting, level: Level) -> Knowledge:
+    """What a setting grants; controls are yardsticks and always have the public images."""
+    auxiliary = setting.grants.auxiliary or attack.family == "control"
+    return replace(setting.grants, defense=level, auxiliary=auxiliary)
 
 
 def mistakes(answer: object, observation: Observation) -> Iterator[str]:

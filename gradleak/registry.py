@@ -57,9 +57,20 @@ def load(group: str, name: str, where: str = "") -> type[Any]:
 
 def ensemble(name: str) -> list[str]:
     """Return the attacks that declare (and do not inherit) membership of an ensemble such as `auto-v1`, sorted."""
+    return list(dict.fromkeys(attack for attack, _, _ in members(name)))
+
+
+def members(name: str) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Return the members of an ensemble, sorted by attack: its name, a label and options that differ from defaults."""
     if not name.startswith("auto-"):
         return []
-    return [attack for attack in names("attacks") if name in vars(load("attacks", attack)).get("ensembles", ())]
+    found: list[tuple[str, str, Mapping[str, Any]]] = []
+    for attack in names("attacks"):
+        declared = vars(load("attacks", attack)).get("ensembles", ())
+        if name in declared:
+            variants = declared[name] if isinstance(declared, Mapping) else {attack: {}}
+            found += [(attack, label, options) for label, options in variants.items()]
+    return found
 
 
 def build(group: str, name: str, options: Mapping[str, Any] | None = None, where: str = "") -> Any:

@@ -37,8 +37,8 @@ def restored(tell: Callable[[list[str]], None] | None = None) -> Iterator[None]:
     mode, the generators of torch, CUDA, numpy and Python, and the filters of warnings.
 
     Args:
-        tell: called with the names of what the block changed, if it changed anything. Filters of warnings are left
-            out where modules were imported, which bring filters of their own.
+        tell: called with the names of what the block changed, if it changed anything. Filters of warnings and Python's
+            generator are left out where modules were imported, which bring filters and draw names of their own.
     """
     parts, modules = {**_FLAGS, **_generators()}, len(sys.modules)
     before = {name: part.get() for name, part in parts.items()}
@@ -48,7 +48,7 @@ def restored(tell: Callable[[list[str]], None] | None = None) -> Iterator[None]:
         changed = [name for name, part in parts.items() if part.value(part.get()) != part.value(before[name])]
         for name in changed:
             parts[name].put(before[name])
-        told = [name for name in changed if name != _FILTERS or len(sys.modules) == modules]
+        told = [name for name in changed if name not in _IMPORTS_CHANGE or len(sys.modules) == modules]
         if told and tell is not None:
             tell(told)
 
@@ -57,7 +57,7 @@ def _generators() -> dict[str, _Part]:
     parts = {
         "torch's generator": _Part(torch.get_rng_state, torch.set_rng_state, _bytes),
         "numpy's generator": _Part(np.random.get_state, np.random.set_state, _words),
-        "Python's generator": _Part(random.getstate, random.setstate),
+        _PYTHON: _Part(random.getstate, random.setstate),
     }
     if torch.cuda.is_initialized():
         parts["CUDA's generators"] = _Part(
@@ -100,7 +100,8 @@ def _set_filters(filters: list[Any]) -> None:
         pass
 
 
-_FILTERS = "the filters of warnings"
+_FILTERS, _PYTHON = "the filters of warnings", "Python's generator"
+_IMPORTS_CHANGE = (_FILTERS, _PYTHON)
 
 _FLAGS = {
     "grad mode": _Part(torch.is_grad_enabled, torch.set_grad_enabled),

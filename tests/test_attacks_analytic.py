@@ -236,8 +236,8 @@ def test_r_gap_goes_through_linear_layers() -> None:
             nn.LeakyReLU(0.1),
             nn.Linear(48, 10, bias=False),
         ).double()
-    assert attack("r-gap").unsuited(chain, ClientSetting(), registry.build("defenses", "none")) is None
     structure.mark(chain, (1, 8, 8))
+    assert attack("r-gap").unsuited(chain, ClientSetting(), registry.build("defenses", "none")) is None
     network = Network.of(chain)
     none: Defense = registry.build("defenses", "none")
     how = ClientSetting(precision="float64")

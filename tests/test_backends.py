@@ -496,7 +496,7 @@ def test_auto_trusts_nobody(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     assert choose("auto", *mixing, iterations=100)[0] == "vmap"
     hidden = problem_of(plain(nn.Flatten(), _MixingBackwards()))
     assert choose("auto", *hidden, iterations=100)[0] == "vmap"
-    name, _, reason, _ = choose("layerwise", *hidden, iterations=100)
+    name, _, reason, *_ = choose("layerwise", *hidden, iterations=100)
     assert name == "vmap" and "off" in reason and "answers otherwise" in caplog.text and reason[-5:] in caplog.text
     assert choose("auto", *problem_of(plain()), iterations=100)[0] == "layerwise"
 

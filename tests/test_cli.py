@@ -63,7 +63,7 @@ def test_a_suite_runs_once_and_its_leaderboard_is_true(tmp_path: Path, capsys: p
     defenses = table[table["board"] == "defenses"].to_dict("records")
     assert [line["defense"] for line in defenses] == ["top-k(ratio=0.1)", "none"]
     sparse, bare = defenses
-    assert bare["psnr_attack"] == "linear-leakage" and bare["psnr"] > 80
+    assert bare["psnr_attack"] == "linear-leakage" and bare["psnr"] == 54  # where 8 bits end
     assert bare["bytes"] > 5 * sparse["bytes"]
 
 

@@ -427,9 +427,8 @@ def test_cells_keep_their_keys() -> None:
     assert stored_setting(build_setting({"trainable": ["head"]}))["trainable"] == ["head"]
     assert build_setting(stored_setting(build_setting({"trainable": "head"}))).trainable == "head"
     assert "trainable" not in Utility().model_dump(exclude={"seeds"})
-    assert (
-        Utility(trainable="head").setting().trainable == Utility(trainable="head").model_dump()["trainable"] == "head"
-    )
+    recipe = Utility(trainable="head", batch_size=16)
+    assert recipe.setting().trainable == recipe.model_dump()["trainable"] == "head"
 
 
 def test_a_gradient_that_did_not_arrive_is_no_evidence() -> None:

@@ -273,3 +273,35 @@ def test_an_attack_that_no_level_is_enough_for_is_refused(tmp_path: Path) -> Non
     content = _with(attacks=["dropout-inversion"], defenses=["dropout"], knowledge=["oblivious"])
     with pytest.raises(GradleakError, match=r"attacks\[0\]: .* needs defense knowledge 'parameters'"):
         suite.read(_write(tmp_path, content))
+
+
+def test_controls_run_in_every_context_once_where_they_read_no_message(tmp_path: Path) -> None:
+    attacks = ["dlg", {"name": "random-image", "only": {"models": ["lenet"]}}]
+    content = _with(attacks=attacks, controls="all", defenses=[*SUITE["defenses"], "secure-aggregation"])
+    found = [
+        (cell.model.name, cell.attack.name, cell.defense.name)
+        for cell in suite.attacking(_expand(tmp_path, content))
+        if cell.attack.name != "dlg"
+    ]
+    # A sum of several clients has more images to guess.
+    guesses, guards = ("class-mean", "mean-image", "random-image"), ("none", "secure-aggregation")
+    assert sorted(found) == sorted(
+        (model, guess, guard) for model in ("mlp", "lenet") for guess in guesses for guard in guards
+    )
+    unknown = _expand(tmp_path, {**content, "settings": [{"name": "fedsgd"}]})
+    read = {cell.defense.name for cell in suite.attacking(unknown) if cell.attack.name == "class-mean"}
+    assert read == {"none", "top-k", "secure-aggregation"}, "labels are read off each message"
+    granted = _expand(tmp_path, {**content, "settings": [{"name": "fedsgd", "grants": {"generator": True}}]})
+    assert "generator-sample" in {cell.attack.name for cell in suite.attacking(granted)}
+    listed = {cell.attack.name for cell in suite.attacking(_expand(tmp_path, {**content, "controls": "listed"}))}
+    assert listed == {"dlg", "random-image"}
+
+
+def test_an_ensemble_names_variants_of_one_attack(tmp_path: Path) -> None:
+    listed = {"name": "gauss-newton", "options": {"restarts": 2}, "label": "gauss-newton + prior", "optional": True}
+    cells = _expand(tmp_path, _with(attacks=[listed, "auto-v2"], knowledge=["oblivious"], defenses=["none"]))
+    found = {cell.attack.label: cell.attack.options for cell in suite.attacking(cells)}
+    assert found["gauss-newton"]["initialisation"] == "normal" and found["gauss-newton"]["restarts"] == 12
+    assert found["gauss-newton + prior"]["initialisation"] == "public"
+    assert found["gauss-newton + prior"]["restarts"] == 2, "what the suite lists stays as it is listed"
+    assert {"class-mean", "mean-image", "random-image"} <= found.keys()

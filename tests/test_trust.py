@@ -224,7 +224,7 @@ def test_claims_are_no_part_of_a_bundle(honest: Path, tmp_path: Path) -> None:
 def test_a_bundle_that_cannot_be_written_blocks_no_other(honest: Path, tmp_path: Path) -> None:
     def full() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
     out = tmp_path / "b.zip"
     trial = trials.run(["publish", str(honest), "--out", str(out)], tmp_path / "log", full)

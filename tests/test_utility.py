@@ -71,7 +71,9 @@ def _model(widths: tuple[int, ...] = (16,), name: str = "mlp") -> nn.Module:
 def _train(defense: Defense | None = None, recipe: Mapping[str, Any] | None = None, **rest: Any) -> utility.Trained:
     defense = defense or build_defense("none", {})
     module = defense.prepare_model(rest.pop("module", None) or _model())
-    return utility.train(module, _data(), defense, Utility(**(recipe or {})), rest.pop("seed", 0), **rest)
+    return utility.train(
+        module, _data(), defense, Utility(**{"batch_size": 16, **(recipe or {})}), rest.pop("seed", 0), **rest
+    )
 
 
 def _digest(name: str, options: Mapping[str, Any]) -> tuple[str, str]:
@@ -253,6 +255,21 @@ def test_a_suite_asks_for_it_once_a_defense_model_dataset_and_seed(tmp_path: Pat
     ]
 
 
+def test_the_client_that_trains_is_the_one_that_is_attacked(tmp_path: Path) -> None:
+    fedavg = {"name": "fedavg", "batch_size": 4, "local_lr": 0.1, "local_steps": 2}
+    settings = [{"name": "one"}, {"name": "four", "batch_size": 4}, {"name": "one trained", "epochs": 1}, fedavg]
+    only = [{"name": "none", "only": {"settings": ["four"]}}, "top-k"]
+    asked = [
+        (cell.defense.name, cell.setting.batch_size, cell.setting.local_lr)
+        for cell in suite.expand(_read(tmp_path, settings=settings, defenses=only, seeds=[0]), _digest)
+        if isinstance(cell, TrainingCell)
+    ]
+    assert asked == [("top-k", 1, None), ("none", 4, None), ("top-k", 4, None), ("top-k", 4, 0.1)]
+    fixed = {**SUITE["utility"], "batch_size": 16}
+    same = suite.expand(_read(tmp_path, settings=settings, defenses=only, seeds=[0], utility=fixed), _digest)
+    assert [c.setting.batch_size for c in same if isinstance(c, TrainingCell)] == [16, 16]
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -260,7 +277,9 @@ def test_a_suite_asks_for_it_once_a_defense_model_dataset_and_seed(tmp_path: Pat
         ({"lr": []}, "utility.lr"),
         ({"lr": [0.1, -1]}, "utility.lr[1]: input should be greater than 0, found -1"),
         ({"epochs": 3}, "utility: unknown key 'epochs'"),
-        ({"local_steps": 2}, "utility: local_steps and local_batch_size need local_lr"),
+        ({"batch_size": 16, "local_steps": 2}, "utility: local_steps and local_batch_size need local_lr"),
+        ({"local_steps": 2}, "utility: local_steps: is the setting's, as batch_size is; give batch_size a number"),
+        ({"batch_size": "all"}, "utility.batch_size: input should be a number of images (1 or more), or setting"),
     ],
 )
 def test_mistakes_are_said_in_one_line(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
@@ -294,9 +313,14 @@ def test_it_is_run_once_kept_and_joined_to_the_board(tmp_path: Path, monkeypatch
     assert private["accuracy_lost_low"] < np.mean(lost) < private["accuracy_lost_high"]
     assert bare["accuracy_lost"] == 0
     assert np.isnan(lines["diff2"]["test_accuracy"])
-    assert private["training_epsilon"] > private["epsilon"]
+    assert private["training_epsilon"] == private["epsilon"], "six rounds of one image take each image once"
     assert np.isnan(bare["training_epsilon"])
-    assert any("accuracy: 20 clients, 6 rounds of 16 images" in note for note in board.notes)
+    assert any("accuracy: 20 clients, 6 rounds of 1 images" in note for note in board.notes)
+    for cell in results.utility["config"]:
+        cell["setting"] = {**cell["setting"], "batch_size": 16}
+    others = defense_board(results)
+    assert others.table["test_accuracy"].isna().all(), "another client's accuracy is no cost of this one's defense"
+    assert any("4 trainings are left out" in note for note in others.notes)
     assert len(results.where(defense="none").utility) == 2
 
 

@@ -11,7 +11,6 @@ import platform
 import secrets
 import sqlite3
 import time
-from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 
@@ -42,20 +41,22 @@ class Claims:
     def __init__(self, store: Store, retry_failed: bool = False):
         """Make the table of claims if an older version made the store; nothing is claimed yet."""
         self.owner = f"{_here()}/{os.getpid()}/{_born(os.getpid())}/{secrets.token_hex(4)}"
-        self._store, self._retry = store, retry_failed
-        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._store = store
         self._beaten = time.monotonic()
         if not store.claimed:
             with store.transaction() as database:
                 if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'claims'").fetchone():
                     database.execute(CLAIMS)
+        with store.transaction() as database:
+            found = database.execute("SELECT key, started, seconds FROM cells WHERE status = 'failed'").fetchall()
+        self._again = {key: (started, seconds) for key, started, seconds in found} if retry_failed else {}
+        """Failures to try again: one that failed anew since this run began is another, and not tried for ever."""
 
     def take(self, key: str) -> Claim:
         """Ask for a cell."""
         with self._store.transaction() as database:
-            found = database.execute("SELECT status, started FROM cells WHERE key = ?", (key,)).fetchone()
-            # With `retry_failed`, a cell that failed again since this run began is not tried for ever.
-            if found and not (found[0] == "failed" and self._retry and found[1] < self._started):
+            found = database.execute("SELECT started, seconds FROM cells WHERE key = ?", (key,)).fetchone()
+            if found and tuple(found) != self._again.get(key):
                 return Claim.STORED
             held = database.execute("SELECT owner, beat FROM claims WHERE key = ?", (key,)).fetchone()
             if held and held[0] != self.owner and _alive(*held):

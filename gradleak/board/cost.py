@@ -33,14 +33,36 @@ def _weakest(guarantees: Iterable[Any]) -> Mapping[str, Any]:
     return max(known, key=lambda fact: float(fact["epsilon"]), default={})
 
 
+def operating_point(model: str, dataset: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what tells one client from another: its model and dataset, batch, local steps and what it trains."""
+    setting = config["setting"]
+    steps = (setting.get("batch_size", 1), setting.get("local_steps", 1), setting.get("local_batch_size"))
+    rest = (setting.get("local_lr"), setting.get("trainable", "all"))
+    return (model, dataset, *map(str, (*steps, *rest)))
+
+
 def accuracies(results: Results) -> pd.DataFrame:
-    """Return all cells, attacked or trained, with the `accuracy` and `guarantee` of training under their defense."""
+    """Return all cells, attacked or trained, with the `accuracy` and `guarantee` of training under their defense.
+
+    Of trainings only those of a client that is attacked here: with the same batch and local steps.
+    """
     names = [*CONTEXT, "attack", "seed", "defense", "defense_family", "provenance"]
-    cells = pd.concat([results.cells[names], results.utility[names]], ignore_index=True)
+    cells = pd.concat([results.cells[names], _of_the_attacked(results)[names]], ignore_index=True)
     facts = cells.pop("provenance")
     accuracy = pd.to_numeric(pd.Series([fact.get("test_accuracy") for fact in facts], dtype=object))
     cells = cells.assign(accuracy=accuracy, guarantee=[fact.get("training_epsilon") for fact in facts])
     return cells[cells["accuracy"].notna() | cells["guarantee"].notna()]
+
+
+def _of_the_attacked(results: Results) -> pd.DataFrame:
+    """Return the trainings of clients that are attacked."""
+    attacked = {operating_point(*each) for each in _places(results.cells)}
+    own = [operating_point(*each) in attacked for each in _places(results.utility)]
+    return results.utility.loc[np.array(own, dtype=bool)]
+
+
+def _places(cells: pd.DataFrame) -> Iterable[tuple[Any, ...]]:
+    return zip(cells["model"], cells["dataset"], cells["config"], strict=True)
 
 
 def utility(accuracies: pd.DataFrame, defense: str) -> dict[str, float]:
@@ -64,11 +86,13 @@ def utility(accuracies: pd.DataFrame, defense: str) -> dict[str, float]:
 
 def trainings(results: Results) -> list[str]:
     """Say how the models behind the accuracies were trained."""
-    recipes = {json.dumps(config["attack"]["options"], sort_keys=True) for config in results.utility["config"]}
-    seeds = results.utility["seed"].nunique()
+    joined = _of_the_attacked(results)
+    recipes = {json.dumps(config["attack"]["options"], sort_keys=True) for config in joined["config"]}
+    seeds, others = joined["seed"].nunique(), len(results.utility) - len(joined)
+    left_out = f"accuracy: {others} trainings are left out, whose clients have another batch or other local steps"
     return [
         f"accuracy: {recipe['clients']} clients, {recipe['rounds']} rounds of {recipe['batch_size']} images a client, "
         f"{recipe['local_steps']} local step(s), server rate the best of {', '.join(map(str, recipe['lr']))} on "
         f"images held out; Student's {100 * LEVEL:.0f} % interval over {seeds} seeds"
         for recipe in map(json.loads, sorted(recipes))
-    ]
+    ] + ([left_out] if others else [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from pathlib import Path
 
 PATIENCE = 60.0
@@ -59,3 +60,17 @@ def free_name(folder: Path, path: Path) -> Path:
     while (free := folder / f"{path.stem}.saved-{number}{path.suffix or '.sqlite'}").exists():
         number += 1
     return free
+
+
+def keep_log(database: sqlite3.Connection) -> None:
+    """Let readers read while others write; without that they take turns, which is slower and no less safe."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                return
+            time.sleep(0.05)
+        else:
+            return

@@ -9,6 +9,8 @@ from typing import Any, Literal, Self
 
 import numpy.typing as npt
 
+from ..suite import dataset_label
+
 SCHEMA = 1
 """Raised whenever the tables of results change; a store of another schema is refused, never converted in place."""
 
@@ -128,6 +130,13 @@ STATEMENTS = tuple(part.strip() for part in _TABLES.split(";\n") if part.strip()
 """What makes the tables of a new store."""
 CLAIMS = "CREATE TABLE claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL, beat REAL NOT NULL)"
 """Which run computes which cell now (`claims`); made by the first run, absent from bundles and older stores."""
+LEFT_OUT = (
+    "CREATE TABLE left_out (attack TEXT NOT NULL, defense TEXT NOT NULL, model TEXT NOT NULL, dataset TEXT NOT NULL,"
+    " setting TEXT NOT NULL, knowledge TEXT NOT NULL, reason TEXT NOT NULL, chosen INTEGER NOT NULL,"
+    " PRIMARY KEY (attack, defense, model, dataset, setting, knowledge)) WITHOUT ROWID"
+)
+"""What the grids of its suites leave out, by labels (`left_out`); made by the first run, absent from older stores."""
+LEFT_OUT_COLUMNS = ("attack", "defense", "model", "dataset", "setting", "knowledge", "reason", "chosen")
 
 
 def tables() -> dict[str, str]:
@@ -194,7 +203,7 @@ def describe(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> tuple[
         part["defense"]["name"],
         provenance.get("defense_family") or "",
         label["model"],
-        label["dataset"] + (" (tuning victims)" if config.get("tuning") else ""),
+        dataset_label(label["dataset"], bool(config.get("tuning"))),
         label["setting"],
         config.get("knowledge") or "oblivious",
         part["setting"].get("batch_size", 1),

@@ -22,9 +22,9 @@ import pandas as pd
 
 from .. import __version__
 from ..errors import GradleakError
-from . import trust
+from . import left_out, trust
 from .codec import dump, late_progress, pack, row_values, unpack
-from .file import PATIENCE, connect, free_name, is_blank, log_of, place_of
+from .file import connect, free_name, is_blank, keep_log, log_of, place_of
 from .schema import (
     DESCRIBED,
     INTEGERS,
@@ -262,6 +262,10 @@ class Store:
         trust.check_rows(joined, self._name)
         return joined.drop(columns=["id", "cell"]).sort_values(order, ignore_index=True)
 
+    def unsuited(self) -> pd.DataFrame:
+        """Return the attacks that do not apply to a defense in a context, with the reason (`left_out.unsuited`)."""
+        return left_out.unsuited(self.query, self._name)
+
     def reconstruction(self, key: str, victim: int) -> Array:
         """Return the attacker's images of one victim, [B, C, H, W].
 
@@ -405,7 +409,7 @@ class Store:
         trust.check_tables(database, self._name)
         database.execute("PRAGMA foreign_keys = ON")
         if create and database.execute("PRAGMA journal_mode").fetchone()[0] == "delete":
-            self._keep_log()
+            keep_log(database)
         # Every commit survives the death of the process; only a power cut may cost the last ones.
         database.execute("PRAGMA synchronous = NORMAL")
         self._place = place_of(self.path)
@@ -433,19 +437,6 @@ class Store:
             self._roll_back()
             raise
         database.execute("PRAGMA wal_checkpoint(PASSIVE)")
-
-    def _keep_log(self) -> None:
-        """Let readers read while others write; without that they take turns, which is slower and no less safe."""
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            try:
-                self._database.execute("PRAGMA journal_mode = WAL")
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    return
-                time.sleep(0.05)
-            else:
-                return
 
     def _is_inplace_of(self) -> bool:
         try:

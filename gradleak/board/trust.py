@@ -19,7 +19,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import GradleakError
-from .schema import CLAIMS, NUMBERS, STATUSES, tables, victim_list
+from .schema import CLAIMS, LEFT_OUT, NUMBERS, STATUSES, tables, victim_list
 
 SECONDS = 120.0
 """That one query may take: a store of 100,000 cells is read in a tenth of it."""
@@ -156,7 +156,8 @@ def check_tables(database: sqlite3.Connection, where: str) -> None:
     made = {line for line in found if not (line[0] == "index" and line[3] is None)}
     for kind, name, _, _ in sorted(expected - made):
         raise GradleakError(f"{where}: its {kind} {name!r} is not the one that gradleak makes")
-    for kind, name, _, _ in sorted(made - expected - {("table", "claims", "claims", CLAIMS)}, key=repr):
+    later = {("table", "claims", "claims", CLAIMS), ("table", "left_out", "left_out", LEFT_OUT)}
+    for kind, name, _, _ in sorted(made - expected - later, key=repr):
         raise GradleakError(f"{where}: holds a {kind} {str(name)[:40]!r} that gradleak does not make")
 
 
@@ -223,6 +224,21 @@ def check_rows(rows: pd.DataFrame, where: str) -> None:
             line = rows[lines].iloc[0]
             value = str(line[name])[:40]
             _refuse(where, line["key"], f"victim {line['victim']} image {line['image']}: {name} {value!r}")
+
+
+def check_left_out(lines: Sequence[tuple[Any, ...]], where: str) -> None:
+    """Refuse notes on what a grid leaves out that are not one line of text each, or that neither suite nor attack made.
+
+    Args:
+        lines: of the table `left_out`.
+        where: the store, for the error.
+    """
+    for line in lines:
+        for text in line[:7]:
+            if not isinstance(text, str) or len(text) > 1000 or not text.isprintable():
+                raise GradleakError(f"{where}: a note on what is left out has {text!r:.60}, which is no line of text")
+        if line[7] not in (0, 1):
+            raise GradleakError(f"{where}: a note on what is left out is chosen {line[7]!r:.40} (allowed: 0, 1)")
 
 
 def check_failed(cells: pd.DataFrame, kept: Mapping[str, int], where: str) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from ..errors import GradleakError
 from ..paths import written_whole
-from . import trust
+from . import left_out, trust
 from .file import connect, log_of
+from .schema import LEFT_OUT
 from .store import Store
 
 
@@ -49,6 +50,7 @@ def _findings(store: Store) -> Iterator[Finding]:
         yield _found("rows", lambda: f"{len(store.rows(cells))} images")
     yield _found("arrays", lambda: _arrays(store))
     yield _found("victims", lambda: _victims(store))
+    yield _found("left out", lambda: f"{left_out.lines_of(store.query, f'store {store.path}')} combinations")
 
 
 def _found(name: str, look: Callable[[], str]) -> Finding:
@@ -99,6 +101,7 @@ def rescue(path: Path, new: Path) -> tuple[int, int]:
                 if not saved:
                     raise GradleakError(f"store {path}: no cell of it can be read")
                 _save_victims(damaged, store)
+                _save_left_out(damaged, store)
             log_of(beside).unlink(missing_ok=True)
     except (OSError, sqlite3.Error) as error:
         raise GradleakError(f"store {path}: cannot be rescued to {new}: {error}") from error
@@ -167,6 +170,16 @@ def _save_victims(damaged: sqlite3.Connection, store: Store) -> None:
                 store.truth(line[0], line[1])
 
 
+def _save_left_out(damaged: sqlite3.Connection, store: Store) -> None:
+    """Copy what was noted on combinations that are left out: all of it, or else the next run notes it again."""
+    with contextlib.suppress(sqlite3.Error, GradleakError, UnicodeDecodeError):
+        lines = damaged.execute("SELECT * FROM left_out").fetchall()
+        trust.check_left_out(lines, "store")
+        with store.transaction() as database:
+            database.execute(LEFT_OUT)
+            _insert(database, "left_out", lines)
+
+
 def _insert(database: sqlite3.Connection, table: str, lines: Sequence[tuple[Any, ...]]) -> None:
     if lines:
         database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(lines[0]))})", lines)
@@ -186,5 +199,6 @@ def prune(path: Path, keep: Callable[[str, dict[str, Any]], bool], dry_run: bool
         if gone and not dry_run:
             with store.transaction() as database:
                 database.executemany("DELETE FROM cells WHERE key = ?", [(key,) for key in gone])
+            left_out.forget(store)
             store.query("VACUUM")
     return gone

@@ -90,6 +90,9 @@ def _list(
     group: Annotated[str, typer.Argument(metavar="GROUP", help="attacks, defenses, models or datasets.")],
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
     plugin: PluginFiles = None,
+    ensemble: Annotated[
+        str, typer.Option(metavar="NAME", help="Only members of an ensemble of attacks, e.g. auto-v2.")
+    ] = "",
 ) -> None:
     """Show the plugins of a group: family, threat model, needs, defaults, reference."""
     from .. import registry
@@ -99,10 +102,27 @@ def _list(
     for path in plugin or []:
         registry.add_file(path)
     found = [registry.describe(group, name) for name in registry.names(group)]
+    if ensemble:
+        found = _members(ensemble, found)
     if as_json:
         print(json.dumps(found, indent=2, default=_json))
     else:
         _print_plugins(found)
+
+
+def _members(ensemble: str, attacks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the attacks of an ensemble under the labels that its members have."""
+    from .. import registry
+
+    facts = {each["name"]: each for each in attacks}
+    found = [(name, label, options) for name, label, options in registry.members(ensemble) if name in facts]
+    if not found:
+        raise GradleakError(f"--ensemble {ensemble}: no attack says that it is a member")
+    shown = []
+    for name, label, options in found:
+        title = label if label == name else f"{label} = {name}"
+        shown.append({**facts[name], "name": title, "defaults": {**facts[name]["defaults"], **options}})
+    return shown
 
 
 @app.command("run")

@@ -6,12 +6,11 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.func import functional_call, grad, vmap
 
+from ..engine.derivatives import twice_differentiable
 from ..model import Model, initialise
-from .findings import close, require, same
+from ..update import LocalTraining, Network, local_update, one_hot, squared_norm
+from .findings import require, same
 from .victims import VICTIMS
 
 # Models
@@ -56,26 +55,15 @@ def model_follows_its_seed(case: ModelCase) -> None:
 
 
 def model_can_be_differentiated_twice(case: ModelCase) -> None:
-    """Can be differentiated twice, in a stack of victims as alone, and depends on images through its gradients."""
-    network = initialise(case.model, case.shapes[0], 10, 0).double().eval()
-    require(not any(getattr(each, "inplace", False) for each in network.modules()), "a layer works in place")
-    parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
-    images = torch.rand(VICTIMS, 2, *case.shapes[0], dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    labels = torch.tensor([4, 7])
-
-    def energy(batch: Tensor) -> Tensor:
-        def loss(at: dict[str, Tensor]) -> Tensor:
-            return F.cross_entropy(functional_call(network, at, (batch,)), labels)
-
-        return torch.stack([each.square().sum() for each in grad(loss)(parameters).values()]).sum()
-
-    stacked = vmap(grad(energy))(images)
-    require(stacked.isfinite().all(), "the second derivative is not finite")
-    require(stacked.abs().max() > 0, "the second derivative is zero")
-    for index, batch in enumerate(images):
+    """Can be differentiated twice, and depends on images through its gradients."""
+    network = Network.of(initialise(case.model, case.shapes[0], 10, 0).double())
+    batches = torch.rand(VICTIMS, 2, *case.shapes[0], dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    targets = one_hot(torch.tensor([4, 7]), 10, torch.float64)
+    reason = twice_differentiable(network, batches[0], targets)
+    require(reason is None, reason or "")
+    for batch in batches:
         point = batch.clone().requires_grad_()
-        slopes = torch.autograd.grad(
-            F.cross_entropy(network(point), labels), list(network.parameters()), create_graph=True
-        )
-        (alone,) = torch.autograd.grad(torch.stack([slope.square().sum() for slope in slopes]).sum(), point)
-        close(stacked[index], alone, "second derivatives in a stack and alone", rtol=1e-8, atol=1e-10)
+        update = local_update(network, point, targets, LocalTraining())
+        (slope,) = torch.autograd.grad(squared_norm(update), point)
+        require(slope.isfinite().all(), "the second derivative is not finite")
+        require(slope.abs().max() > 0, "the second derivative is zero")

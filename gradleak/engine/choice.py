@@ -41,9 +41,11 @@ class Choice(NamedTuple):
 
     name: str
     backend: Backend
-    reason: str = ""
-    width: int = 1
+    reason: str
+    width: int
     """Trials of the chunk that fitted into memory together."""
+    facts: Facts
+    """What is known of all victims, as the backend likes it."""
 
 
 _compared: WeakKeyDictionary[nn.Module, dict[str, tuple[str, str]]] = WeakKeyDictionary()
@@ -51,11 +53,21 @@ _compared: WeakKeyDictionary[nn.Module, dict[str, tuple[str, str]]] = WeakKeyDic
 same worker found must not change the digits of a later one."""
 
 
-def choose(name: str, problem: Problem, variables: Variables, facts: Facts, iterations: int) -> Choice:
+def choose(
+    name: str, problem: Problem, variables: Variables, facts: Facts, iterations: int, owner: Tensor | None = None
+) -> Choice:
     """Return the named backend, or for `auto` the fastest one for this chunk of trials.
 
     It is compared with `sequential` on trials of the chunk. One that does not apply, fails or answers otherwise is
     replaced by the next of layerwise, vmap, sequential.
+
+    Args:
+        name: in `BACKENDS`, or auto.
+        problem: one trial's loss.
+        variables: those of the chunk's trials, [W, ...].
+        facts: what is known of all victims, [N, ...].
+        iterations: how many there will be.
+        owner: victim of each trial of the chunk, [W]; by default they are the first.
 
     Raises:
         GradleakError: no backend has that name.
@@ -64,44 +76,49 @@ def choose(name: str, problem: Problem, variables: Variables, facts: Facts, iter
     if name not in (*BACKENDS, "auto"):
         raise unknown("backend", name, [*BACKENDS, "auto"])
     width = width_of(variables)
+    rows = torch.arange(width, device=next(iter(variables.values())).device) if owner is None else owner
+    known = take(facts, rows)
     kind = kind_of(problem, variables, facts, width)
     if name == "auto":
-        name = _fastest_known(problem, variables, facts, iterations, kind)
+        name = _fastest_known(problem, variables, known, iterations, kind)
     found = _compared.setdefault(problem.network.module, {})
     if f"{name} {kind}" in found:
         name, reason = found[f"{name} {kind}"]
         backend = BACKENDS[name]()
-        if backend.refusal(problem, variables, facts) is None:
-            return Choice(name, backend, reason, width)
-    choice = _right(name, problem, variables, facts)
+        if backend.refusal(problem, variables, known) is None:
+            return Choice(name, backend, reason, width, backend.prepare(problem, facts))
+    choice = _right(name, problem, variables, facts, rows)
     found[f"{name} {kind}"] = choice.name, choice.reason
     return choice
 
 
-def _right(name: str, problem: Problem, variables: Variables, facts: Facts) -> Choice:
+def _right(name: str, problem: Problem, variables: Variables, facts: Facts, rows: Tensor) -> Choice:
     """Return the first backend from the named one on that computes the chunk rightly, or as much of it as fits."""
     width = width_of(variables)
     while True:
         part = {key: tensor[:width] for key, tensor in variables.items()}
         try:
-            return _first_right(name, problem, part, take(facts, slice(0, width)))
+            return _first_right(name, problem, part, facts, rows[:width])
         except (RuntimeError, MemoryError) as error:
             width = memory.half(width, error)
         # Only here is what the error held free again.
         memory.release(next(iter(variables.values())).device)
 
 
-def _first_right(name: str, problem: Problem, variables: Variables, facts: Facts) -> Choice:
+def _first_right(name: str, problem: Problem, variables: Variables, facts: Facts, rows: Tensor) -> Choice:
     reasons: list[str] = []
+    known = take(facts, rows)
     for candidate in _LADDER[_LADDER.index(name) :]:
-        backend = BACKENDS[candidate]()
-        reason = backend.refusal(problem, variables, facts)
+        backend, ready = BACKENDS[candidate](), facts
+        reason = backend.refusal(problem, variables, known)
         if reason is None and candidate != "sequential":
-            reason = disagreement(backend, problem, variables, facts)
+            # All victims' facts, once: making them ready can take as long as many iterations.
+            ready = backend.prepare(problem, facts)
+            reason = disagreement(backend, problem, variables, known, take(ready, rows))
             if reason is not None:
                 _say(f"backend {candidate!r} is not used on this model, where 'sequential' answers otherwise: {reason}")
         if reason is None:
-            return Choice(candidate, backend, "; ".join(reasons), width_of(variables))
+            return Choice(candidate, backend, "; ".join(reasons), width_of(variables), ready)
         log.debug("backend %r does not apply: %s", candidate, reason)
         reasons.append(f"{candidate}: {reason}")
     raise AssertionError("'sequential' computes everything")
@@ -138,10 +155,11 @@ def _fastest(problem: Problem, variables: Variables, facts: Facts) -> str:
         if name == "sequential" or (name == "vmap" and width == 1):
             continue
         try:
-            if backend.refusal(problem, variables, facts) or disagreement(backend, problem, variables, facts):
-                log.debug("backend %r is not timed", name)
+            if backend.refusal(problem, variables, facts) is not None:
                 continue
             ready = backend.prepare(problem, facts)
+            if disagreement(backend, problem, variables, facts, ready) is not None:
+                continue
             seconds = min(_seconds(backend, problem, variables, ready) for _ in range(2))
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out_of_memory(error):

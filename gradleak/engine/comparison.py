@@ -26,17 +26,24 @@ _NUDGE = 4
 """By how many units in the last place variables are moved to see what rounding alone does."""
 
 
-def disagreement(backend: Backend, problem: Problem, variables: Variables, facts: Facts) -> str | None:
+def disagreement(backend: Backend, problem: Problem, variables: Variables, facts: Facts, ready: Facts) -> str | None:
     """Say in what a backend's answer for a chunk of trials differs from `sequential`'s, or that it has none.
 
     The whole chunk is computed, so that the trials compared have neighbours. A difference must be larger than
     what rounding does to the reference itself; where that leaves a doubt, both are computed once more in float64.
 
+    Args:
+        backend: the one in question; it has not refused the problem.
+        problem: one trial's loss.
+        variables: those of the chunk's trials, [W, ...].
+        facts: what is known of each trial's victim, [W, ...].
+        ready: the same as the backend likes it.
+
     Raises:
         torch.OutOfMemoryError: and what else says that memory is short.
     """
     try:
-        answer = backend(problem, variables, backend.prepare(problem, facts))
+        answer = backend(problem, variables, ready)
     except Exception as error:  # whatever a model meets in a backend that it was not written for
         return failure(error)
     gap, rows = _largest(answer, problem, variables, facts)

@@ -124,9 +124,10 @@ class _Run:
         self.kind = (kind_of(problem, start, facts), compute.backend)
         width = min(_USUAL if compute.width == "auto" else compute.width, self.trials)
         width = min(width, self.widths.halved.get(self.kind, width))
-        first, known = {name: tensor[:width] for name, tensor in start.items()}, take(facts, owner[:width])
-        self.name, self.backend, self.reason, fits = choose(compute.backend, problem, first, known, plan.iterations)
-        self.raw, self.facts = facts, self.backend.prepare(problem, facts)
+        first = {name: tensor[:width] for name, tensor in start.items()}
+        choice = choose(compute.backend, problem, first, facts, plan.iterations, owner[:width])
+        self.name, self.backend, self.reason, fits, self.facts = choice
+        self.raw = facts
         if compute.width == "auto":
             width = min(self._fitting(), self.trials)
         elif fits < width:

@@ -66,9 +66,10 @@ def ask(name: str, attack: Attack, observation: Observation, generator: Generato
         log.warning("attack %r: out of memory: %s", name, said(error))
         return Answer(None, [Status.OUT_OF_MEMORY.value] * victims, (time.perf_counter() - clock) / victims)
     seconds = (time.perf_counter() - clock) / victims
+    place = at(place_of_hook(attack, "reconstruct"))
     wrong = next(mistakes(answer, observation), None)
     if wrong is not None:
-        wrong += at(place_of_hook(attack, "reconstruct"))
+        wrong += place
         log.warning("attack %r: its answer is invalid: %s", name, wrong)
         return Answer(None, [Status.INVALID.value] * victims, seconds, f"invalid answer: {wrong}")
     answer = _detached(answer)
@@ -80,7 +81,7 @@ def ask(name: str, attack: Attack, observation: Observation, generator: Generato
     }
     for victim, reason in notes.items():
         status[victim] = Status.INVALID.value
-        log.warning("attack %r: its answer for victim %d is invalid: %s", name, victim, reason)
+        log.warning("attack %r: its answer for victim %d is invalid: %s%s", name, victim, reason, place)
     return Answer(answer, status, seconds, notes=notes)
 
 

@@ -9,19 +9,20 @@ from ..attack import GradientMatching
 from ..engine.derivatives import not_computable
 from ..errors import GradleakError
 from ..federation import utility
+from ..reconstruction import granted_of
 from ..search.generators import Generator
 from ..state import restored
-from ..suite import AttackCell, Cell, GivenPrior, TrainingCell
+from ..suite import AttackCell, Cell, GivenPrior, Note, TrainingCell, unnoted
 from .checks import combinations, generators
-from .observe import batch_size_of, granted_of
+from .observe import batch_size_of
 from .workshop import Workshop
 
 
-def check(cells: Iterable[Cell], workshop: Workshop) -> list[Cell]:
+def check(cells: Iterable[Cell], workshop: Workshop, note: Note = unnoted) -> list[Cell]:
     """Refuse cells that cannot run, before any of them does; return all but the optional ones that cannot.
 
     Every combination of dataset, model, setting and defense is tried on real victims: models and clients must be
-    functions (see `checks`). What is tried is never shown to an attack.
+    functions (see `checks`). What is tried is never shown to an attack. `note` is told what is left out, and why.
 
     Raises:
         GradleakError: an attack needs knowledge that its setting does not grant, cannot run on a model or
@@ -29,7 +30,7 @@ def check(cells: Iterable[Cell], workshop: Workshop) -> list[Cell]:
             generator cannot be had or makes other images than the victims', or a client is no function.
     """
     with restored():
-        kept = _fitting(cells, workshop)
+        kept = _fitting(cells, workshop, note)
         tried: set[Hashable] = set()
         for cell in kept:
             if isinstance(cell, AttackCell) and (mark := combinations.mark_of(cell)) not in tried:
@@ -38,7 +39,7 @@ def check(cells: Iterable[Cell], workshop: Workshop) -> list[Cell]:
     return kept
 
 
-def _fitting(cells: Iterable[Cell], workshop: Workshop) -> list[Cell]:
+def _fitting(cells: Iterable[Cell], workshop: Workshop, note: Note) -> list[Cell]:
     """Compare what cells ask for with what there is; nothing is computed but networks' structure."""
     seen: dict[Hashable, bool] = {}
     kept: list[Cell] = []
@@ -50,7 +51,7 @@ def _fitting(cells: Iterable[Cell], workshop: Workshop) -> list[Cell]:
         assert isinstance(cell, AttackCell)
         mark = _mark(cell)
         if mark not in seen:
-            seen[mark] = _fits(cell, workshop)
+            seen[mark] = _fits(cell, workshop, note)
         if seen[mark]:
             kept.append(cell)
     return kept
@@ -62,7 +63,7 @@ def _mark(cell: AttackCell) -> Hashable:
     return *parts, cell.setting, cell.knowledge, cell.victims, cell.candidates
 
 
-def _fits(cell: AttackCell, workshop: Workshop) -> bool:
+def _fits(cell: AttackCell, workshop: Workshop, note: Note) -> bool:
     """Return whether a cell can run; only an optional one need not.
 
     Raises:
@@ -92,7 +93,9 @@ def _fits(cell: AttackCell, workshop: Workshop) -> bool:
     reason = attack.unsuited(network.module, faced, defense)
     if defense.cohort > 1 and setting.local_batch_size is not None:
         reason = "a sum of clients with local batches is no update of one batch; leave local_batch_size out"
-    if reason is not None and not cell.optional:
+    if reason is not None and cell.optional:
+        note(cell.left_out(reason))
+    elif reason is not None:
         raise GradleakError(
             f"attack {cell.attack.label!r} cannot run on model {cell.model.label!r} under "
             f"defense {cell.defense.label!r}: {reason}; restrict it with `only`"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -13,9 +12,10 @@ from ..defense import Defense
 from ..federation import observation
 from ..federation.client import Sent
 from ..mechanisms import batch_statistics
+from ..reconstruction import granted_of
 from ..search.generators import Generator
 from ..suite import AttackCell
-from ..threat import Compute, Knowledge, Level, Observation, Setting
+from ..threat import Compute, Level, Observation, Setting
 from ..update import Network
 from .workshop import Progress
 
@@ -57,12 +57,6 @@ def observe(
             progress=progress,
         ),
     )
-
-
-def granted_of(attack: Attack, setting: Setting, level: Level) -> Knowledge:
-    """What a setting grants; controls are yardsticks and always have the public images."""
-    auxiliary = setting.grants.auxiliary or attack.family == "control"
-    return replace(setting.grants, defense=level, auxiliary=auxiliary)
 
 
 def batch_size_of(attack: Attack, defense: Defense, setting: Setting, level: Level) -> int:

@@ -15,11 +15,12 @@ from types import FrameType
 from rich.console import Console
 
 from .. import registry, suite
+from ..board import left_out
 from ..board.claims import Claims
 from ..board.store import CellResult, Store, is_blank, victim_list
 from ..errors import GradleakError
 from ..plugins import blamed, near_misses
-from ..suite import AttackCell, Cell
+from ..suite import AttackCell, Cell, LeftOut
 from . import check
 from .display import Display
 from .executors import Executor, Pending, Report
@@ -35,6 +36,8 @@ class Plan:
     cells: list[Cell]
     statuses: dict[str, str]
     """ok or failed, by key, for the cells that are stored."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    """What of the grid is not run, and why."""
 
     def waiting(self, retry_failed: bool = False) -> list[Cell]:
         """Return the cells to run."""
@@ -80,16 +83,18 @@ def _plan(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path]) 
     if not is_blank(store):
         with Store(store) as found:
             statuses = found.statuses()
+    unrun: list[LeftOut] = []
     try:
         with blamed():
-            cells = suite.expand(chosen, workshop.digest, workshop.resources.data_root)
+            cells = suite.expand(chosen, workshop.digest, workshop.resources.data_root, unrun.append)
             # Cells that were computed were checked before that, and a large suite takes its time.
-            new = {cell.key for cell in check.check([c for c in cells if c.key not in statuses], workshop)}
+            waiting = [cell for cell in cells if cell.key not in statuses]
+            new = {cell.key for cell in check.check(waiting, workshop, unrun.append)}
         cells = [cell for cell in cells if cell.key in statuses or cell.key in new]
     except GradleakError as error:
         raise GradleakError(f"suite {path}: {error}") from error
     keys = {cell.key for cell in cells}
-    return Plan(cells, {key: status for key, status in statuses.items() if key in keys})
+    return Plan(cells, {key: status for key, status in statuses.items() if key in keys}, unrun)
 
 
 def run(
@@ -127,6 +132,7 @@ def run(
     with Store(store, create=True) as target:
         try:
             target.rename({cell.key: cell.stored() for cell in found.cells})
+            left_out.note(target, found.left_out, {cell.place for cell in suite.attacking(found.cells)})
             _write_victims(target, found.cells, workshop)
             with Display(console or Console(stderr=True), len(found.cells), waiting) as display, _endable():
                 for result in _results(target, waiting, executor, resources, plugins, retry_failed, display.progress):

@@ -208,7 +208,9 @@ def _refuse_too_large(plugin: Model, name: str, shape: Shape, classes: int) -> N
             module = plugin.build(shape, classes)
     except (Exception, SystemExit):  # Not every model can be built without memory; the real one says what is wrong.
         return
-    tensors = [*module.parameters(), *module.buffers()]
+    if not isinstance(module, nn.Module):
+        return
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if not nn.parameter.is_lazy(t)]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if size > memory:

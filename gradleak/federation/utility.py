@@ -121,7 +121,7 @@ def check(data: Data, defense: Defense, recipe: Utility) -> None:
     if not _batches_an_epoch(data, recipe):
         raise GradleakError(
             f"utility: {recipe.clients} clients of dataset {data.name!r} have {_part_size(data, recipe)} images each, "
-            f"fewer than a batch of {recipe.batch_size}"
+            f"fewer than a batch of {recipe.batch}"
         )
 
 
@@ -196,8 +196,8 @@ def _divide(data: Data, recipe: Utility, seed: int) -> tuple[Images, Tensor]:
         shuffled = torch.stack(
             [part[torch.randperm(size, generator=stream)] for part, stream in zip(parts, streams, strict=True)]
         )
-        used = shuffled[:, : count * recipe.batch_size]
-        epochs.append(used.reshape(recipe.clients, count, recipe.batch_size).transpose(0, 1))
+        used = shuffled[:, : count * recipe.batch]
+        epochs.append(used.reshape(recipe.clients, count, recipe.batch).transpose(0, 1))
     return data.split.train[order[:kept]], torch.cat(epochs)[: recipe.rounds]
 
 
@@ -207,7 +207,7 @@ def _part_size(data: Data, recipe: Utility) -> int:
 
 
 def _batches_an_epoch(data: Data, recipe: Utility) -> int:
-    return _part_size(data, recipe) // recipe.batch_size
+    return _part_size(data, recipe) // recipe.batch
 
 
 def _module(network: Network) -> nn.Module:

@@ -1,6 +1,19 @@
 """Suites: a YAML file that spans a grid, validated, and expanded into cells with stable keys."""
 
-from .cells import AttackCell, Cell, Draws, TrainingCell, attacking, build_defense, key_of, unnamed
+from .cells import (
+    AttackCell,
+    Cell,
+    Draws,
+    LeftOut,
+    Note,
+    TrainingCell,
+    attacking,
+    build_defense,
+    dataset_label,
+    key_of,
+    unnamed,
+    unnoted,
+)
 from .expand import CORE, Digest, expand
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part
 from .read import read
@@ -19,6 +32,8 @@ __all__ = [
     "Entry",
     "GivenPrior",
     "LearnedPrior",
+    "LeftOut",
+    "Note",
     "Part",
     "Prior",
     "Suite",
@@ -27,8 +42,10 @@ __all__ = [
     "attacking",
     "build_defense",
     "build_setting",
+    "dataset_label",
     "expand",
     "key_of",
     "read",
     "unnamed",
+    "unnoted",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -189,6 +189,16 @@ class AttackCell(Cell):
             attack=(self.seed, "attack", self.attack.name, dataset, model, setting),
         )
 
+    @property
+    def place(self) -> tuple[str, str, str, str, str]:
+        """Labels of attack, defense, model, dataset and setting, as tables have them."""
+        data = dataset_label(self.dataset.label, self.tuning)
+        return self.attack.label, self.defense.label, self.model.label, data, self.setting.name
+
+    def left_out(self, reason: str) -> LeftOut:
+        """Return the note that its attack does not apply."""
+        return LeftOut(*self.place, self.knowledge.value, reason)
+
     @cached_property
     def built_attack(self) -> Attack:
         """The attack."""
@@ -233,6 +243,35 @@ class TrainingCell(Cell):
         """One line for progress and errors."""
         labels = [part.label for part in (self.defense, self.model, self.dataset)]
         return " · ".join([UTILITY, *labels, f"seed {self.seed}"])
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A combination of a grid that is not run, by its labels, and why."""
+
+    attack: str
+    defense: str
+    model: str
+    dataset: str
+    setting: str
+    knowledge: str
+    """Empty for all levels."""
+    reason: str
+    chosen: bool = False
+    """Whether the suite leaves it out by its own choice; else the attack does not apply."""
+
+
+Note = Callable[[LeftOut], None]
+"""Told of every combination that is left out."""
+
+
+def unnoted(found: LeftOut) -> None:
+    """Note nothing."""
+
+
+def dataset_label(label: str, tuning: bool) -> str:
+    """Return what tables call a dataset: its tuning victims are a list of their own."""
+    return f"{label} (tuning victims)" if tuning else label
 
 
 def attacking(cells: Iterable[Cell]) -> list[AttackCell]:

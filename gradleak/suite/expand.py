@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 from .. import registry
 from ..errors import GradleakError
 from ..scales import METRICS
-from .cells import AttackCell, Cell, TrainingCell, build_defense
+from .cells import AttackCell, Cell, LeftOut, Note, TrainingCell, build_defense, dataset_label, unnoted
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, code_of, members, plain
 from .read import levels_of
-from .schema import Entry, Prior, Suite, build_setting, unused_of
+from .schema import Counter, Entry, Prior, Suite, build_setting, unused_of
 
 if TYPE_CHECKING:  # What needs torch; suites are read without it.
     from ..attack import Attack
     from ..defense import Defense
-    from ..threat import Setting
+    from ..threat import Level, Setting
 
 _P = TypeVar("_P")
 
@@ -39,7 +39,7 @@ _Point: TypeAlias = (
 """One point of a grid: dataset, model, setting, seed, defense, attack."""
 
 
-def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]:
+def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = unnoted) -> list[Cell]:
     """Return every cell of the grid once, in a stable order, then the cells that measure utility.
 
     Levels of knowledge that make no difference (the attack or the defense ignores them) are one cell.
@@ -48,14 +48,14 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]
         suite: what to expand.
         digest: reads the datasets.
         root: the data root, where a prior's weights are.
+        note: told what of the grid is left out, and why.
 
     Raises:
         GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
     """
-    from ..threat import Level
-
     axes, definitions = _Axes.of(suite, digest), _definitions()
     cells: dict[str, Cell] = {}
+    guessed: set[tuple[object, ...]] = set()
     for (data_entry, dataset), (model_entry, model), setting, seed, guard, attack in axes.grid(suite.seeds):
         here = {
             "datasets": data_entry.title,
@@ -63,13 +63,16 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]
             "settings": setting.name,
             "defenses": guard.entry.title,
         }
-        if not (_wanted(attack.entry, here) and _wanted(guard.entry, here)):
+        if not _wanted(guard.entry, here):
             continue
-        needs, optional = attack.plugin.needs, attack.entry.optional
-        for level in map(Level, levels_of(suite, attack.plugin, guard.plugin, optional)):
-            if optional and needs.missing(dataclasses.replace(setting.grants, defense=level)):
+        if suite.controls == "all" and attack.plugin.family == "control" and attack.plugin.blind(setting):
+            # Nothing of it depends on the defense but how many clients' images it answers.
+            guess = (*list(here.values())[:3], seed, attack.entry.title, guard.plugin.cohort)
+            if guess in guessed:
                 continue
-            granted = needs.generator and setting.grants.generator
+            guessed.add(guess)
+        takes_prior = attack.plugin.needs.generator and setting.grants.generator
+        for level in _levels(suite, attack, guard.plugin, setting, here, note):
             cell = AttackCell(
                 attack=attack.part,
                 defense=guard.part,
@@ -82,15 +85,43 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None) -> list[Cell]
                 candidates=suite.candidates,
                 seed=seed,
                 engine=suite.engine,
-                prior=_prior(suite.prior, dataset, digest, root) if granted else None,
+                prior=_prior(suite.prior, dataset, digest, root) if takes_prior else None,
                 definitions=definitions,
                 suite=(suite.name, suite.version),
-                optional=optional,
+                optional=attack.entry.optional,
             )
             cells.setdefault(cell.key, cell)
     for training in _utilities(suite, axes):
         cells.setdefault(training.key, training)
     return list(cells.values())
+
+
+def _levels(
+    suite: Suite, attack: _Plugged[Attack], defense: Defense, setting: Setting, here: Mapping[str, str], note: Note
+) -> list[Level]:
+    """Return the levels of knowledge at which an attack is run here; note the others that make a difference."""
+    from ..reconstruction import granted_of
+    from ..threat import Level
+
+    entry, plugin = attack.entry, attack.plugin
+    data = dataset_label(here["datasets"], suite.tuning)
+    place = (entry.title, here["defenses"], here["models"], data, here["settings"])
+    if (reason := _reason(entry, here)) is not None:
+        note(LeftOut(*place, "", *reason))
+        return []
+    levels = [Level(level) for level in levels_of(suite, plugin, defense, entry.optional)]
+    if not levels:
+        lacking = f"needs {plugin.needs.defense.value} knowledge of the defense, which the suite does not give"
+        note(LeftOut(*place, "", lacking))
+    kept = []
+    for level in levels:
+        missing = plugin.needs.missing(granted_of(plugin, setting, level))
+        if entry.optional and missing:
+            reason_here = f"needs {', '.join(missing)}, which the setting does not grant"
+            note(LeftOut(*place, level.value, reason_here))
+        else:
+            kept.append(level)
+    return kept
 
 
 @dataclass(frozen=True)
@@ -141,13 +172,16 @@ def _utilities(suite: Suite, axes: _Axes) -> Iterator[TrainingCell]:
     """Yield every training under a defense that is wanted in any setting."""
     if suite.utility is None:
         return
-    recipe = suite.utility
-    grid = itertools.product(axes.datasets, axes.models, recipe.seeds or suite.seeds, axes.defenses)
-    for (data_entry, dataset), (model_entry, model), seed, guard in grid:
+    seeds = suite.utility.seeds or suite.seeds
+    grid = itertools.product(axes.datasets, axes.models, axes.settings, seeds, axes.defenses)
+    for (data_entry, dataset), (model_entry, model), faced, seed, guard in grid:
         here = {"datasets": data_entry.title, "models": model_entry.title, "defenses": guard.entry.title}
+        if suite.utility.batch_size == "setting":
+            here["settings"] = faced.name
         wanted = all(title in guard.entry.only.get(axis, [title]) for axis, title in here.items())
         if guard.plugin.single_round or not wanted:
             continue
+        recipe = suite.utility.at(faced)
         yield TrainingCell(
             recipe=recipe,
             defense=guard.part,
@@ -171,6 +205,15 @@ def _guard(entry: Entry, defense: Defense) -> Part:
 
 def _wanted(entry: Entry, here: Mapping[str, str]) -> bool:
     return all(here[axis] in titles for axis, titles in entry.only.items())
+
+
+def _reason(entry: Entry, here: Mapping[str, str]) -> tuple[str, bool] | None:
+    """Say why an attack is not run here, and whether that is the suite's own choice; None if it is run."""
+    if not _wanted(entry, here):
+        return "left out by the suite", True
+    if isinstance(entry, Counter) and here["defenses"] not in entry.against:
+        return "is a counter-attack to other defenses only", False
+    return None
 
 
 def _part(group: str, entry: Entry, plugin: Any) -> Part:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..defense import Defense
 from .cells import build_defense
 from .document import load
-from .schema import AXES, KNOWLEDGE, Entry, Prior, Suite, build_setting, first_mistake
+from .schema import AXES, KNOWLEDGE, Counter, Entry, Prior, Suite, build_setting, first_mistake
 
 
 def read(path: Path) -> Suite:
@@ -38,6 +38,8 @@ def read(path: Path) -> Suite:
     except ValidationError as error:
         raise GradleakError(f"suite {path}: {first_mistake(error)}") from error
     suite = suite.model_copy(update={"attacks": _members(suite)})
+    if suite.controls == "all":
+        suite = suite.model_copy(update={"attacks": _controlled(suite.attacks)})
     _check(suite, f"suite {path}")
     return suite
 
@@ -57,14 +59,14 @@ def _check(suite: Suite, where: str) -> None:
             titles.add(entry.title)
     _check_prior(suite.prior, f"{where}: prior")
     _check_backend(suite.engine.backend, f"{where}: engine")
-    if suite.utility is not None:
-        suite.utility.setting(f"{where}: utility")
     names: set[str] = set()
     for index, values in enumerate(suite.settings):
         setting = build_setting(values, f"{where}: settings[{index}]")
         if setting.name in names:
             raise GradleakError(f"{where}: settings[{index}]: name {setting.name!r} is taken; settings need names")
         names.add(setting.name)
+        if suite.utility is not None:
+            suite.utility.at(setting, f"{where}: utility").setting(f"{where}: utility")
     for index, level in enumerate(suite.knowledge):
         if level not in KNOWLEDGE:
             raise unknown("level", level, KNOWLEDGE, f"{where}: knowledge[{index}]")
@@ -89,7 +91,7 @@ def _check(suite: Suite, where: str) -> None:
 
 
 def _members(suite: Suite) -> list[Entry]:
-    """Attacks of a suite, with the name of an ensemble (`auto-v1`) replaced by its members.
+    """Attacks of a suite, with the name of an ensemble (`auto-v2`) replaced by its members.
 
     Members are all attacks that declare it, and against each defense those it calls its counter-attacks. One that the
     suite lists by itself stays as it is listed.
@@ -97,22 +99,34 @@ def _members(suite: Suite) -> list[Entry]:
     listed = {entry.title for entry in suite.attacks}
     found: list[Entry] = []
     for entry in suite.attacks:
-        names = registry.ensemble(entry.name)
-        if not names or entry.name in registry.names("attacks"):
+        variants = registry.members(entry.name)
+        if not variants or entry.name in registry.names("attacks"):
             found.append(entry)
             continue
-        members = [Entry(name=name, only=entry.only, optional=True) for name in names]
+        names = {name for name, _, _ in variants}
+        members = [
+            Entry(name=name, label=label, options=dict(options), only=entry.only, optional=True)
+            for name, label, options in variants
+        ]
         counters: dict[str, list[str]] = {}
         for guard in suite.defenses:
             for name in build_defense(guard.name, guard.options).counter_attacks:
                 counters.setdefault(name, []).append(guard.title)
         for name, titles in counters.items():
-            wanted = [title for title in titles if title in entry.only.get("defenses", titles)]
             if name not in names and name in registry.names("attacks"):
-                members.append(Entry(name=name, only={**entry.only, "defenses": wanted}, optional=True))
+                members.append(Counter(name=name, only=entry.only, optional=True, against=tuple(titles)))
         found += [member for member in members if member.title not in listed]
         listed |= {member.title for member in members}
     return found
+
+
+def _controlled(attacks: list[Entry]) -> list[Entry]:
+    """Add the controls that are not listed, and take `only` from those that are."""
+    controls = [name for name in registry.names("attacks") if registry.load("attacks", name).family == "control"]
+    listed = {entry.name for entry in attacks}
+    missing = [name for name in controls if not registry.load("attacks", name).observes_other_victim]
+    found = [entry.model_copy(update={"only": {}}) if entry.name in controls else entry for entry in attacks]
+    return [*found, *(Entry(name=name, optional=True) for name in missing if name not in listed)]
 
 
 def levels_of(suite: Suite, attack: Attack, defense: Defense, optional: bool = False) -> list[str]:

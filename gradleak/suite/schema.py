@@ -96,9 +96,22 @@ class Entry(_Strict):
         return f"{self.name}({', '.join(f'{key}={_short(value)}' for key, value in self.options.items())})"
 
 
+class Counter(Entry):
+    """A member of an ensemble that some defenses name as their counter-attack; it is run against these."""
+
+    against: tuple[str, ...]
+    """Labels of these defenses."""
+
+
 def _width(value: Any) -> Any:
     if value != "auto" and not (type(value) is int and 1 <= value < 2**63):
         raise ValueError("a number of trials (1 or more), or auto")
+    return value
+
+
+def _batch(value: Any) -> Any:
+    if value != "setting" and not (type(value) is int and 1 <= value < 2**63):
+        raise PydanticCustomError("batch", "Input should be a number of images (1 or more), or setting")
     return value
 
 
@@ -155,8 +168,9 @@ class Utility(_Strict):
 
     clients: Positive = 10
     rounds: Positive = 100
-    batch_size: Positive = 16
-    """Images that a client takes in a round."""
+    batch_size: Annotated[int | Literal["setting"], BeforeValidator(_batch)] = "setting"
+    """Images that a client takes in a round; `setting`: those and the local steps of each setting of the suite, so that
+    the client that is attacked is the one whose accuracy is measured."""
     lr: Annotated[list[Rate], MinLen(1), BeforeValidator(_several)] = [0.1, 0.3, 1.0]
     """Rates of the server to choose from, on images held out."""
     local_steps: Positive = 1
@@ -176,13 +190,40 @@ class Utility(_Strict):
     VERSION: ClassVar[str] = "1"
     """Raised whenever training changes, so that old accuracies are not taken for new ones."""
 
+    _CLIENT: ClassVar[tuple[str, ...]] = ("batch_size", "local_steps", "local_batch_size", "local_lr", "trainable")
+
+    @property
+    def batch(self) -> int:
+        """The number of `batch_size`.
+
+        Raises:
+            GradleakError: it is left to the setting.
+        """
+        if self.batch_size == "setting":
+            raise GradleakError("utility: batch_size is the setting's; say which with `at`")
+        return self.batch_size
+
+    def at(self, setting: Setting, where: str = "") -> Utility:
+        """Return the recipe for the clients of a setting, if it leaves them to the setting; else itself.
+
+        Raises:
+            GradleakError: it leaves the batch to the setting, but not the local steps.
+        """
+        if self.batch_size != "setting":
+            return self
+        for key in self._CLIENT[1:]:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                place = f"{where}: " if where else ""
+                raise GradleakError(f"{place}{key}: is the setting's, as batch_size is; give batch_size a number")
+        return self.model_copy(update={key: getattr(setting, key) for key in self._CLIENT})
+
     def setting(self, where: str = "") -> Setting:
         """Return how the clients train.
 
         Raises:
-            GradleakError: values that do not fit each other.
+            GradleakError: values that do not fit each other, or are left to the setting.
         """
-        keys = ("batch_size", "local_steps", "local_batch_size", "local_lr", "trainable")
+        keys, _ = self._CLIENT, self.batch
         return build_setting({"name": UTILITY, **{key: getattr(self, key) for key in keys}}, where)
 
 
@@ -219,6 +260,9 @@ class Suite(_Strict):
     prior: Prior = Prior()
     utility: Utility | None = None
     """Unset, no model is trained under the defenses."""
+    controls: Literal["all", "listed"] = "listed"
+    """`all`: every control runs in every context whose grants allow it, whatever `only` says, and once a context where
+    it reads no message; but for those that attack another victim, which have to be listed."""
     datasets: Plugins
     models: Plugins
     settings: Annotated[list[Annotated[dict[str, Any], AfterValidator(_grants_no_defense)]], MinLen(1)] = [{}]
