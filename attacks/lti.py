@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradleak.attack import Attack, Reconstruction
+from gradleak.channel import Channel
 from gradleak.dataset import Images
 from gradleak.defense import Defense, Message
 from gradleak.engine.loop import Status
 from gradleak.engine.optimisers import cosine_decay
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Knowledge, Level, Observation, Setting
-from gradleak.update import local_update, loss_after, one_hot, stack
+from gradleak.update import one_hot, stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,22 +98,11 @@ class LTI(Attack):
             index = torch.randint(len(public), (size,), generator=stream)
             images = public.images[index].to(observation.device, observation.dtype)
             targets = one_hot(public.labels[index].to(images.device), observation.classes, images.dtype)
-            known = observation.view.public
-            if known is None:
-                known = defense.public(network.parameters, size, stream)
-            inputs, targets = defense.encode(images, targets, stream)
-            buffers = defense.private_buffers(network.module, inputs, stream)
-            update = local_update(
-                network,
-                inputs,
-                targets,
-                observation.training,
-                per_example=partial(defense.per_example, public=known) if defense.per_example_gradients else None,
-                buffers=buffers,
-            )
-            update = {name: tensor.detach() for name, tensor in update.items()}
-            loss = loss_after(network, inputs, targets, buffers)
-            message, _ = defense.release_next(update, known, stream, loss, None)
+            if observation.view.public is None:
+                channel = Channel.drawn(network, defense, observation.training, size, stream)
+            else:
+                channel = Channel(network, defense, observation.view.public, observation.training)
+            message = channel.message(images, targets, stream)
             rows.append(hashing(stack([message])))
             truths.append(images.float())
         return torch.cat(rows), torch.stack(truths)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .engine.residuals import relative_difference
+from .knowledge import Setting
 from .options import Options
 from .update import Update
-
-if TYPE_CHECKING:
-    from .threat import Setting
 
 Message = dict[str, Tensor]
 """What travels: one tensor or several, as many and of whatever shape the defense likes."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .defense import Defense
-from .engine import answers
 from .engine.loop import Status
 from .options import Options
 from .plugins import PluginError, at, place_of_hook
 from .seeds import Generators
 from .threat import Knowledge, Level, Observation, Setting
+
+ROUNDING = 1e-6
+"""How far beyond [0, 1] a pixel may lie: what clamping before the last product in float32 leaves."""
 
 
 @dataclass(kw_only=True)
@@ -93,41 +95,88 @@ class Attack(Options, ABC):
         return None
 
 
-def granted_of(attack: Attack, setting: Setting, level: str) -> Knowledge:
+def granted_of(attack: Attack, setting: Setting, level: Level) -> Knowledge:
     """What a setting grants; controls are yardsticks and always have the public images."""
     auxiliary = setting.grants.auxiliary or attack.family == "control"
-    return replace(setting.grants, defense=Level(level), auxiliary=auxiliary)
+    return replace(setting.grants, defense=level, auxiliary=auxiliary)
 
 
-def complete(answer: object, attack: Attack, images: Tensor) -> Reconstruction:
+def mistakes(answer: object, observation: Observation) -> Iterator[str]:
+    """Yield what is wrong with an answer as a whole, in types and shapes; a later mistake may follow from the first."""
+    if not isinstance(answer, Reconstruction):
+        yield f"{type(answer).__name__} (allowed: Reconstruction)"
+        return
+    batch = (observation.victims, observation.batch_size)
+    yield from _misfit("images", answer.images, (*batch, *observation.shape), floating=True)
+    if answer.labels is not None:
+        yield from _misfit("labels", answer.labels, batch, floating=False)
+    for name in ("loss", "iterations", "gradient_evaluations"):
+        if getattr(answer, name) is not None:
+            yield from _misfit(name, getattr(answer, name), batch[:1])
+    for name, column in answer.details.items():
+        yield from _misfit(f"details[{name!r}]", column, batch[:1])
+    if answer.candidates is not None:
+        yield from _misfit(
+            "candidates", answer.candidates, (batch[0], None, batch[1], *observation.shape), floating=True
+        )
+    if answer.trace is not None:
+        yield from _misfit("trace", answer.trace, (batch[0], None))
+    for name, guess in answer.guessed.items():
+        if not isinstance(guess, Tensor) or guess.shape[:1] != batch[:1]:
+            yield f"guessed[{name!r}] has no row for each of {batch[0]} victims"
+    known = [state.value for state in Status]
+    if len(answer.status) not in (0, batch[0]) or any(state not in known for state in answer.status):
+        yield f"status {answer.status} (allowed: none, or one a victim of {', '.join(known)})"
+
+
+def _misfit(name: str, tensor: object, shape: tuple[int | None, ...], floating: bool | None = None) -> Iterator[str]:
+    """Say so if a tensor has another shape (None: any size), or another kind of numbers."""
+    if not isinstance(tensor, Tensor):
+        yield f"{name} are {type(tensor).__name__} (allowed: a tensor)"
+        return
+    if tensor.ndim != len(shape) or any(size not in (None, own) for own, size in zip(tensor.shape, shape, strict=True)):
+        allowed = ", ".join("any" if size is None else str(size) for size in shape)
+        yield f"{name} of shape {list(tensor.shape)} (allowed: [{allowed}])"
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+    if floating is not None and (not tensor.is_floating_point() if floating else not whole):
+        allowed = "float32 or float64" if floating else "int64"
+        yield f"{name} of {str(tensor.dtype).removeprefix('torch.')} (allowed: {allowed})"
+
+
+def mistakes_of_victims(answer: Reconstruction, classes: int) -> dict[int, str]:
+    """Return what is wrong with single victims' images and labels, by victim."""
+    found: dict[int, str] = {}
+    for victim, images in enumerate(answer.images):
+        if not images.isfinite().all():
+            found[victim] = "images are not finite"
+        elif images.min() < -ROUNDING or images.max() > 1 + ROUNDING:
+            found[victim] = f"images lie in [{float(images.min()):.4g}, {float(images.max()):.4g}] (allowed: [0, 1])"
+        elif answer.labels is not None:
+            labels = answer.labels[victim]
+            if labels.min() < 0 or labels.max() >= classes:
+                found[victim] = f"labels {labels.tolist()} (allowed: 0 to {classes - 1})"
+    return found
+
+
+def complete(answer: object, attack: Attack, observation: Observation) -> Reconstruction:
     """Return an attack's answer as it is; what its images show is for the evaluator to judge.
 
     Args:
         answer: what `reconstruct` returned.
         attack: whose answer it is.
-        images: what was attacked, [N, B, C, H, W].
+        observation: what it is an answer to.
 
     Raises:
-        PluginError: it is no reconstruction of so many images of this shape, or its other tensors are not what they
-            should be.
+        PluginError: it is no reconstruction of this observation's shapes and types, or still has a graph.
     """
-    if not isinstance(answer, Reconstruction):
-        raise answers.wrong(attack, "reconstruct", answers.kind(answer), "a Reconstruction is needed")
-    victims, size = images.shape[:2]
-    rows = {name: getattr(answer, name) for name in ("loss", "iterations", "gradient_evaluations")}
-    needed = {"images": (answer.images, [*images.shape]), "labels": (answer.labels, [victims, size])}
-    needed |= {name: (value, [victims]) for name, value in {**rows, **answer.details}.items()}
-    for name, (value, shape) in needed.items():
-        if value is None and name != "images":
-            continue
-        if not isinstance(value, Tensor) or list(value.shape) != shape:
-            found = f"{answers.kind(value)} for {name}"
-            raise answers.wrong(attack, "reconstruct", found, f"a tensor of shape {shape} is needed")
-        if value.requires_grad:
-            raise answers.wrong(attack, "reconstruct", f"{name} that require a gradient", "detach them")
-    if len(answer.status) not in (0, victims):
-        found = f"{len(answer.status)} states"
-        raise answers.wrong(attack, "reconstruct", found, f"one for each of {victims} victims is needed, or none")
+    place = at(place_of_hook(attack, "reconstruct"))
+    for mistake in mistakes(answer, observation):
+        raise PluginError(f"reconstruct returned {mistake}{place}")
+    assert isinstance(answer, Reconstruction)
+    tensors = {**{item.name: getattr(answer, item.name) for item in fields(answer)}, **answer.details}
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise PluginError(f"reconstruct returned {name} that require a gradient; detach them{place}")
     return answer
 
 

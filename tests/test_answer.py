@@ -21,9 +21,10 @@ from gradleak.board.store import STATUSES, Store
 from gradleak.contract.attacks import AttackCase
 from gradleak.engine.loop import Status
 from gradleak.evaluation import runner
-from gradleak.evaluation.answer import ROUNDING, Answer, ask
+from gradleak.evaluation.answer import Answer, ask
 from gradleak.evaluation.executors import Local
 from gradleak.evaluation.workshop import Resources
+from gradleak.reconstruction import ROUNDING
 from gradleak.seeds import Generators
 from gradleak.state import random_states, restored
 from gradleak.threat import Observation

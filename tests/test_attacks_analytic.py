@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.func import vmap
 
 from gradleak import registry
 from gradleak.attack import Attack, Reconstruction
@@ -18,8 +17,8 @@ from gradleak.evaluation import metrics
 from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.seeds import Generators
+from gradleak.testing import Scene
 from gradleak.threat import Observation, Setting
-from gradleak.update import LocalTraining
 
 
 @pytest.fixture(autouse=True)
@@ -43,24 +42,9 @@ def observe(
 ) -> Observation:
     """What an oblivious attacker sees of victims [N, B, C, H, W], float64 unless the setting says otherwise."""
     channels, height, width = images.shape[2:]
-    shape = (channels, height, width)
     how = Setting(**{"batch_size": images.shape[1], "precision": "float64", **setting})
-    guard: Defense = defense or registry.build("defenses", "none")
-    module = initialise(registry.build("models", model, options), shape, classes, seed)
-    network = client.client_network(module, guard, how)
-    seeds = list(range(len(images)))
-    sent = client.send(network, images.to(how.dtype), labels, classes, guard, how, 1, seeds)
-    return Observation(
-        network=network,
-        message=sent.message,
-        update=vmap(lambda row: guard.decode(row, sent.public))(sent.message),
-        view=None,
-        shape=shape,
-        classes=classes,
-        batch_size=how.batch_size,
-        training=LocalTraining(),
-        weight_difference=how.local_lr is not None,
-    )
+    module = initialise(registry.build("models", model, options), (channels, height, width), classes, seed)
+    return Scene.of(module, images, labels, defense, how, classes, seed=1).observe(labels="none")
 
 
 def victims(name: str, count: int, batch_size: int) -> tuple[Tensor, Tensor, int]:

@@ -20,13 +20,11 @@ from gradleak.attacks.gifd import _onto_ball
 from gradleak.dataset import Data
 from gradleak.engine.problem import take
 from gradleak.errors import GradleakError
-from gradleak.federation import client
-from gradleak.model import initialise
 from gradleak.search.generators import Generator
 from gradleak.seeds import Generators
+from gradleak.testing import Scene, model
 from gradleak.threat import Compute, Knowledge, Observation, Setting
 from gradleak.training.priors import Recipe, train_prior
-from gradleak.update import LocalTraining
 
 DIGITS = Data(registry.build("datasets", "digits"), "digits")
 ATTACKS: dict[str, dict[str, Any]] = {
@@ -46,25 +44,10 @@ def observe(prior: Generator | None, victims: int = 3, batch_size: int = 1, doub
     """What is seen of the first tuning victims, in float64 if `double`."""
     setting = Setting(batch_size=batch_size, precision="float64" if double else "float32")
     images, labels = DIGITS.victims(victims, batch_size, tuning=True)
-    defense = registry.build("defenses", "none")
-    module = initialise(registry.build("models", "lenet"), DIGITS.shape, DIGITS.classes, 0)
-    network = client.client_network(module, defense, setting)
-    sent = client.send(network, images.to(setting.dtype), labels, 10, defense, setting, 0, list(range(victims)))
     if prior is not None and double:
         prior = _double(prior)
-    return Observation(
-        network=network,
-        message=sent.message,
-        update=sent.message,
-        view=None,
-        shape=DIGITS.shape,
-        classes=10,
-        batch_size=batch_size,
-        training=LocalTraining(),
-        labels=labels,
-        generator=prior,
-        compute=Compute(width=8),
-    )
+    scene = Scene.of(model("lenet"), images, labels, setting=setting)
+    return scene.observe(generator=prior, compute=Compute(width=8))
 
 
 def _double(prior: Generator) -> Generator:

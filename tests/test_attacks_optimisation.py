@@ -9,26 +9,24 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from gradleak import registry, suite
 from gradleak.attack import Reconstruction
 from gradleak.attacks.gradinversion import _orders, _registered
 from gradleak.dataset import Data
-from gradleak.defense import View
 from gradleak.defenses.censor import _is_gradient
 from gradleak.engine.objectives import angular, masked_cosine, weigh
 from gradleak.engine.optimisers import Adam
 from gradleak.errors import GradleakError
 from gradleak.evaluation import check, workshop
-from gradleak.federation import client
 from gradleak.mechanisms import batch_statistics
 from gradleak.model import initialise
 from gradleak.search import parametrisations
 from gradleak.search.presets import PRESETS
 from gradleak.seeds import Generators
+from gradleak.testing import Scene
 from gradleak.threat import BatchNorm, Compute, Knowledge, Observation, Setting
-from gradleak.update import LocalTraining, one_hot
+from gradleak.update import one_hot
 
 DIGITS = Data(registry.build("datasets", "digits"), "digits")
 
@@ -52,23 +50,13 @@ class Case:
         self.images = images.to(self.setting.dtype)
         self.defense = registry.build("defenses", defense, defense_options)
         self.module = initialise(registry.build("models", model, options), DIGITS.shape, 10, 0)
-        self.network = client.client_network(self.module, self.defense, self.setting)
-        self.sent = client.send(
-            self.network, self.images, self.labels, 10, self.defense, self.setting, 0, list(range(victims))
-        )
-        self.observation = Observation(
-            network=self.network,
-            message=self.sent.message,
-            update=vmap(lambda row: self.defense.decode(row, self.sent.public))(self.sent.message),
-            view=View(self.defense, self.sent.public) if view else None,
-            shape=DIGITS.shape,
-            classes=10,
-            batch_size=self.setting.batch_size,
-            training=self.setting.local_training if self.setting.grants.local_training else LocalTraining(),
-            weight_difference=self.setting.local_lr is not None,
-            labels=self.labels,
-            running_statistics=batch_statistics.running(self.module),
-            batch_statistics=self.sent.statistics or None,
+        scene = Scene.of(self.module, self.images, self.labels, self.defense, self.setting)
+        self.network, self.sent = scene.network, scene.sent
+        self.observation = scene.observe(
+            "public" if view else "oblivious",
+            batch_norm=BatchNorm.BATCH if self.sent.statistics else BatchNorm.RUNNING,
+            local_training=self.setting.grants.local_training,
+            running=batch_statistics.running(self.module),
             auxiliary=DIGITS.split.train,
             compute=Compute(width=8),
         )
@@ -389,21 +377,13 @@ def test_the_ensemble_is_frozen() -> None:
 def test_auto_runs_whatever_applies_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "auto.yaml"
     path.write_text(AUTO)
-    resources = workshop.Resources(cache=tmp_path)
-    cells = check.check(suite.expand(suite.read(path), workshop.digest(resources)), resources)
-    ran = {
-        (
-            c.config["attack"]["name"],
-            c.config["model"]["name"],
-            c.config["setting"]["name"],
-            c.config["defense"]["name"],
-        )
-        for c in cells
-    }
+    shop = workshop.Workshop(workshop.Resources(cache=tmp_path))
+    cells = check.check(suite.expand(suite.read(path), shop.digest), shop)
+    ran = {(c.attack.name, c.model.name, c.setting.name, c.defense.name) for c in suite.attacking(cells)}
     assert ("linear-leakage", "mlp", "plain", "none") in ran
     assert not any(row[:2] == ("linear-leakage", "lenet") for row in ran)
     assert {row[2] for row in ran if row[0] == "lti"} == {"rich"}
     assert {row[3] for row in ran if row[0] == "dropout-inversion"} == {"dropout"}
     assert not any(row[0] in ("sme", "gifd", "gradinversion") for row in ran)
     # What the suite lists itself stays as it is listed.
-    assert {c.config["attack"]["options"]["iterations"] for c in cells if c.config["attack"]["name"] == "idlg"} == {7}
+    assert {c.attack.options["iterations"] for c in suite.attacking(cells) if c.attack.name == "idlg"} == {7}

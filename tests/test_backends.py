@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 import gradleak
-from gradleak import registry, seeds
+from gradleak import registry, seeds, testing
 from gradleak.attack import Reconstruction
 from gradleak.engine import choice, final
 from gradleak.engine.backends import BACKENDS
@@ -25,10 +24,10 @@ from gradleak.engine.objectives import OBJECTIVES
 from gradleak.engine.optimisers import Variables
 from gradleak.engine.problem import Direct, Facts, Guess, Problem, Values
 from gradleak.errors import GradleakError
-from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.search.penalties import total_variation
 from gradleak.seeds import Generators
+from gradleak.testing import Scene
 from gradleak.threat import Compute, Observation, Setting
 from gradleak.update import LocalTraining, Network, Update, flatten, local_update, squared_norm, stack
 
@@ -375,23 +374,10 @@ def test_nothing_uses_forward_mode() -> None:
 
 def observe(victims: int, mode: str = "eval", model: str = "lenet", **options: Any) -> Observation:
     setting = Setting(mode=mode, batch_size=2)  # type: ignore[arg-type]
-    defense = registry.build("defenses", "none")
-    module = initialise(registry.build("models", model, options), SHAPE, CLASSES, 0)
-    network = client.client_network(module, defense, setting)
     images = normal(victims, 2, *SHAPE, name="victims").sigmoid().float()
     labels = torch.arange(2 * victims).view(victims, 2) % CLASSES
-    sent = client.send(network, images, labels, CLASSES, defense, setting, 0, list(range(victims)))
-    return Observation(
-        network=network,
-        message=sent.message,
-        update=vmap(lambda row: defense.decode(row, sent.public))(sent.message),
-        view=None,
-        shape=SHAPE,
-        classes=CLASSES,
-        batch_size=2,
-        training=LocalTraining(),
-        labels=labels,
-    )
+    module = testing.model(model, SHAPE, CLASSES, **options)
+    return Scene.of(module, images, labels, setting=setting, classes=CLASSES).observe()
 
 
 def reconstruct(

@@ -9,7 +9,7 @@ import pytest
 
 from gradleak import registry, suite
 from gradleak.report.reproduction import read_reported
-from gradleak.suite import Cell
+from gradleak.suite import AttackCell, Cell
 
 ROOT = Path(__file__).parents[1] / "benchmarks"
 SUITES = sorted(ROOT.rglob("*.yaml"))
@@ -23,7 +23,7 @@ def cells(path: Path) -> list[Cell]:
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_claims_name_what_the_suite_runs(path: Path) -> None:
     content = suite.read(path)
-    found = [cell.config for cell in cells(path) if not cell.is_utility]
+    found = [cell.stored() for cell in cells(path) if isinstance(cell, AttackCell)]
     labels = {axis: {config[axis]["label"] for config in found} for axis in ("attack", "defense", "model", "dataset")}
     labels |= {"setting": {config["setting"]["name"] for config in found}, "knowledge": set(content.knowledge)}
     for item in read_reported(path):
@@ -34,7 +34,7 @@ def test_claims_name_what_the_suite_runs(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["small", "standard"])
 def test_boards_cover_every_family_of_attacks_and_every_defense(name: str) -> None:
-    found = [cell.config for cell in cells(ROOT / f"{name}.yaml") if not cell.is_utility]
+    found = [cell.stored() for cell in cells(ROOT / f"{name}.yaml") if isinstance(cell, AttackCell)]
     attacks = {config["attack"]["name"] for config in found}
     families = {registry.build("attacks", attack).family for attack in registry.names("attacks")}
     assert {registry.build("attacks", attack).family for attack in attacks} == families
@@ -43,5 +43,5 @@ def test_boards_cover_every_family_of_attacks_and_every_defense(name: str) -> No
 
 
 def test_the_standard_board_runs_every_attack() -> None:
-    found = {cell.config["attack"]["name"] for cell in cells(ROOT / "standard.yaml") if not cell.is_utility}
+    found = {cell.attack.name for cell in cells(ROOT / "standard.yaml") if isinstance(cell, AttackCell)}
     assert set(registry.names("attacks")) - found == set()

@@ -18,6 +18,7 @@ from gradleak.board import claims
 from gradleak.board.claims import Claim, Claims
 from gradleak.board.store import CellResult, Store
 from gradleak.evaluation.executors import Queue
+from tests.trials import cell
 
 PART = {"name": "x", "label": "x", "options": {}}
 CONFIG = {**dict.fromkeys(("attack", "defense", "model", "dataset"), PART), "setting": {"name": "s", "batch_size": 1}}
@@ -131,11 +132,8 @@ class _Others:
 
 
 def test_a_queue_comes_back_to_what_others_had() -> None:
-    from gradleak.suite import Cell
-
-    config = {**CONFIG, "setting": {"name": "s", "batch_size": 1, "epochs": 0}, "victims": 1}
     desk = _Others(a=Claim.TAKEN, b=Claim.STORED)
-    queue = Queue([Cell(key, config) for key in "abc"], desk)
+    queue = Queue([cell(key) for key in "abc"], desk)
     taken = queue.take()
     assert taken is not None and taken.key == "c"
     assert queue.take() is None and len(queue) == 1, "b is stored, a another's"

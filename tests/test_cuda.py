@@ -107,7 +107,6 @@ def test_neighbours_and_order_change_nothing(backend: str) -> None:
 def test_halved_restarts_and_measured_widths() -> None:
     observation = observe(3)
     fixed = reconstruct(observation, [0, 1, 2], Compute(backend="vmap", width=8), restarts=4, halving=[0.5])
-    loop._measured.clear()
     measured = reconstruct(observation, [0, 1, 2], Compute(backend="vmap", width="auto"), restarts=4, halving=[0.5])
     for answer in (fixed, measured):
         assert answer.gradient_evaluations is not None
@@ -131,15 +130,16 @@ def test_few_trials_tell_what_many_take() -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="another device has another allocator")
-def test_real_shortage_of_memory_halves_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "_halved", {})
+def test_real_shortage_of_memory_halves_the_width() -> None:
     problem, variables, facts = moved(*cpu.problem_of(cpu.network_of("cnn6")))
     rows = torch.arange(2048, device=DEVICE) % cpu.VICTIMS
     start = {name: tensor[rows] for name, tensor in variables.items()}
     plan = Plan(optimiser=Adam, rate=0.1, schedule=constant, iterations=2)
 
+    compute = Compute(backend="vmap", width=2048)
+
     def run() -> loop.Outcome:
-        return minimise(problem, start, facts, rows, plan, Compute(backend="vmap", width=2048))
+        return minimise(problem, start, facts, rows, plan, compute)
 
     needed = memory.peak(run, DEVICE)
     memory.release(DEVICE)
@@ -150,7 +150,7 @@ def test_real_shortage_of_memory_halves_the_width(monkeypatch: pytest.MonkeyPatc
         outcome = run()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
-    assert list(loop._halved.values()) in ([1024], [512], [256])
+    assert list(compute.widths.halved.values()) in ([1024], [512], [256])
     assert outcome.iterations.tolist() == [3] * 2048 and bool(outcome.total.isfinite().all())
 
 
@@ -181,9 +181,9 @@ def test_a_cell_from_end_to_end(tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(grid))
     values: dict[str, list[float]] = {}
     for device in ("cpu", DEVICE.type):
-        resources = workshop.Resources(device=device)
-        cells = suite.expand(suite.read(tmp_path / "suite.yaml"), workshop.digest(resources))
-        results = [evaluate.evaluate(cell, resources) for cell in check.check(cells, resources)]
+        shop = workshop.Workshop(workshop.Resources(device=device))
+        cells = suite.expand(suite.read(tmp_path / "suite.yaml"), shop.digest)
+        results = [evaluate.evaluate(cell, shop) for cell in check.check(cells, shop)]
         assert [result.error for result in results] == [""] * len(cells)
         values[device] = [row.psnr or math.nan for result in results for row in result.rows]
         assert all(math.isfinite(value) for value in values[device])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,9 @@ from gradleak.defenses.censor import Censor
 from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.seeds import Generators
-from gradleak.threat import Observation, Setting
-from gradleak.update import LocalTraining, Update
+from gradleak.testing import Scene
+from gradleak.threat import Setting
+from gradleak.update import Update
 
 CHOICES = """
 import sys, torch
@@ -92,21 +93,11 @@ def test_smoothed_labels_protect_nobody_who_is_told_of_them() -> None:
     images, labels = data.victims(3, 1, tuning=True)
     model = registry.build("models", "mlp", {"widths": (64,), "activation": "sigmoid"})
     defense = _Smoothing()
-    network = client.client_network(initialise(model, data.shape, 10, 0), defense, Setting())
-    sent = client.send(network, images, labels, 10, defense, Setting(), 0, [0, 1, 2])
+    scene = Scene.of(initialise(model, data.shape, 10, 0), images, labels, defense, Setting())
+    sent, seen = scene.sent, scene.observe()
     found = {}
     for view in (None, View(defense, None), View(defense, sent.public)):
-        observation = Observation(
-            network=network,
-            message=sent.message,
-            update=sent.message,
-            view=view,
-            shape=data.shape,
-            classes=10,
-            batch_size=1,
-            training=LocalTraining(),
-            labels=labels,
-        )
+        observation = replace(seen, view=view)
         streams = Generators([1, 2, 3], "cpu", torch.float32, 0)
         answer = InvertingGradients(iterations=200).reconstruct(observation, streams)
         assert answer.labels is not None and torch.equal(answer.labels, labels)

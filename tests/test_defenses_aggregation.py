@@ -183,13 +183,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, st
     torch.set_num_threads(1)
     path: Path = tmp_path_factory.mktemp("sums") / "sums.yaml"
     path.write_text(SUITE)
-    resources = workshop.Resources()
-    cells = check.check(suite.expand(suite.read(path), workshop.digest(resources)), resources)
-    found = [evaluate.evaluate(cell, resources) for cell in cells]
+    shop = workshop.Workshop()
+    cells = check.check(suite.expand(suite.read(path), shop.digest), shop)
+    found = [evaluate.evaluate(cell, shop) for cell in cells]
     assert [result.error for result in found if result.error] == []
     return {
-        (cell.config["attack"]["name"], cell.config["defense"]["label"], cell.config["knowledge"]): result
-        for cell, result in zip(cells, found, strict=True)
+        (cell.attack.name, cell.defense.label, cell.knowledge.value): result
+        for cell, result in zip(suite.attacking(cells), found, strict=True)
     }
 
 
@@ -223,9 +223,9 @@ def test_who_knows_of_the_sum_recovers_more_of_it(results: dict[tuple[str, str, 
 def test_local_batches_cannot_be_summed(tmp_path: Path) -> None:
     text = SUITE.replace("batch_size: 1,", "batch_size: 2, local_lr: 0.1, local_steps: 2, local_batch_size: 1,")
     (tmp_path / "sums.yaml").write_text(text)
-    cells = suite.expand(suite.read(tmp_path / "sums.yaml"), workshop.digest(workshop.Resources()))
+    cells = suite.expand(suite.read(tmp_path / "sums.yaml"), workshop.Workshop().digest)
     with pytest.raises(GradleakError, match="a sum of clients with local batches is no update of one batch"):
-        check.check([cell for cell in cells if cell.config["attack"]["name"] == "mean-image"], workshop.Resources())
+        check.check([cell for cell in suite.attacking(cells) if cell.attack.name == "mean-image"], workshop.Workshop())
 
 
 def test_decoding_a_mean_is_the_mean_of_decodings() -> None:

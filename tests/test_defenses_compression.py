@@ -10,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradleak import registry
-from gradleak.dataset import Data
-from gradleak.defense import Defense, Message, View
+from gradleak.defense import Defense, Message
 from gradleak.defenses.dgc import DGC
 from gradleak.defenses.qsgd import QSGD
 from gradleak.defenses.quantise import Quantise
@@ -22,13 +20,11 @@ from gradleak.defenses.sketch import Sketch
 from gradleak.defenses.terngrad import TernGrad
 from gradleak.defenses.top_k import TopK
 from gradleak.errors import GradleakError
-from gradleak.federation import client
 from gradleak.mechanisms.packing import pack_bits, unpack_bits
 from gradleak.mechanisms.sketching import FAMILIES
-from gradleak.model import initialise
-from gradleak.seeds import Generators
-from gradleak.threat import Compute, Observation, Setting
-from gradleak.update import LocalTraining, Update, flatten, unflatten
+from gradleak.testing import Scene, digits, model, reconstruct
+from gradleak.threat import Compute, Setting
+from gradleak.update import Update, flatten, unflatten
 
 SIZE = 6 * 7 + 11
 
@@ -326,26 +322,7 @@ def test_who_knows_the_defense_recovers_more(defense: Defense, gain: float) -> N
 
 def leak(defense: Defense, known: bool, victims: int = 8) -> float:
     torch.set_num_threads(1)
-    setting = Setting(precision="float64")
-    images, labels = Data(registry.build("datasets", "digits"), "digits").victims(victims, 1, tuning=True)
-    images = images.double()
-    module = initialise(registry.build("models", "lenet"), (1, 8, 8), 10, 0)
-    network = client.client_network(module, defense, setting)
-    sent = client.send(network, images, labels, 10, defense, setting, 1, [*range(victims)])
-    observation = Observation(
-        network=network,
-        message=sent.message,
-        update=torch.func.vmap(lambda message: defense.decode(message, sent.public))(sent.message),
-        view=View(defense, sent.public) if known else None,
-        shape=(1, 8, 8),
-        classes=10,
-        batch_size=1,
-        training=LocalTraining(),
-        labels=labels,
-        compute=Compute(width=victims),
-    )
-    options = {"iterations": 150, "tv": 0.0, "signed": False}
-    attack = registry.build("attacks", "inverting-gradients", options)
-    found = attack.reconstruct(observation, Generators([str(k) for k in range(victims)], dtype=torch.float64))
-    error = (found.images - images).square().flatten(1).mean(1)
-    return float((-10 * error.log10()).mean())
+    scene = Scene.of(model("lenet"), *digits(victims), defense, seed=1)
+    observation = scene.observe("public" if known else "oblivious", compute=Compute(width=victims))
+    answer = reconstruct("inverting-gradients", observation, iterations=150, tv=0.0, signed=False)
+    return float(scene.psnr(answer).mean())

@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 
 from gradleak import registry, structure
 from gradleak.dataset import Data
-from gradleak.defense import Defense, View
+from gradleak.defense import Defense
 from gradleak.defenses.augmentation import Augmentation
 from gradleak.defenses.discrete_bottleneck import DiscreteBottleneck
 from gradleak.defenses.instahide import InstaHide
@@ -31,11 +31,12 @@ from gradleak.engine.problem import Facts, Guess, Problem
 from gradleak.errors import GradleakError
 from gradleak.evaluation import metrics
 from gradleak.federation import client
+from gradleak.federation.observation import observe
 from gradleak.mechanisms import bottleneck
 from gradleak.mechanisms.packing import unpack_bits
 from gradleak.model import initialise
 from gradleak.seeds import Generators
-from gradleak.threat import Compute, Observation, Setting
+from gradleak.threat import Compute, Knowledge, Labels, Level, Setting
 from gradleak.update import LocalTraining, Network, local_update, one_hot
 
 SHAPE = (1, 8, 8)
@@ -398,18 +399,9 @@ def quality(
     sent = client.send(network, images, labels, 10, defense, setting, 1, [*range(victims)])
     if isinstance(defense, TrAct) and not known:
         network = Network.of(module.double())
-    observation = Observation(
-        network=network,
-        message=sent.message,
-        update=torch.func.vmap(lambda message: defense.decode(message, sent.public))(sent.message),
-        view=View(defense, sent.public) if known else None,
-        shape=SHAPE,
-        classes=10,
-        batch_size=batch_size,
-        training=LocalTraining(),
-        labels=labels,
-        compute=Compute(width=victims),
-    )
+    level = Level.PUBLIC if known else Level.OBLIVIOUS
+    knowledge = Knowledge(labels=Labels.KNOWN, defense=level)
+    observation = observe(sent, network, defense, setting, SHAPE, labels, 10, knowledge, compute=Compute(width=victims))
     own = {"iterations": 150, "tv": 0.0, "signed": False} if attack == "inverting-gradients" else options
     plugin = registry.build("attacks", attack, own)
     found = plugin.reconstruct(observation, Generators([str(k) for k in range(victims)], dtype=torch.float64))

@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from gradleak import registry
 from gradleak.dataset import Data
-from gradleak.defense import Defense, View
+from gradleak.defense import Defense
 from gradleak.defenses.censor import Censor
 from gradleak.defenses.diff2 import Diff2
 from gradleak.defenses.dp_sgd import DPSGD
 from gradleak.defenses.gradient_noise import GradientNoise
 from gradleak.defenses.outpost import Outpost
-from gradleak.evaluation import metrics
 from gradleak.federation import client
 from gradleak.model import initialise
-from gradleak.seeds import Generators
-from gradleak.threat import Compute, Observation, Setting
+from gradleak.testing import Scene, reconstruct
+from gradleak.threat import Compute, Setting
 from gradleak.update import LocalTraining, Network, Update, flatten, local_update, one_hot
 
 
@@ -257,30 +256,13 @@ def quality(defense: Defense, batch_size: int, known: bool, victims: int = 2) ->
     """Mean PSNR of each victim's images."""
     torch.set_num_threads(1)
     images, labels = digits(victims, batch_size)
-    setting, module = Setting(precision="float64", batch_size=batch_size), build("lenet")
-    network = client.client_network(module, defense, setting)
-    sent = client.send(network, images, labels, 10, defense, setting, 1, [*range(victims)])
+    module, bare = build("lenet"), None
+    scene = Scene.of(module, images, labels, defense, seed=1)
     if isinstance(defense, Diff2) and not known:
-        network = Network.of(Bare(module).double())
-    observation = Observation(
-        network=network,
-        message=sent.message,
-        update=torch.func.vmap(lambda message: defense.decode(message, sent.public))(sent.message),
-        view=View(defense, sent.public) if known else None,
-        shape=(1, 8, 8),
-        classes=10,
-        batch_size=batch_size,
-        training=LocalTraining(),
-        labels=labels,
-        compute=Compute(width=victims),
-    )
-    options = {"iterations": 150, "tv": 0.0, "signed": False}
-    attack = registry.build("attacks", "inverting-gradients", options)
-    found = attack.reconstruct(observation, Generators([str(k) for k in range(victims)], dtype=torch.float64))
-    scores = []
-    for guess, truth in zip(found.images, images, strict=True):
-        scores.append(metrics.psnr(guess[metrics.assign(guess, truth)], truth).mean())
-    return torch.stack(scores)
+        bare = Network.of(Bare(module).double())
+    level, compute = "public" if known else "oblivious", Compute(width=victims)
+    observation = scene.observe(level, compute=compute, network=bare)
+    return scene.psnr(reconstruct("inverting-gradients", observation, iterations=150, tv=0.0, signed=False))
 
 
 def build(name: str) -> nn.Module:

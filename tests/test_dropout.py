@@ -10,21 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.func import vmap
 
 from gradleak import registry, structure
 from gradleak.attack import GradientMatching, Reconstruction
 from gradleak.dataset import Data
-from gradleak.defense import Defense, View
+from gradleak.defense import Defense
 from gradleak.engine import backends
 from gradleak.engine.choice import choose
 from gradleak.errors import GradleakError
 from gradleak.evaluation.metrics import psnr
 from gradleak.federation import client
+from gradleak.federation.observation import observe as seen_by
 from gradleak.mechanisms import dropout
 from gradleak.model import initialise
 from gradleak.seeds import Generators, generator
-from gradleak.threat import Compute, Level, Observation, Setting
+from gradleak.threat import Compute, Knowledge, Labels, Level, Observation, Setting
 from gradleak.update import LocalTraining, Network, local_update, one_hot
 
 SITES = {"mlp": 2, "lenet": 3, "convnet": 8, "resnet20": 19, "vit": 1 + 4 * 2}
@@ -73,20 +73,8 @@ def observe(
     **compute: Any,
 ) -> tuple[Observation, client.Sent, Tensor]:
     network, sent, images, labels = sent_by(module, defense, setting, victims)
-    observation = Observation(
-        network=network,
-        message=sent.message,
-        update=vmap(lambda message: defense.decode(message, sent.public))(sent.message),
-        view=View(defense, sent.public),
-        shape=SHAPE,
-        classes=10,
-        batch_size=setting.batch_size,
-        training=setting.local_training,
-        weight_difference=setting.local_lr is not None,
-        labels=labels,
-        private=sent.buffers,
-        compute=Compute(**compute),
-    )
+    knowledge = Knowledge(labels=Labels.KNOWN, defense=Level.ORACLE, local_training=True)
+    observation = seen_by(sent, network, defense, setting, SHAPE, labels, 10, knowledge, compute=Compute(**compute))
     return observation, sent, images
 
 

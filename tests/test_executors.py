@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
@@ -13,20 +12,11 @@ from gradleak.errors import GradleakError
 from gradleak.evaluation import executors
 from gradleak.evaluation.executors import ATTEMPTS, Pending, Queue
 from gradleak.suite import Cell
+from tests.trials import cell
 
 
 def _cell() -> Cell:
-    part = {"name": "x", "label": "x", "options": {}}
-    config: dict[str, Any] = {axis: part for axis in ("attack", "defense", "model", "dataset")}
-    config |= {
-        "attack": {**part, "name": "mean-image"},
-        "defense": {**part, "name": "none"},
-        "setting": {"name": "s", "batch_size": 1, "epochs": 1},
-        "knowledge": "oblivious",
-        "victims": 1,
-        "seed": 0,
-    }
-    return Cell("key", config)
+    return cell("key", epochs=1, attack="mean-image", defense="none")
 
 
 def test_a_cell_has_as_many_attempts_as_said() -> None:

@@ -20,7 +20,7 @@ from gradleak.dataset import Data, Dataset, Images, Split
 from gradleak.errors import GradleakError
 from gradleak.evaluation.check import check
 from gradleak.evaluation.evaluate import evaluate
-from gradleak.evaluation.workshop import Resources, digest
+from gradleak.evaluation.workshop import Resources, Workshop
 from gradleak.search.generators import Decoder, Generator, load_generator
 from gradleak.training.priors import Recipe, sample_sheet, train_prior
 
@@ -189,18 +189,18 @@ def written(path: Path, **changes: Any) -> Path:
 
 
 def test_suite_grants_the_generator_to_those_that_need_it(prior: Generator, cache: Path, tmp_path: Path) -> None:
-    resources = Resources(cache=cache)
-    cells = suite.expand(suite.read(written(tmp_path)), digest(resources))
-    check(cells, resources)
-    assert [("prior" in cell.config) for cell in cells] == [True, True, False]
-    results = [evaluate(cell, resources) for cell in cells[:2]]
+    workshop = Workshop(Resources(cache=cache))
+    cells = suite.expand(suite.read(written(tmp_path)), workshop.digest)
+    check(cells, workshop)
+    assert [("prior" in cell.stored()) for cell in cells] == [True, True, False]
+    results = [evaluate(cell, workshop) for cell in cells[:2]]
     assert [result.status for result in results] == ["ok", "ok"], [result.error for result in results]
     assert all(len(result.rows) == 2 for result in results)
-    other = suite.expand(suite.read(written(tmp_path, prior={"options": {"latent": 9}})), digest(resources))
+    other = suite.expand(suite.read(written(tmp_path, prior={"options": {"latent": 9}})), workshop.digest)
     assert other[0].key != cells[0].key and other[2].key == cells[2].key
-    ungranted = suite.expand(suite.read(written(tmp_path, settings=[{}])), digest(resources))
+    ungranted = suite.expand(suite.read(written(tmp_path, settings=[{}])), workshop.digest)
     with pytest.raises(GradleakError, match="generator"):
-        check(ungranted, resources)
+        check(ungranted, workshop)
 
 
 @pytest.mark.parametrize(
@@ -221,9 +221,9 @@ def test_suite_refuses_a_wrong_prior(prior_of_suite: dict[str, Any], message: st
 
 def test_out_of_distribution_prior_is_told_no_class_and_must_fit(tmp_path: Path) -> None:
     faces = {"dataset": "faces", "options": {"latent": 2, "width": 2, "epochs": 1}}
-    resources = Resources(cache=tmp_path)
-    cells = suite.expand(suite.read(written(tmp_path, prior=faces)), digest(resources))
+    workshop = Workshop(Resources(cache=tmp_path))
+    cells = suite.expand(suite.read(written(tmp_path, prior=faces)), workshop.digest)
     with pytest.raises(GradleakError, match=r"\(1, 25, 25\)"):
-        check(cells, resources)
-    result = evaluate(cells[0], resources)
+        check(cells, workshop)
+    result = evaluate(cells[0], workshop)
     assert result.status == "failed" and result.error is not None and "(1, 25, 25)" in result.error

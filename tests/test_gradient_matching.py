@@ -10,18 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.func import vmap
 
 from gradleak import registry
 from gradleak.attack import Reconstruction
 from gradleak.dataset import Data
 from gradleak.defense import View
 from gradleak.engine.objectives import OBJECTIVES, cosine, relative_squared, squared
-from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.seeds import Generators
+from gradleak.testing import Scene
 from gradleak.threat import Compute, Observation, Setting
-from gradleak.update import LocalTraining, one_hot
+from gradleak.update import one_hot
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:
@@ -49,22 +48,8 @@ class Case:
         self.images = self.images.to(self.setting.dtype)
         self.defense = registry.build("defenses", defense, options)
         module = initialise(registry.build("models", model, model_options), data.shape, data.classes, 0)
-        self.network = client.client_network(module, self.defense, self.setting)
-        self.sent = client.send(
-            self.network, self.images, self.labels, data.classes, self.defense, self.setting, 0, list(range(victims))
-        )
-        self.observation = Observation(
-            network=self.network,
-            message=self.sent.message,
-            update=vmap(lambda row: self.defense.decode(row, self.sent.public))(self.sent.message),
-            view=None,
-            shape=data.shape,
-            classes=data.classes,
-            batch_size=self.setting.batch_size,
-            training=LocalTraining(),
-            weight_difference=self.setting.local_lr is not None,
-            labels=self.labels,
-        )
+        scene = Scene.of(module, self.images, self.labels, self.defense, self.setting, data.classes)
+        self.network, self.sent, self.observation = scene.network, scene.sent, scene.observe()
 
     def adaptive(self) -> Observation:
         """The same, to an attacker who knows the defense."""

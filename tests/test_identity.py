@@ -23,16 +23,16 @@ from gradleak.board.results import read
 from gradleak.board.store import Store
 from gradleak.dataset import Data
 from gradleak.errors import GradleakError
-from gradleak.evaluation import check, evaluate, runner, score, workshop
+from gradleak.evaluation import check, evaluate, runner, score
 from gradleak.evaluation.executors import Local
 from gradleak.evaluation.verify import verify
-from gradleak.evaluation.workshop import Resources
+from gradleak.evaluation.workshop import Resources, Workshop
 from gradleak.federation.client import client_network, send
 from gradleak.model import initialise
 from gradleak.paths import conceal
 from gradleak.process import default_cache
 from gradleak.search.generators import Decoder
-from gradleak.suite import Cell
+from gradleak.suite import AttackCell
 from gradleak.threat import Setting
 
 ATTACK = """
@@ -104,9 +104,9 @@ def plugin(path: Path, code: str) -> Path:
     return path
 
 
-def cells_of(path: Path, resources: Resources | None = None) -> list[Cell]:
+def cells_of(path: Path, resources: Resources | None = None) -> list[AttackCell]:
     resources = resources or Resources()
-    return suite.expand(suite.read(path), workshop.digest(resources), resources.data_root)
+    return suite.attacking(suite.expand(suite.read(path), Workshop(resources).digest, resources.data_root))
 
 
 # Plugin files
@@ -152,20 +152,20 @@ def test_only_cells_of_a_file_carry_its_hash_and_draws_do_not_follow_it(
     for place, code in enumerate((DEFENSE, DEFENSE.replace("half of", "one half of"))):
         monkeypatch.setattr(registry, "_files", {})
         registry.add_file(plugin(tmp_path / str(place) / "halved.py", code))
-        found.append({cell.config["defense"]["name"]: cell for cell in cells_of(path)})
+        found.append({cell.defense.name: cell for cell in cells_of(path)})
     for name in ("none", "halved", "top-k + halved"):
         before, after = (cells[name] for cells in found)
-        assert ("file" in before.config["defense"]) == (name != "none")
+        assert bool(before.defense.code) == (name != "none")
         assert (before.key == after.key) == (name == "none")
-    assert all("file" not in cell.config[part] for cell in found[0].values() for part in ("attack", "model", "dataset"))
+    assert not any(part.code for cell in found[0].values() for part in (cell.attack, cell.model, cell.dataset))
     here, elsewhere = found[1]["halved"], found[0]["halved"]
-    rows = evaluate.evaluate(here, Resources()).rows
+    rows = evaluate.evaluate(here, Workshop()).rows
     assert (
-        evaluate.evaluate(elsewhere, Resources()).error
+        evaluate.evaluate(elsewhere, Workshop()).error
         == "defense 'halved': its plugin file is not the one of this cell"
     )
-    monkeypatch.setattr(evaluate, "check_files", lambda config: None)
-    again = evaluate.evaluate(elsewhere, Resources()).rows
+    monkeypatch.setattr(type(elsewhere), "check_files", lambda cell: None)
+    again = evaluate.evaluate(elsewhere, Workshop()).rows
     assert [row.message_norm for row in again] == [row.message_norm for row in rows]
 
 
@@ -221,11 +221,11 @@ def test_weights_lie_under_the_data_root_and_their_content_makes_the_key(
         (root / "priors").mkdir(parents=True)
         save_file(_decoder((1, 8, 8)).state_dict(), root / "priors" / "w.safetensors")
         resources = Resources(data_root=root)
-        (cell,) = check.check(cells_of(path, resources), resources)
+        (cell,) = check.check(cells_of(path, resources), Workshop(resources))
         keys.append(cell.key)
-        assert str(tmp_path) not in json.dumps(cell.config)
+        assert str(tmp_path) not in json.dumps(cell.stored())
     assert keys[0] == keys[1]
-    assert evaluate.evaluate(cell, resources).status == "ok"
+    assert evaluate.evaluate(cell, Workshop(resources)).status == "ok"
     other = {name: tensor + 1 for name, tensor in _decoder((1, 8, 8)).state_dict().items()}
     save_file(other, root / "priors" / "w.safetensors")
     assert cells_of(path, resources)[0].key != keys[0]
@@ -280,8 +280,8 @@ def test_stored_errors_name_no_folder_of_this_machine(tmp_path: Path, monkeypatc
         "FileNotFoundError: [Errno 2] No such file or directory: '<data root>/secret.txt' (grey.py:"
     )
     (cell,) = cells_of(path)
-    monkeypatch.setattr(evaluate, "_evaluate", lambda *_: (_ for _ in ()).throw(GradleakError(f"{default_cache()}/x")))
-    assert evaluate.evaluate(cell, Resources()).error == "<cache>/x"
+    monkeypatch.setattr(evaluate, "_attack", lambda *_: (_ for _ in ()).throw(GradleakError(f"{default_cache()}/x")))
+    assert evaluate.evaluate(cell, Workshop()).error == "<cache>/x"
 
 
 # Diagnostics

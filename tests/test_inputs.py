@@ -13,7 +13,7 @@ from gradleak.datasets import _tree
 from gradleak.errors import GradleakError
 from gradleak.evaluation import runner
 from gradleak.evaluation.evaluate import evaluate
-from gradleak.evaluation.workshop import Resources, digest
+from gradleak.evaluation.workshop import Resources, Workshop
 
 SUITE = {
     "name": "tiny",
@@ -60,9 +60,9 @@ def test_a_plugin_that_exits_fails_its_cell_only(tmp_path: Path, monkeypatch: py
     def leave(*_: object) -> None:
         raise SystemExit(3)
 
-    (cell,) = suite.expand(suite.read(_write(tmp_path)), digest(Resources()))
+    (cell,) = suite.expand(suite.read(_write(tmp_path)), Workshop().digest)
     monkeypatch.setattr(MeanImage, "reconstruct", leave)
-    result = evaluate(cell, Resources())
+    result = evaluate(cell, Workshop())
     assert result.status == "failed" and result.error.startswith("SystemExit: 3")
 
 

@@ -195,12 +195,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_later(tmp_path: Pa
 
 
 def _cell(key: str) -> Cell:
-    part = {"name": "x", "label": "x", "options": {}}
-    config = {axis: part for axis in ("attack", "defense", "model", "dataset")}
-    return Cell(
-        key,
-        {**config, "setting": {"name": "s", "batch_size": 1, "epochs": 0}, "victims": 1, "seed": 0, "knowledge": "k"},
-    )
+    return trials.cell(key)
 
 
 def test_workers_that_die_before_anything_is_finished_stop_the_run() -> None:

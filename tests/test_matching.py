@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from gradleak import process, registry, seeds, suite
 from gradleak.engine import loop, memory
@@ -22,10 +21,10 @@ from gradleak.engine.loop import Outcome, Plan, Status, minimise
 from gradleak.engine.optimisers import LBFGS, Adam, Optimiser, Variables, constant
 from gradleak.engine.problem import Direct, Facts, Guess, Problem, Values, take
 from gradleak.errors import GradleakError
-from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.seeds import Generators
-from gradleak.threat import Compute, Observation, Setting
+from gradleak.testing import Scene, model
+from gradleak.threat import Compute, Observation, Widths
 from gradleak.update import LocalTraining, Network, local_update, one_hot, stack
 
 SHAPE, CLASSES = (1, 8, 8), 10
@@ -102,8 +101,6 @@ class Recorder:
                 return answer
 
         monkeypatch.setitem(BACKENDS, name, Limited)
-        monkeypatch.setattr(loop, "_halved", {})
-        monkeypatch.setattr(loop, "_measured", {})
 
 
 SHORT = {
@@ -158,11 +155,12 @@ def test_memory_that_runs_out_on_the_way_loses_nothing(optimiser: str, monkeypat
 
 def test_the_halved_width_is_kept_for_the_same_kind_of_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch, most=3, error=MemoryError())
-    Toy(victims=6).run(8)
+    shared = {"widths": Widths()}
+    Toy(victims=6).run(8, compute=shared)
     assert recorder.failures == [6]
-    Toy(victims=5).run(8)
+    Toy(victims=5).run(8, compute=shared)
     assert recorder.failures == [6]
-    Toy(victims=5, objective="squared").run(8)
+    Toy(victims=5, objective="squared").run(8, compute=shared)
     assert recorder.failures == [6, 5], "another kind of problem"
     assert set(recorder.calls) == {2}
 
@@ -255,7 +253,6 @@ def test_auto_takes_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     measured = {}
     for share in (0.6, 0.3, 0.01):
-        monkeypatch.setattr(loop, "_measured", {})
         monkeypatch.setattr(memory, "available", lambda device, share=share: share * room / memory.SHARE)
         recorder.calls.clear()
         outcome = toy.run("auto", iterations=3)
@@ -269,9 +266,10 @@ def test_auto_takes_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_measures_a_kind_of_problem_once(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
-    Toy().run("auto")
+    shared = {"widths": Widths()}
+    Toy().run("auto", compute=shared)
     before = recorder.calls.count(1)
-    Toy().run("auto")
+    Toy().run("auto", compute=shared)
     assert before > 0 and recorder.calls.count(1) == before
     toy = Toy()
     final = loop.finish(toy.problem, toy.start, toy.facts, "auto")
@@ -419,22 +417,8 @@ def test_a_deadline_marks_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def observe(victims: int = 3) -> Observation:
-    setting, defense = Setting(precision="float64"), registry.build("defenses", "none")
-    module = initialise(registry.build("models", "lenet"), SHAPE, CLASSES, 0)
-    network = client.client_network(module.double(), defense, setting)
     images, labels = normal(victims, 1, *SHAPE, name="victims").sigmoid(), torch.arange(victims)[:, None]
-    sent = client.send(network, images, labels, CLASSES, defense, setting, 0, list(range(victims)))
-    return Observation(
-        network=network,
-        message=sent.message,
-        update=vmap(lambda row: defense.decode(row, sent.public))(sent.message),
-        view=None,
-        shape=SHAPE,
-        classes=CLASSES,
-        batch_size=1,
-        training=LocalTraining(),
-        labels=labels,
-    )
+    return Scene.of(model("lenet", SHAPE, CLASSES).double(), images, labels, classes=CLASSES).observe()
 
 
 def test_attacks_count_what_halving_saves() -> None:
@@ -465,7 +449,7 @@ def configs(tmp_path: Path, text: str) -> list[dict[str, Any]]:
     path.write_text(
         "name: tiny\ndatasets: [digits]\nmodels: [linear]\ndefenses: [none]\nknowledge: [oblivious]\n" + text
     )
-    return [cell.config for cell in suite.expand(suite.read(path), lambda name, options: ("1", "0"))]
+    return [cell.stored() for cell in suite.expand(suite.read(path), lambda name, options: ("1", "0"))]
 
 
 def test_options_that_came_later_are_no_part_of_old_cells(tmp_path: Path) -> None:
@@ -475,7 +459,8 @@ def test_options_that_came_later_are_no_part_of_old_cells(tmp_path: Path) -> Non
     (chosen,) = configs(tmp_path, "attacks: [{dlg: {halving: [0.5]}}]\nengine: {width: auto, compile: true}")
     assert chosen["engine"] == {"backend": "layerwise", "width": "auto", "timeout": None, "compile": True}
     assert chosen["attack"]["options"]["halving"] == [0.5]
-    assert suite.attack_and_defense(chosen)[0].halving == (0.5,)  # type: ignore[attr-defined]
+    (cell,) = suite.attacking([suite.Cell.of(chosen)])
+    assert cell.built_attack.halving == (0.5,)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("width", [0, "wide", 2.5, "true"])
@@ -545,7 +530,6 @@ def test_a_compiled_step_runs_and_is_compared_once_a_width(monkeypatch: pytest.M
         return True
 
     monkeypatch.setattr("gradleak.engine.backends._agrees", agrees)
-    monkeypatch.setattr(loop, "_measured", {})
     for width in ("auto", 2):
         outcome = toy.run(width, compute={"compile": True})
         assert outcome.iterations.tolist() == [13] * 3

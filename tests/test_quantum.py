@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
-from gradleak import registry
+from gradleak import registry, testing
 from gradleak.attack import GradientMatching
-from gradleak.defense import View
 from gradleak.engine.backends import Sequential, Vmap
 from gradleak.engine.layerwise import Layerwise
 from gradleak.errors import GradleakError
-from gradleak.federation import client
 from gradleak.mechanisms import quantum
 from gradleak.model import initialise
 from gradleak.seeds import Generators, generator
+from gradleak.testing import Scene
 from gradleak.threat import Compute, Observation, Setting
 from gradleak.update import LocalTraining, Network, by_autograd, by_transform, local_update, one_hot, squared_norm
 
@@ -377,18 +376,9 @@ def test_mistakes_are_explained() -> None:
 
 
 def observe(options: dict[str, Any], images: Tensor, labels: Tensor, model: str = "mlp") -> Observation:
-    shape = (images.shape[2], images.shape[3], images.shape[4])
     defense = registry.build("defenses", "quantum-encoding", options)
-    module = initialise(registry.build("models", model), shape, 10, 0)
-    setting = Setting(batch_size=images.shape[1], precision="float64")
-    network = client.client_network(module, defense, setting)
-    sent = client.send(network, images, labels, 10, defense, setting, 0, list(range(len(images))))
-    update = vmap(lambda message: defense.decode(message, sent.public))(sent.message)
-    return Observation(
-        network=network, message=sent.message, update=update, view=View(defense, sent.public), shape=shape,
-        classes=10, batch_size=images.shape[1], training=LocalTraining(), labels=labels,
-        compute=Compute(width=80),
-    )  # fmt: skip
+    module = testing.model(model, (images.shape[2], images.shape[3], images.shape[4]))
+    return Scene.of(module, images, labels, defense).observe("public", compute=Compute(width=80))
 
 
 def decibels(images: Tensor, truth: Tensor) -> Tensor:

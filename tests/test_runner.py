@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from gradleak.evaluation import executors, runner
 from gradleak.evaluation.executors import Desk, Executor, Local, Pending, Processes, Queue, Report
 from gradleak.evaluation.workshop import Resources
 from gradleak.suite import Cell
+from tests.trials import cell
 
 SMOKE = Path(__file__).parents[1] / "benchmarks" / "smoke.yaml"
 
@@ -81,15 +81,7 @@ def _rows(path: Path) -> Any:
 
 
 def _cell(key: str, iterations: int = 1, epochs: int = 0, seed: int = 0) -> Cell:
-    part = {"name": "x", "label": "x", "options": {}}
-    config: dict[str, Any] = {
-        **{axis: copy.deepcopy(part) for axis in ("attack", "defense", "model", "dataset")},
-        "setting": {"name": "s", "batch_size": 1, "epochs": epochs},
-        "victims": 1,
-        "seed": seed,
-    }
-    config["attack"]["options"]["iterations"] = iterations
-    return Cell(key, config)
+    return cell(key, {"iterations": iterations}, epochs, seed)
 
 
 def test_long_cells_go_first() -> None:

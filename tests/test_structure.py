@@ -20,10 +20,10 @@ from gradleak.federation import client
 from gradleak.mechanisms import batch_statistics, dropout
 from gradleak.search import labels as label_rules
 from gradleak.seeds import Generators
-from gradleak.suite.expand import _setting
-from gradleak.suite.schema import Utility, build_setting
+from gradleak.suite.schema import Utility, build_setting, stored_setting
+from gradleak.testing import Scene
 from gradleak.threat import Knowledge, Observation, Setting
-from gradleak.update import LocalTraining, Network
+from gradleak.update import Network
 
 SHAPE, CLASSES = (3, 8, 8), 5
 PIXELS = 3 * 8 * 8
@@ -102,14 +102,8 @@ def victims(count: int = 6, batch: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def observe(module: nn.Module, batch: int = 1, defense: Defense | None = None, **setting: Any) -> Observation:
-    how, guard = Setting(batch_size=batch, precision="float64", **setting), defense or none()
-    network = client.client_network(module, guard, how)
-    images, labels = victims(batch=batch)
-    sent = client.send(network, images, labels, CLASSES, guard, how, 1, list(range(len(images))))
-    return Observation(
-        network=network, message=sent.message, update=sent.message, view=None, shape=SHAPE, classes=CLASSES,
-        batch_size=batch, training=LocalTraining(), weight_difference=how.local_lr is not None,
-    )  # fmt: skip
+    how = Setting(batch_size=batch, precision="float64", **setting)
+    return Scene.of(module, *victims(batch=batch), defense, how, CLASSES, seed=1).observe(labels="none")
 
 
 def attack(name: str, **options: Any) -> Attack:
@@ -429,9 +423,9 @@ def test_labels_need_the_head_to_be_sent() -> None:
 
 
 def test_cells_keep_their_keys() -> None:
-    assert "trainable" not in _setting(Setting())
-    assert _setting(build_setting({"trainable": ["head"]}))["trainable"] == ["head"]
-    assert build_setting(_setting(build_setting({"trainable": "head"}))).trainable == "head"
+    assert "trainable" not in stored_setting(Setting())
+    assert stored_setting(build_setting({"trainable": ["head"]}))["trainable"] == ["head"]
+    assert build_setting(stored_setting(build_setting({"trainable": "head"}))).trainable == "head"
     assert "trainable" not in Utility().model_dump(exclude={"seeds"})
     recipe = Utility(trainable="head", batch_size=16)
     assert recipe.setting().trainable == recipe.model_dump()["trainable"] == "head"

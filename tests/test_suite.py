@@ -46,7 +46,7 @@ def _with(**changes: Any) -> dict[str, Any]:
 
 def test_a_grid_has_every_pair_once_and_only_levels_that_differ(tmp_path: Path) -> None:
     cells = _expand(tmp_path, SUITE)
-    found = sorted((c.config["model"]["name"], c.config["attack"]["name"], c.config["defense"]["name"]) for c in cells)
+    found = sorted((c.model.name, c.attack.name, c.defense.name) for c in suite.attacking(cells))
     ignored = [(model, "mean-image", guard) for model in ("mlp", "lenet") for guard in ("none", "top-k")]
     plain = [(model, "dlg", "none") for model in ("mlp", "lenet")]
     adaptive = [(model, "dlg", "top-k") for model in ("mlp", "lenet") for _ in ("oblivious", "public")]
@@ -266,7 +266,7 @@ def test_spellings_that_mean_the_same_are_the_same_suite(tmp_path: Path) -> None
 def test_keys_leave_out_the_suite(tmp_path: Path) -> None:
     first, second = (_expand(tmp_path, _with(name=name, version=number)) for name, number in (("a", 1), ("b", 2)))
     assert [cell.key for cell in first] == [cell.key for cell in second]
-    assert first[0].config["suite"] != second[0].config["suite"]
+    assert first[0].suite != second[0].suite
 
 
 def test_an_attack_that_no_level_is_enough_for_is_refused(tmp_path: Path) -> None:
@@ -279,9 +279,9 @@ def test_controls_run_in_every_context_once_where_they_read_no_message(tmp_path:
     attacks = ["dlg", {"name": "random-image", "only": {"models": ["lenet"]}}]
     content = _with(attacks=attacks, controls="all", defenses=[*SUITE["defenses"], "secure-aggregation"])
     found = [
-        (config["model"]["name"], config["attack"]["name"], config["defense"]["name"])
-        for config in (cell.config for cell in _expand(tmp_path, content))
-        if config["attack"]["name"] != "dlg"
+        (cell.model.name, cell.attack.name, cell.defense.name)
+        for cell in suite.attacking(_expand(tmp_path, content))
+        if cell.attack.name != "dlg"
     ]
     # A sum of several clients has more images to guess.
     guesses, guards = ("class-mean", "mean-image", "random-image"), ("none", "secure-aggregation")
@@ -289,18 +289,18 @@ def test_controls_run_in_every_context_once_where_they_read_no_message(tmp_path:
         (model, guess, guard) for model in ("mlp", "lenet") for guess in guesses for guard in guards
     )
     unknown = _expand(tmp_path, {**content, "settings": [{"name": "fedsgd"}]})
-    read = {cell.config["defense"]["name"] for cell in unknown if cell.config["attack"]["name"] == "class-mean"}
+    read = {cell.defense.name for cell in suite.attacking(unknown) if cell.attack.name == "class-mean"}
     assert read == {"none", "top-k", "secure-aggregation"}, "labels are read off each message"
     granted = _expand(tmp_path, {**content, "settings": [{"name": "fedsgd", "grants": {"generator": True}}]})
-    assert "generator-sample" in {cell.config["attack"]["name"] for cell in granted}
-    listed = {cell.config["attack"]["name"] for cell in _expand(tmp_path, {**content, "controls": "listed"})}
+    assert "generator-sample" in {cell.attack.name for cell in suite.attacking(granted)}
+    listed = {cell.attack.name for cell in suite.attacking(_expand(tmp_path, {**content, "controls": "listed"}))}
     assert listed == {"dlg", "random-image"}
 
 
 def test_an_ensemble_names_variants_of_one_attack(tmp_path: Path) -> None:
     listed = {"name": "gauss-newton", "options": {"restarts": 2}, "label": "gauss-newton + prior", "optional": True}
     cells = _expand(tmp_path, _with(attacks=[listed, "auto-v2"], knowledge=["oblivious"], defenses=["none"]))
-    found = {cell.config["attack"]["label"]: cell.config["attack"]["options"] for cell in cells}
+    found = {cell.attack.label: cell.attack.options for cell in suite.attacking(cells)}
     assert found["gauss-newton"]["initialisation"] == "normal" and found["gauss-newton"]["restarts"] == 12
     assert found["gauss-newton + prior"]["initialisation"] == "public"
     assert found["gauss-newton + prior"]["restarts"] == 2, "what the suite lists stays as it is listed"

@@ -17,7 +17,7 @@ from gradleak.dataset import Data
 from gradleak.defense import View
 from gradleak.evaluation.check import check
 from gradleak.evaluation.evaluate import evaluate
-from gradleak.evaluation.workshop import Resources, digest
+from gradleak.evaluation.workshop import Workshop
 from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.suite import Suite, expand
@@ -65,7 +65,7 @@ SUITE: dict[str, Any] = {
 
 @pytest.mark.parametrize("knowledge", ["oblivious", "parameters", "public"])
 def test_the_observation_of_a_real_cell_holds_no_victim_image(knowledge: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    resources = Resources()
+    workshop = Workshop()
     victims, _ = Data(registry.build("datasets", "faces"), "faces").victims(3, 1)
     wanted = victims.flatten(1)
     looked: list[int] = []
@@ -87,8 +87,8 @@ def test_the_observation_of_a_real_cell_holds_no_victim_image(knowledge: str, mo
     original = cls.reconstruct
     monkeypatch.setattr(cls, "reconstruct", spy)
     suite = Suite.model_validate({**SUITE, "attacks": SUITE["attacks"][:1], "knowledge": [knowledge]})
-    for cell in expand(suite, digest(resources)):
-        assert evaluate(cell, resources).status == "ok"
+    for cell in expand(suite, workshop.digest):
+        assert evaluate(cell, workshop).status == "ok"
     assert looked and min(looked) > 5
 
 
@@ -160,9 +160,9 @@ def test_labels_and_local_training_reach_the_attacker_only_when_granted(monkeypa
     suite = Suite.model_validate(
         {**SUITE, "attacks": SUITE["attacks"][:1], "defenses": [{"name": "none"}], "settings": settings}
     )
-    resources = Resources()
-    for cell in expand(suite, digest(resources)):
-        evaluate(cell, resources)
+    workshop = Workshop()
+    for cell in expand(suite, workshop.digest):
+        evaluate(cell, workshop)
     blind, told = seen
     assert blind.labels is None and blind.training == LocalTraining()
     assert told.labels is not None and torch.equal(told.labels, told.labels.sort(-1).values)
@@ -173,9 +173,9 @@ def test_a_knowledge_mismatch_is_refused_before_anything_runs() -> None:
     from gradleak.errors import GradleakError
 
     suite = Suite.model_validate({**SUITE, "attacks": [{"name": "wrong-gradient"}], "victims": 1})
-    resources = Resources()
+    workshop = Workshop()
     with pytest.raises(GradleakError, match="at least 2 victims"):
-        check(expand(suite, digest(resources)), resources)
+        check(expand(suite, workshop.digest), workshop)
 
 
 def test_wrong_gradient_is_shown_the_next_victims_message_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,11 +188,11 @@ def test_wrong_gradient_is_shown_the_next_victims_message_and_labels(monkeypatch
             raise RuntimeError("seen enough")
 
         monkeypatch.setattr(cls, "reconstruct", spy)
-    resources = Resources()
+    workshop = Workshop()
     suite = Suite.model_validate({**SUITE, "defenses": [{"name": "gaussian-noise"}]})
-    cells = [cell for cell in expand(suite, digest(resources)) if cell.config["knowledge"] == "oblivious"]
+    cells = [cell for cell in expand(suite, workshop.digest) if getattr(cell, "knowledge", None) == "oblivious"]
     for cell in cells:
-        result = evaluate(cell, resources)
+        result = evaluate(cell, workshop)
         assert result.status == "failed" and "seen enough" in result.error
     own, other = seen["inverting-gradients"], seen["wrong-gradient"]
     for name in own.message:
@@ -225,8 +225,8 @@ def test_names_change_neither_keys_nor_results() -> None:
     def rows(setting: str, label: str) -> dict[str, list[float | None]]:
         plain = {**SUITE, "attacks": SUITE["attacks"][:1], "defenses": [{"name": "gaussian-noise", "label": label}]}
         suite = Suite.model_validate({**plain, "settings": [{"name": setting, "grants": {"labels": "known"}}]})
-        resources = Resources()
-        cells = expand(suite, digest(resources))
-        return {cell.key: [row.psnr for row in evaluate(cell, resources).rows] for cell in cells}
+        workshop = Workshop()
+        cells = expand(suite, workshop.digest)
+        return {cell.key: [row.psnr for row in evaluate(cell, workshop).rows] for cell in cells}
 
     assert rows("one", "noise") == rows("another", "something else")

@@ -29,7 +29,7 @@ from gradleak.evaluation.executors import Local, cost
 from gradleak.evaluation.workshop import Resources
 from gradleak.federation import client, utility
 from gradleak.model import initialise
-from gradleak.suite import Utility, build_defense, build_setting
+from gradleak.suite import TrainingCell, Utility, build_defense, build_setting
 from gradleak.update import squared_norm
 
 DEFENSES = [
@@ -230,8 +230,8 @@ def test_progress_runs_to_the_end() -> None:
 
 def test_a_suite_asks_for_it_once_a_defense_model_dataset_and_seed(tmp_path: Path) -> None:
     cells = suite.expand(_read(tmp_path), _digest)
-    asked = [cell for cell in cells if cell.is_utility]
-    assert [(c.config["defense"]["name"], c.config["seed"]) for c in asked] == [
+    asked = [cell for cell in cells if isinstance(cell, TrainingCell)]
+    assert [(c.defense.name, c.seed) for c in asked] == [
         ("none", 0),
         ("dp-sgd", 0),
         ("none", 1),
@@ -240,16 +240,16 @@ def test_a_suite_asks_for_it_once_a_defense_model_dataset_and_seed(tmp_path: Pat
     assert asked[0].title == "utility · none · mlp(widths=[16]) · digits · seed 0"
     assert all(cost(cell) > 0 for cell in asked)
     without = suite.expand(_read(tmp_path, utility=None), _digest)
-    assert [cell.key for cell in without] == [cell.key for cell in cells if not cell.is_utility]
+    assert [cell.key for cell in without] == [cell.key for cell in cells if not isinstance(cell, TrainingCell)]
     other = suite.expand(_read(tmp_path, attacks=["mean-image"], victims=5, utility={**SUITE["utility"]}), _digest)
-    assert [cell.key for cell in other if cell.is_utility] == [cell.key for cell in asked]
+    assert [cell.key for cell in other if isinstance(cell, TrainingCell)] == [cell.key for cell in asked]
     seeded = suite.expand(_read(tmp_path, utility={"rounds": 6, "seeds": [5, 6, 7]}), _digest)
-    assert {cell.config["seed"] for cell in seeded if cell.is_utility} == {5, 6, 7}
+    assert {cell.seed for cell in seeded if isinstance(cell, TrainingCell)} == {5, 6, 7}
     only = [{"name": "none", "only": {"models": ["other"]}}, "top-k"]
     two = suite.expand(
         _read(tmp_path, defenses=only, models=[SUITE["models"][0], {"name": "mlp", "label": "other"}]), _digest
     )
-    assert [c.config["model"]["label"] for c in two if c.is_utility and c.config["defense"]["name"] == "none"] == [
+    assert [c.model.label for c in two if isinstance(c, TrainingCell) and c.defense.name == "none"] == [
         "other",
         "other",
     ]
@@ -260,17 +260,14 @@ def test_the_client_that_trains_is_the_one_that_is_attacked(tmp_path: Path) -> N
     settings = [{"name": "one"}, {"name": "four", "batch_size": 4}, {"name": "one trained", "epochs": 1}, fedavg]
     only = [{"name": "none", "only": {"settings": ["four"]}}, "top-k"]
     asked = [
-        (config["defense"]["name"], config["setting"]["batch_size"], config["setting"]["local_lr"])
-        for config in (
-            cell.config
-            for cell in suite.expand(_read(tmp_path, settings=settings, defenses=only, seeds=[0]), _digest)
-            if cell.is_utility
-        )
+        (cell.defense.name, cell.setting.batch_size, cell.setting.local_lr)
+        for cell in suite.expand(_read(tmp_path, settings=settings, defenses=only, seeds=[0]), _digest)
+        if isinstance(cell, TrainingCell)
     ]
     assert asked == [("top-k", 1, None), ("none", 4, None), ("top-k", 4, None), ("top-k", 4, 0.1)]
     fixed = {**SUITE["utility"], "batch_size": 16}
     same = suite.expand(_read(tmp_path, settings=settings, defenses=only, seeds=[0], utility=fixed), _digest)
-    assert [c.config["setting"]["batch_size"] for c in same if c.is_utility] == [16, 16]
+    assert [c.setting.batch_size for c in same if isinstance(c, TrainingCell)] == [16, 16]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import yaml
 
 from gradleak.cli.main import main
 from gradleak.evaluation import runner
+from gradleak.suite import AttackCell, DatasetPart, Part
+from gradleak.threat import Level, Setting
 
 assert runner  # imported here, once for all trials
 
@@ -42,6 +44,29 @@ def suite(folder: Path, **changes: Any) -> Path:
     path = folder / "trial.yaml"
     path.write_text(yaml.safe_dump({**SUITE, **changes}))
     return path
+
+
+def cell(
+    key: str,
+    options: Mapping[str, Any] | None = None,
+    epochs: int = 0,
+    seed: int = 0,
+    attack: str = "x",
+    defense: str = "x",
+) -> AttackCell:
+    """Return a cell that nothing is computed of, under a key of the test's."""
+    made = AttackCell(
+        attack=Part(attack, "x", options or {}),
+        defense=Part(defense, "x"),
+        model=Part("x", "x"),
+        dataset=DatasetPart("x", "x"),
+        setting=Setting(name="s", epochs=epochs),
+        knowledge=Level.OBLIVIOUS,
+        victims=1,
+        seed=seed,
+    )
+    vars(made)["key"] = key
+    return made
 
 
 @dataclass

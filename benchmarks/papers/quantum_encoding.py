@@ -23,16 +23,14 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from gradleak import registry, seeds
 from gradleak.attack import Attack
 from gradleak.board.statistics import effective_trials, wilson
-from gradleak.defense import View
-from gradleak.federation import client
 from gradleak.model import initialise
 from gradleak.seeds import Generators
-from gradleak.threat import Compute, Observation, Setting
+from gradleak.testing import Scene
+from gradleak.threat import Compute, Observation
 from gradleak.update import one_hot
 
 CLASSES = 2
@@ -72,23 +70,9 @@ def observe(features: int, degree: int, circuit: int, victims: int) -> tuple[Obs
         "seed": circuit,
     }
     defense = registry.build("defenses", "quantum-encoding", options)
-    setting = Setting(precision="float64")
     module = initialise(registry.build("models", "linear"), shape, CLASSES, 0)
-    network = client.client_network(module, defense, setting)
-    sent = client.send(network, images, labels, CLASSES, defense, setting, 0, list(range(victims)))
-    update = vmap(lambda message: defense.decode(message, sent.public))(sent.message)
-    observation = Observation(
-        network=network,
-        message=sent.message,
-        update=update,
-        view=View(defense, sent.public),
-        shape=shape,
-        classes=CLASSES,
-        batch_size=1,
-        training=setting.local_training,
-        labels=labels,
-        compute=Compute(width=128),
-    )
+    scene = Scene.of(module, images, labels, defense, classes=CLASSES)
+    observation = scene.observe("public", compute=Compute(width=128))
     return observation, images
 
 

@@ -5,8 +5,10 @@ A board counts against a defense every attack that others faced and it did not, 
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -14,15 +16,25 @@ from ..suite import LeftOut
 from . import trust
 from .schema import LEFT_OUT, LEFT_OUT_COLUMNS
 
-if TYPE_CHECKING:
-    from .store import Store
-
 Query = Callable[..., list[tuple[Any, ...]]]
 _PLACE = LEFT_OUT_COLUMNS[:5]
 _REASONS = (*_PLACE, "reason")
 
 
-def note(store: Store, found: Iterable[LeftOut], ran: Iterable[Sequence[str]]) -> None:
+class Noting(Protocol):
+    """A store that notes are kept in (`gradleak.board.store.Store`, which imports this module)."""
+
+    def query(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        """Read."""
+
+    def cells(self) -> pd.DataFrame:
+        """Return its cells."""
+
+    def transaction(self) -> AbstractContextManager[sqlite3.Connection]:
+        """Write."""
+
+
+def note(store: Noting, found: Iterable[LeftOut], ran: Iterable[Sequence[str]]) -> None:
     """Keep what a plan leaves out; what was noted before of the plan's combinations is forgotten.
 
     Args:
@@ -69,7 +81,7 @@ def lines_of(query: Query, where: str) -> int:
     return len(lines)
 
 
-def forget(store: Store) -> None:
+def forget(store: Noting) -> None:
     """Drop the notes on defenses of which a store has no cell left in their context."""
     kept = store.cells()[list(_PLACE[1:])].drop_duplicates().itertuples(index=False, name=None)
     there = set(kept)

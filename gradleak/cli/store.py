@@ -77,8 +77,8 @@ def _is_of(path: Path, data_root: Path | None) -> Callable[[str, dict[str, Any]]
     from .. import suite
     from ..evaluation import workshop
 
-    resources = workshop.Resources(data_root=data_root)
-    keys = {cell.key for cell in suite.expand(suite.read(path), workshop.digest(resources), data_root)}
+    digest = workshop.Workshop(workshop.Resources(data_root=data_root)).digest
+    keys = {cell.key for cell in suite.expand(suite.read(path), digest, data_root)}
     return lambda key, config: key in keys
 
 
@@ -86,18 +86,19 @@ def _is_current(key: str, config: dict[str, Any]) -> bool:
     """Whether a cell was computed by the versions that are here; of a plugin that is not here nothing is known."""
     from .. import registry
     from ..scales import METRICS
-    from ..suite import CORE, UTILITY, Utility, build_defense_of
+    from ..suite import CORE, UTILITY, Part, Utility, build_defense
 
     definitions = config.get("definitions", {})
     metrics = sorted(metric.id for metric in METRICS.values())
     if definitions.get("core", CORE) != CORE or definitions.get("metrics", metrics) != metrics:
         return False
     try:
+        defense = Part.of(config["defense"])
         here = {
             "attack": Utility.VERSION
             if config["attack"]["name"] == UTILITY
             else registry.load("attacks", config["attack"]["name"]).version,
-            "defense": build_defense_of(config["defense"]).version,
+            "defense": build_defense(defense.name, defense.options).version,
             "model": registry.load("models", config["model"]["name"]).version,
         }
     except (GradleakError, KeyError, TypeError):

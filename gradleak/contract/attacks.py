@@ -5,24 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from .. import registry
 from ..attack import Attack, Reconstruction
 from ..dataset import Data
-from ..defense import Defense, View
+from ..defense import Defense
 from ..federation import client
+from ..federation.observation import observe
 from ..mechanisms import batch_statistics
 from ..model import initialise
 from ..reconstruction import complete
 from ..seeds import Generators
-from ..threat import Labels, Level, Observation, Setting, rank
-from ..update import LocalTraining, Network
+from ..threat import BatchNorm, Knowledge, Labels, Level, Observation, Setting, rank
+from ..update import Network
 from .findings import Unchecked, close, require
 from .victims import VICTIMS, Ask, tensors_of, tuning_victims
 
@@ -108,7 +108,7 @@ class AttackCase:
         names = [("victim", index) for index in chosen]
         before, noise = tensors_of(observation), torch.get_rng_state()
         answer = self.attack.reconstruct(observation, Generators(names, dtype=torch.float64))
-        complete(answer, self.attack, self.scene[1][chosen])
+        complete(answer, self.attack, observation)
         after = tensors_of(observation)
         self.changed += [name for name in before if not torch.equal(before[name], after[name])]
         self.changed += [] if torch.equal(torch.get_rng_state(), noise) else ["the global generator"]
@@ -130,22 +130,14 @@ def _observed(
 ) -> tuple[Observation, Tensor]:
     images, labels = tuning_victims(data, setting.batch_size)
     sent = client.send(network, images, labels, data.classes, defense, setting, 1, list(range(VICTIMS)))
-    known = rank(attack.needs.labels) >= rank(Labels.COUNTS)
-    observation = Observation(
-        network=network,
-        message=sent.message,
-        update=vmap(partial(defense.decode, public=sent.public))(sent.message),
-        view=View(defense, sent.public),
-        shape=data.shape,
-        classes=data.classes,
-        batch_size=setting.batch_size,
-        training=LocalTraining(),
-        weight_difference=setting.local_lr is not None,
-        running_statistics=batch_statistics.running(network.module) or None,
-        labels=labels if known else None,
-        auxiliary=data.split.train if attack.needs.auxiliary or attack.family == "control" else None,
-        private=sent.buffers if attack.needs.defense is Level.ORACLE else None,
+    granted = Knowledge(
+        labels=Labels.KNOWN if rank(attack.needs.labels) >= rank(Labels.COUNTS) else Labels.NONE,
+        batch_norm=BatchNorm.RUNNING if batch_statistics.running(network.module) else BatchNorm.NONE,
+        defense=Level.ORACLE if attack.needs.defense is Level.ORACLE else Level.PUBLIC,
+        auxiliary=attack.needs.auxiliary or attack.family == "control",
     )
+    public = data.split.train
+    observation = observe(sent, network, defense, setting, data.shape, labels, data.classes, granted, auxiliary=public)
     return observation, images
 
 

@@ -20,15 +20,18 @@ _TYPES = {"dataset.Images", "dataset.Dataset", "dataset.Split"}
 # What a plugin file may import
 
 
-def imports(path: Path, package: tuple[str, ...] = ()) -> set[str]:
-    """Dotted modules below gradleak that a file imports, also inside functions, but not for type checkers only.
+def imports(path: Path, package: tuple[str, ...] = (), types: bool = False) -> set[str]:
+    """Dotted modules below gradleak that a file imports, also inside functions.
 
-    `package` is the file's own package below gradleak, () for the core itself.
+    Args:
+        path: the file.
+        package: its own package below gradleak, () for the core itself.
+        types: whether what it imports for type checkers only counts.
     """
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if not types and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             return
         if isinstance(node, ast.Import):
             if any(alias.name == "gradleak" for alias in node.names):
@@ -59,20 +62,20 @@ def core() -> dict[str, Path]:
     found = {}
     for path in home.rglob("*.py"):
         parts = path.relative_to(home).with_suffix("").parts
-        if not {"attacks", "defenses"} & set(parts):
+        if parts[0] not in ("attacks", "defenses"):
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
 @functools.cache
-def graph() -> dict[str, set[str]]:
-    """Core modules, and the core modules that each imports."""
+def graph(types: bool = False) -> dict[str, set[str]]:
+    """Core modules, and the core modules that each imports; `types` as for `imports`."""
     known = core()
     found: dict[str, set[str]] = {}
     for name, path in known.items():
         package = tuple(name.split(".")) if path.stem == "__init__" else tuple(name.split("."))[:-1]
         package = tuple(part for part in package if part)
-        found[name] = {owner for target in imports(path, package) if (owner := owner_of(target, known))}
+        found[name] = {owner for target in imports(path, package, types) if (owner := owner_of(target, known))}
     return found
 
 

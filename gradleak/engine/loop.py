@@ -35,19 +35,7 @@ _USUAL = 32
 _LOOK = {"cuda": 16}
 """Iterations between two looks at which trials have ended, where looking waits for the device; elsewhere 1."""
 
-_halved: dict[tuple[str, str], int] = {}
-_measured: dict[tuple[str, str], int] = {}
-"""Widths that had to be gone down to, or were measured, since `forget_widths`, by kind of problem and the backend
-that was asked for."""
-
-
-def forget_widths() -> None:
-    """Forget what was measured or halved: what one cell could not hold must not change another's last digits."""
-    _halved.clear()
-    _measured.clear()
-
-
-__all__ = ["Final", "Outcome", "Plan", "Status", "evaluate", "finish", "forget_widths", "minimise"]
+__all__ = ["Final", "Outcome", "Plan", "Status", "evaluate", "finish", "minimise"]
 
 
 class Status(StrEnum):
@@ -128,14 +116,14 @@ class _Run:
         self, problem: Problem, start: Variables, facts: Facts, owner: Tensor, plan: Plan, compute: Compute
     ) -> None:
         self.problem, self.owner, self.plan, self.compute = problem, owner, plan, compute
-        self.start = start
+        self.start, self.widths = start, compute.widths
         self.trials = len(owner)
         self.device = device = owner.device
         if device.type == "cuda":
             full_precision()
         self.kind = (kind_of(problem, start, facts), compute.backend)
         width = min(_USUAL if compute.width == "auto" else compute.width, self.trials)
-        width = min(width, _halved.get(self.kind, width))
+        width = min(width, self.widths.halved.get(self.kind, width))
         first = {name: tensor[:width] for name, tensor in start.items()}
         choice = choose(compute.backend, problem, first, facts, plan.iterations, owner[:width])
         self.name, self.backend, self.reason, fits, self.facts = choice
@@ -143,10 +131,10 @@ class _Run:
         if compute.width == "auto":
             width = min(self._fitting(), self.trials)
         elif fits < width:
-            _halved[self.kind] = fits
+            self.widths.halved[self.kind] = fits
         if plan.goal is not None:
             width = min(width, len(plan.goal))
-        self.width = self.part = min(width, _halved.get(self.kind, width))
+        self.width = self.part = min(width, self.widths.halved.get(self.kind, width))
         if compute.compile and not self.backend.compile():
             _say(f"backend {self.name!r} is not compiled; only 'vmap' is")
         # The trial that each slot holds, and how many iterations are left until it must be looked at.
@@ -221,10 +209,10 @@ class _Run:
             rate = torch.full((width,), self.plan.rate, dtype=torch.float64, device=self.device)
             optimiser.step(current, values.gradients, rate)
 
-        if self.kind not in _measured:
-            _measured[self.kind] = memory.fitting(step, self.device)
-            log.debug("memory holds %d trials at once", _measured[self.kind])
-        return _measured[self.kind]
+        if self.kind not in self.widths.measured:
+            self.widths.measured[self.kind] = memory.fitting(step, self.device)
+            log.debug("memory holds %d trials at once", self.widths.measured[self.kind])
+        return self.widths.measured[self.kind]
 
     def _iterate(self) -> None:
         """One iteration of every slot; nothing here waits for the device."""
@@ -259,7 +247,7 @@ class _Run:
             except (RuntimeError, MemoryError) as error:
                 self.part = memory.half(self.part, error)
             # Only here is what the error held free again.
-            _halved[self.kind] = self.part
+            self.widths.halved[self.kind] = self.part
             memory.release(self.device)
 
     def _in_parts(self) -> Values:

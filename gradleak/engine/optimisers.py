@@ -5,17 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-if TYPE_CHECKING:
-    from .problem import Facts, Problem
-
-Variables = dict[str, Tensor]
-"""What an attack searches over, each tensor [W, ...] with a row a trial."""
+from .problem import Facts, Problem
+from .problem import Variables as Variables  # attacks look for it here
 
 Schedule = Callable[[Tensor], Tensor]
 """Factor of the learning rate for the share of steps done, both [W]."""

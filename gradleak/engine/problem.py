@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..update import Differentiate, LocalTraining, Network, Update, local_update
 from .objectives import OBJECTIVES
-from .optimisers import Variables
+
+Variables = dict[str, Tensor]
+"""What an attack searches over, each tensor [W, ...] with a row a trial."""
 
 Facts = dict[str, "Tensor | dict[str, Tensor]"]
 """What a trial knows and does not search over: targets, message, …; stacked [N, ...] outside a Problem."""

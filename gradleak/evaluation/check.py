@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 
 from ..attack import GradientMatching
@@ -13,14 +12,13 @@ from ..federation import utility
 from ..reconstruction import granted_of
 from ..search.generators import Generator
 from ..state import restored
-from ..suite import Cell, Note, Utility, attack_and_defense, build_defense_of, build_setting, unnoted
-from ..threat import Level
+from ..suite import AttackCell, Cell, GivenPrior, Note, TrainingCell, unnoted
 from .checks import combinations, generators
 from .observe import batch_size_of
-from .workshop import Resources, client_of, data_of, fitting_prior
+from .workshop import Workshop
 
 
-def check(cells: Iterable[Cell], resources: Resources, note: Note = unnoted) -> list[Cell]:
+def check(cells: Iterable[Cell], workshop: Workshop, note: Note = unnoted) -> list[Cell]:
     """Refuse cells that cannot run, before any of them does; return all but the optional ones that cannot.
 
     Every combination of dataset, model, setting and defense is tried on real victims: models and clients must be
@@ -32,68 +30,74 @@ def check(cells: Iterable[Cell], resources: Resources, note: Note = unnoted) -> 
             generator cannot be had or makes other images than the victims', or a client is no function.
     """
     with restored():
-        kept = _fitting(cells, resources, note)
-        tried: set[str] = set()
+        kept = _fitting(cells, workshop, note)
+        tried: set[Hashable] = set()
         for cell in kept:
-            mark = None if cell.is_utility else combinations.mark_of(cell)
-            if mark is not None and mark not in tried:
+            if isinstance(cell, AttackCell) and (mark := combinations.mark_of(cell)) not in tried:
                 tried.add(mark)
-                combinations.check(cell, resources)
+                combinations.check(cell, workshop)
     return kept
 
 
-def _fitting(cells: Iterable[Cell], resources: Resources, note: Note) -> list[Cell]:
+def _fitting(cells: Iterable[Cell], workshop: Workshop, note: Note) -> list[Cell]:
     """Compare what cells ask for with what there is; nothing is computed but networks' structure."""
-    seen: dict[str, bool] = {}
+    seen: dict[Hashable, bool] = {}
     kept: list[Cell] = []
     for cell in cells:
-        config = cell.config
-        if cell.is_utility:
-            recipe = Utility.model_validate(config["attack"]["options"])
-            utility.check(data_of(config["dataset"], resources), build_defense_of(config["defense"]), recipe)
+        if isinstance(cell, TrainingCell):
+            utility.check(workshop.data(cell.dataset), cell.built_defense, cell.recipe)
             kept.append(cell)
             continue
-        relevant = {key: config[key] for key in ("attack", "defense", "model", "dataset", "setting", "knowledge")}
-        mark = json.dumps([relevant, config["victims"], config["candidates"], config.get("prior")], sort_keys=True)
-        if mark in seen:
-            if seen[mark]:
-                kept.append(cell)
-            continue
-        seen[mark] = True
-        attack, defense = attack_and_defense(config)
-        setting = build_setting(config["setting"])
-        data = data_of(config["dataset"], resources)
-        combinations.private(data, config, setting, defense)
-        data.candidates(config["candidates"], config["tuning"])
-        missing = attack.needs.missing(granted_of(attack, setting, config["knowledge"]))
-        if missing:
-            raise GradleakError(
-                f"attack {config['attack']['label']!r} needs {', '.join(missing)}, which setting "
-                f"{setting.name!r} does not grant; add it to the setting's `grants`"
-            )
-        if "prior" in config:
-            prior = fitting_prior(config["prior"], data, resources)
-            if isinstance(prior, Generator):
-                generators.check(prior, config["prior"]["source"], data)
-        if attack.observes_other_victim and config["victims"] < 2:
-            raise GradleakError(f"attack {config['attack']['label']!r} needs at least 2 victims")
-        network = client_of(config, data)
-        refused = not_computable(network, data.shape, data.classes, setting, isinstance(attack, GradientMatching))
-        if refused is not None:
-            raise GradleakError(f"model {config['model']['label']!r} under setting {setting.name!r}: {refused}")
-        level = Level(config["knowledge"])
-        faced = replace(setting, batch_size=batch_size_of(attack, defense, setting, level))
-        reason = attack.unsuited(network.module, faced, defense)
-        if defense.cohort > 1 and setting.local_batch_size is not None:
-            reason = "a sum of clients with local batches is no update of one batch; leave local_batch_size out"
-        if reason is not None and cell.optional:
-            seen[mark] = False
-            note(cell.left_out(reason))
-            continue
-        if reason is not None:
-            raise GradleakError(
-                f"attack {config['attack']['label']!r} cannot run on model {config['model']['label']!r} under "
-                f"defense {config['defense']['label']!r}: {reason}; restrict it with `only`"
-            )
-        kept.append(cell)
+        assert isinstance(cell, AttackCell)
+        mark = _mark(cell)
+        if mark not in seen:
+            seen[mark] = _fits(cell, workshop, note)
+        if seen[mark]:
+            kept.append(cell)
     return kept
+
+
+def _mark(cell: AttackCell) -> Hashable:
+    """Return what a cell asks for, which its seed is no part of."""
+    parts = (cell.attack, cell.defense, cell.model, cell.dataset, cell.prior)
+    return *parts, cell.setting, cell.knowledge, cell.victims, cell.candidates
+
+
+def _fits(cell: AttackCell, workshop: Workshop, note: Note) -> bool:
+    """Return whether a cell can run; only an optional one need not.
+
+    Raises:
+        GradleakError: it has to, and cannot.
+    """
+    attack, defense, setting = cell.built_attack, cell.built_defense, cell.setting
+    data = workshop.data(cell.dataset)
+    combinations.private(data, cell)
+    data.candidates(cell.candidates, cell.tuning)
+    missing = attack.needs.missing(granted_of(attack, setting, cell.knowledge))
+    if missing:
+        raise GradleakError(
+            f"attack {cell.attack.label!r} needs {', '.join(missing)}, which setting "
+            f"{setting.name!r} does not grant; add it to the setting's `grants`"
+        )
+    if cell.prior is not None:
+        fitting = workshop.fitting(cell.prior, data)
+        if isinstance(fitting, Generator) and isinstance(cell.prior, GivenPrior):
+            generators.check(fitting, cell.prior.source, data)
+    if attack.observes_other_victim and cell.victims < 2:
+        raise GradleakError(f"attack {cell.attack.label!r} needs at least 2 victims")
+    network = workshop.client(cell, data)
+    refused = not_computable(network, data.shape, data.classes, setting, isinstance(attack, GradientMatching))
+    if refused is not None:
+        raise GradleakError(f"model {cell.model.label!r} under setting {setting.name!r}: {refused}")
+    faced = replace(setting, batch_size=batch_size_of(attack, defense, setting, cell.knowledge))
+    reason = attack.unsuited(network.module, faced, defense)
+    if defense.cohort > 1 and setting.local_batch_size is not None:
+        reason = "a sum of clients with local batches is no update of one batch; leave local_batch_size out"
+    if reason is not None and cell.optional:
+        note(cell.left_out(reason))
+    elif reason is not None:
+        raise GradleakError(
+            f"attack {cell.attack.label!r} cannot run on model {cell.model.label!r} under "
+            f"defense {cell.defense.label!r}: {reason}; restrict it with `only`"
+        )
+    return reason is None

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ..board.store import CellResult
 from ..paths import printable
-from ..suite import Cell
+from ..suite import AttackCell, Cell
 from .executors import Pending, cost
 
 
@@ -23,7 +23,7 @@ class Display:
     def __init__(self, console: Console, cells: int, waiting: Sequence[Cell]) -> None:
         self.console = console
         self.costs = {cell.key: cost(cell) for cell in waiting}
-        self.victims = {cell.key: int(cell.config["victims"]) for cell in waiting}
+        self.victims = {cell.key: cell.victims if isinstance(cell, AttackCell) else 0 for cell in waiting}
         self.titles = {cell.key: cell.title for cell in waiting}
         self.skipped = cells - len(waiting)
         self.cells = cells

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from ..attack import Attack, Reconstruction
+from ..attack import Reconstruction
 from ..chain import Chain
 from ..defense import Defense
 from ..federation import client
-from ..suite import attack_and_defense
-from ..threat import Level, Setting
+from ..suite import AttackCell
+from ..threat import Level
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+def identity(cell: AttackCell) -> dict[str, Any]:
     """What is known of a cell before it runs: families, threat model, and whether the attack adapts to the defense.
 
     An attack adapts if it knows the defense and that makes a difference: it learns what the defense does, was made
     against it, or matches through what the defense publishes (which takes the round's randomness, if it has any).
     """
-    attack, defense = attack_and_defense(config)
-    level = Level(config["knowledge"])
+    attack, defense, level = cell.built_attack, cell.built_defense, cell.knowledge
     parts = defense.defenses if isinstance(defense, Chain) else (defense,)
     blind = level is Level.PARAMETERS and any(type(part).public is not Defense.public for part in parts)
-    answers = attack.family == "learned" or config["attack"]["name"] in defense.counter_attacks
+    answers = attack.family == "learned" or cell.attack.name in defense.counter_attacks
     adapts = answers or (defense.is_adaptive_target and not blind)
     return {
         "attack_family": attack.family,
@@ -36,19 +34,11 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def provenance(
-    config: Mapping[str, Any],
-    attack: Attack,
-    defense: Defense,
-    setting: Setting,
-    sent: client.Sent,
-    accuracy: float,
-    answer: Reconstruction | None,
-) -> dict[str, Any]:
+def provenance(cell: AttackCell, sent: client.Sent, accuracy: float, answer: Reconstruction | None) -> dict[str, Any]:
     """What a finished cell was computed with: code, versions, machine, times."""
-    guarantee = defense.guarantee(setting)
+    guarantee = cell.built_defense.guarantee(cell.setting)
     return {
-        **identity(config),
+        **identity(cell),
         "stochastic": sent.drew,
         "bytes": float(np.mean(sent.bytes)),
         "dense_bytes": sent.dense_bytes,

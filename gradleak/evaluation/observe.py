@@ -1,81 +1,58 @@
-"""What an attacker is given of a round: the only door to an observation."""
+"""What the attacker of a cell is given."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch.func import vmap
 
 from ..attack import Attack
 from ..dataset import Data
-from ..defense import Defense, View
-from ..engine import answers
-from ..federation import client
+from ..defense import Defense
+from ..federation import observation
+from ..federation.client import Sent
 from ..mechanisms import batch_statistics
 from ..reconstruction import granted_of
 from ..search.generators import Generator
-from ..threat import BatchNorm, Compute, Level, Observation, Setting, rank
-from ..update import LocalTraining, Network
+from ..suite import AttackCell
+from ..threat import Compute, Level, Observation, Setting
+from ..update import Network
 from .workshop import Progress
 
 
 def observe(
-    config: Mapping[str, Any],
-    attack: Attack,
-    defense: Defense,
-    setting: Setting,
+    cell: AttackCell,
     data: Data,
     network: Network,
-    sent: client.Sent,
+    sent: Sent,
     running: batch_statistics.Statistics,
     labels: Tensor,
     generator: Generator | None,
     progress: Progress | None,
 ) -> Observation:
-    """Build what the attacker sees, and nothing more than is granted."""
-    granted = granted_of(attack, setting, config["knowledge"])
-    message, private, statistics = sent.message, sent.buffers, sent.statistics
+    """Build what the attacker of a cell sees, and nothing more than is granted."""
+    attack, defense, setting = cell.built_attack, cell.built_defense, cell.setting
+    granted = granted_of(attack, setting, cell.knowledge)
     if attack.observes_other_victim:
-        other = torch.arange(len(labels), device=labels.device).roll(-1)
-        labels = labels[other]
-        message = {name: tensor[other] for name, tensor in message.items()}
-        private = {name: tensor[other] for name, tensor in private.items()}
-        statistics = {name: tensor[other] for name, tensor in statistics.items()}
-    update = dict(vmap(lambda row: answers.tensors(defense.decode(row, sent.public), defense, "decode"))(message))
-    answers.shaped(update, network.parameters, "the model's parameters", defense, "decode", "protect", skip=1)
-    size = batch_size_of(attack, defense, setting, granted.defense)
-    labels = labels[:, :size]
-    known = {"known": labels, "counts": labels.sort(-1).values}.get(granted.labels.value)
-    view = None
-    if granted.defense is not Level.OBLIVIOUS:
-        complete = rank(granted.defense) >= rank(Level.PUBLIC) or not sent.public
-        view = View(defense, sent.public if complete else None)
-    engine = config["engine"]
-    timeout = engine["timeout"]
-    return Observation(
-        network=network,
-        message=message,
-        update=update,
-        view=view,
-        shape=data.shape,
-        classes=data.classes,
-        batch_size=size,
-        training=setting.local_training if granted.local_training else LocalTraining(),
-        weight_difference=setting.local_lr is not None,
-        labels=known,
-        running_statistics=None if granted.batch_norm is BatchNorm.NONE else running,
-        batch_statistics=statistics if granted.batch_norm is BatchNorm.BATCH else None,
+        sent, labels = observation.of_others(sent, labels)
+    engine, timeout = cell.engine, cell.engine.timeout
+    return observation.observe(
+        sent,
+        network,
+        defense,
+        setting,
+        data.shape,
+        labels,
+        data.classes,
+        granted,
+        batch_size=batch_size_of(attack, defense, setting, granted.defense),
+        running=running,
         generator=generator,
-        auxiliary=data.split.train if granted.auxiliary else None,
-        private=private if granted.defense is Level.ORACLE else None,
+        auxiliary=data.split.train,
         compute=Compute(
-            backend=engine["backend"],
-            width=engine["width"],
-            compile=engine.get("compile", False),
+            backend=engine.backend,
+            width=engine.width,
+            compile=engine.compile,
             deadline=None if timeout is None else time.monotonic() + timeout,
             progress=progress,
         ),

@@ -20,11 +20,11 @@ from ..board.claims import Claims
 from ..board.store import CellResult, Store, is_blank, victim_list
 from ..errors import GradleakError
 from ..plugins import blamed, near_misses
-from ..suite import Cell, LeftOut
-from . import check, workshop
+from ..suite import AttackCell, Cell, LeftOut
+from . import check
 from .display import Display
 from .executors import Executor, Pending, Report
-from .workshop import Resources
+from .workshop import Resources, Workshop
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,10 @@ def plan(path: Path, store: Path, resources: Resources, plugins: Sequence[Path] 
     Raises:
         GradleakError: the suite, a plugin file or the store is not as it should be, or a cell cannot run.
     """
+    return _plan(path, store, Workshop(resources), plugins)
+
+
+def _plan(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path]) -> Plan:
     for plugin in plugins:
         for group, name in registry.add_file(plugin):
             for line in near_misses(registry.load(group, name)):
@@ -82,11 +86,10 @@ def plan(path: Path, store: Path, resources: Resources, plugins: Sequence[Path] 
     unrun: list[LeftOut] = []
     try:
         with blamed():
-            cells = suite.expand(chosen, workshop.digest(resources), resources.data_root, unrun.append)
+            cells = suite.expand(chosen, workshop.digest, workshop.resources.data_root, unrun.append)
             # Cells that were computed were checked before that, and a large suite takes its time.
-            new = {
-                cell.key for cell in check.check([c for c in cells if c.key not in statuses], resources, unrun.append)
-            }
+            waiting = [cell for cell in cells if cell.key not in statuses]
+            new = {cell.key for cell in check.check(waiting, workshop, unrun.append)}
         cells = [cell for cell in cells if cell.key in statuses or cell.key in new]
     except GradleakError as error:
         raise GradleakError(f"suite {path}: {error}") from error
@@ -121,15 +124,16 @@ def run(
         GradleakError: as `plan`, or the store cannot be written.
     """
     started = time.monotonic()
-    found = plan(path, store, resources, plugins)
+    workshop = Workshop(resources)
+    found = _plan(path, store, workshop, plugins)
     waiting = found.waiting(retry_failed)
     titles = {cell.key: cell.title for cell in found.cells}
     ran, ended, pending = 0, 0, dict[str, str]()
     with Store(store, create=True) as target:
         try:
-            target.rename({cell.key: cell.config for cell in found.cells})
-            left_out.note(target, found.left_out, {cell.place for cell in found.cells if not cell.is_utility})
-            _write_victims(target, found.cells, resources)
+            target.rename({cell.key: cell.stored() for cell in found.cells})
+            left_out.note(target, found.left_out, {cell.place for cell in suite.attacking(found.cells)})
+            _write_victims(target, found.cells, workshop)
             with Display(console or Console(stderr=True), len(found.cells), waiting) as display, _endable():
                 for result in _results(target, waiting, executor, resources, plugins, retry_failed, display.progress):
                     if isinstance(result, Pending):
@@ -169,17 +173,15 @@ def _results(
         claims.end()
 
 
-def _write_victims(store: Store, cells: Sequence[Cell], resources: Resources) -> None:
+def _write_victims(store: Store, cells: Sequence[Cell], workshop: Workshop) -> None:
     """Keep the true images of every list of victims that the cells attack."""
-    longest: dict[str, Cell] = {}
-    for cell in cells:
-        if cell.is_utility:
-            continue
-        name = victim_list(cell.config)
-        if name not in longest or cell.config["victims"] > longest[name].config["victims"]:
+    longest: dict[str, AttackCell] = {}
+    for cell in suite.attacking(cells):
+        name = victim_list(cell.stored())
+        if name not in longest or cell.victims > longest[name].victims:
             longest[name] = cell
     for name, cell in longest.items():
-        store.write_victims(name, *workshop.victims_of(cell, resources))
+        store.write_victims(name, *workshop.victims_of(cell))
 
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

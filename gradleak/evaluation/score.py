@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from ..attack import Attack, Reconstruction
+from ..attack import Reconstruction
 from ..board.store import ImageRow
 from ..dataset import Data
 from ..federation import client
+from ..suite import AttackCell
 from ..threat import Observation
 from ..update import Network
 from . import metrics
 from .answer import Answer
-from .workshop import Resources, described
+from .workshop import Workshop
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +37,14 @@ def of_victims(rows: list[ImageRow], guesses: Tensor | None, size: int) -> tuple
 
 
 def rows_of(
-    config: Mapping[str, Any],
-    attack: Attack,
+    cell: AttackCell,
     data: Data,
     observation: Observation,
     sent: client.Sent,
     images: Tensor,
     labels: Tensor,
     given: Answer,
-    resources: Resources,
+    workshop: Workshop,
 ) -> list[ImageRow]:
     """One row an image: the metrics of every reconstruction against its truth; an invalid one has none."""
     norms = _norms(sent.message)
@@ -61,16 +59,16 @@ def rows_of(
             for victim in range(len(images))
             for image in range(images.shape[1])
         ]
-    candidates = data.candidates(config["candidates"], config["tuning"])
+    candidates = data.candidates(cell.candidates, cell.tuning)
     scored = metrics.score(answer.images, answer.labels, images, labels, candidates)
-    truth, notes = None, {}
+    truth, notes, attack = None, {}, cell.built_attack
     if not attack.observes_other_victim:
         try:
             truth = attack.loss(observation, sent.images, sent.targets, sent.buffers)
         except Exception as error:
             # A diagnostic: without it the answer still counts, so the rows say what is missing, and why.
-            notes["note"] = f"no loss at the truth: {described(error, resources)}"
-            log.warning("%s: %s", config["attack"]["label"], notes["note"])
+            notes["note"] = f"no loss at the truth: {workshop.described(error)}"
+            log.warning("%s: %s", cell.attack.label, notes["note"])
     oracle = _oracle(answer, images)
     matched = torch.tensor([row["matched"] for row in scored]).view(len(images), -1)
     columns = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 import tempfile
@@ -16,14 +15,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import registry
 from ..board.bundle import open_bundle
 from ..board.store import Store, victim_list
 from ..dataset import Data
 from ..errors import GradleakError
-from ..suite import UTILITY, Cell, attack_and_defense, check_files, key_of
-from . import evaluate, identity, metrics, workshop
-from .workshop import Resources
+from ..suite import UTILITY, AttackCell, Cell, GivenPrior, Part, TrainingCell, key_of
+from . import evaluate, identity, metrics
+from .workshop import Resources, Workshop, versions
 
 TOLERANCE = {"mse": 1e-6, "psnr": 0.05, "ssim": 1e-3, "ms_ssim": 1e-3, "lpips": 5e-3, "reidentified": 0.0}
 """How far a recomputed metric may be off: reconstructions are kept as float32, and machines round differently."""
@@ -71,15 +69,16 @@ def verify(bundle: Path, resources: Resources, sample: int = 3, seed: int = 0) -
             _keys(cells),
             _plugins(attacks),
         ]
-        data, victims = _victims(store, attacks, resources)
+        workshop = Workshop(resources)
+        data, victims = _victims(store, attacks, workshop)
         found += [*victims, _complete(attacks, rows), _metrics(store, attacks, rows, data)]
         known = finished[[_runnable(config, data) for config in finished["config"]]]
         picked = sorted(random.Random(seed).sample(range(len(known)), min(sample, len(known))))
-        return [*found, *(_again(cell, rows, resources) for cell in known.iloc[picked].to_dict("records"))]
+        return [*found, *(_again(cell, rows, workshop) for cell in known.iloc[picked].to_dict("records"))]
 
 
 def _versions(cells: pd.DataFrame) -> Finding:
-    here = workshop.versions()
+    here = versions()
     other = {
         f"{name} {value}" for found in cells["versions"] for name, value in found.items() if here.get(name) != value
     }
@@ -98,17 +97,15 @@ def _plugins(cells: pd.DataFrame) -> Finding:
     wrong, unknown = [], []
     for key, config, facts in zip(cells["key"], cells["config"], cells["provenance"], strict=True):
         try:
-            attack, defense = attack_and_defense(config)
-            true = identity.identity(config)
-            check_files(config)
+            cell = _cell(config)
+            attack, defense = cell.built_attack, cell.built_defense
+            true = identity.identity(cell)
+            cell.check_files()
         except GradleakError as error:
             unknown.append(str(error))
             continue
-        versions = (config["attack"].get("version"), config["defense"].get("version"))
-        if any(facts.get(name) != value for name, value in true.items()) or versions != (
-            attack.version,
-            defense.version,
-        ):
+        same = (cell.attack.version, cell.defense.version) == (attack.version, defense.version)
+        if not same or any(facts.get(name) != value for name, value in true.items()):
             wrong.append(key[:12])
     if wrong:
         return Finding("attacks and defenses", False, f"other family, knowledge or version than here: {_first(wrong)}")
@@ -119,41 +116,39 @@ def _plugins(cells: pd.DataFrame) -> Finding:
     return Finding("attacks and defenses", True, "families, adaptivity and versions are those of the plugins here")
 
 
-def _victims(store: Store, cells: pd.DataFrame, resources: Resources) -> tuple[dict[str, Data], list[Finding]]:
+def _victims(store: Store, cells: pd.DataFrame, workshop: Workshop) -> tuple[dict[Part, Data], list[Finding]]:
     """Return the datasets that are here and what they are marked with, and a finding for each list of victims."""
-    data: dict[str, Data] = {}
+    data: dict[Part, Data] = {}
     found = []
-    lists: dict[str, dict[str, Any]] = {}
+    lists: dict[str, AttackCell] = {}
     for config in cells["config"]:
-        name = victim_list(config)
-        if name not in lists or config["victims"] > lists[name]["victims"]:
-            lists[name] = config
-    for name, config in sorted(lists.items()):
-        chosen = config["dataset"]
+        name, cell = victim_list(config), _cell(config)
+        if name not in lists or cell.victims > lists[name].victims:
+            lists[name] = cell
+    for name, cell in sorted(lists.items()):
         try:
-            dataset = registry.build("datasets", chosen["name"], chosen["options"])
-            here = Data(dataset, chosen["name"], resources.data_root, resources.download)
+            here = workshop.data(cell.dataset)
         except GradleakError as error:
             found.append(Finding("victims", None, f"{name}: the dataset is not here: {error}"))
             continue
-        if (here.version, here.digest) != (chosen["version"], chosen["digest"]):
+        if (here.version, here.digest) != (cell.dataset.version, cell.dataset.digest):
             found.append(
                 Finding("victims", False, f"{name}: the dataset here is version {here.version}, {here.digest}")
             )
             continue
-        images, labels = workshop.victims_of(Cell("", dict(config)), resources)
+        images, labels = workshop.victims_of(cell)
         try:
-            kept = [store.truth(name, victim) for victim in range(config["victims"])]
+            kept = [store.truth(name, victim) for victim in range(cell.victims)]
         except GradleakError:
-            found.append(Finding("victims", False, f"{name}: the bundle lacks some of {config['victims']}"))
+            found.append(Finding("victims", False, f"{name}: the bundle lacks some of {cell.victims}"))
             continue
         same = all(
             np.array_equal(image, images[victim]) and np.array_equal(label, labels[victim])
             for victim, (image, label) in enumerate(kept)
         )
         if same:
-            data[_mark(config)] = here
-        detail = f"{config['victims']} of {name}" + ("" if same else ": not the images of the dataset")
+            data[cell.dataset] = here
+        detail = f"{cell.victims} of {name}" + ("" if same else ": not the images of the dataset")
         found.append(Finding("victims", same, detail))
     return data, found
 
@@ -170,15 +165,16 @@ def _complete(cells: pd.DataFrame, rows: pd.DataFrame) -> Finding:
     return Finding("rows", not wrong, detail)
 
 
-def _metrics(store: Store, cells: pd.DataFrame, rows: pd.DataFrame, data: dict[str, Data]) -> Finding:
+def _metrics(store: Store, cells: pd.DataFrame, rows: pd.DataFrame, data: dict[Part, Data]) -> Finding:
     """Compute every image metric again from the reconstructions."""
     worst = dict.fromkeys(TOLERANCE, 0.0)
     wrong: list[str] = []
     checked, groups = 0, {key: part for key, part in rows.groupby("key")}
     for key, config in zip(cells["key"], cells["config"], strict=True):
-        if _mark(config) not in data:
+        cell = _cell(config)
+        if cell.dataset not in data:
             continue
-        candidates = data[_mark(config)].candidates(config["candidates"], config["tuning"])
+        candidates = data[cell.dataset].candidates(cell.candidates, cell.tuning)
         for victim, part in groups.get(key, rows[:0]).groupby("victim"):
             try:
                 images = store.reconstruction(key, int(str(victim)))
@@ -214,14 +210,14 @@ def _differences(row: dict[str, Any], again: dict[str, Any]) -> Iterator[tuple[s
         yield name, abs(stored - here) if math.isfinite(stored) else math.inf
 
 
-def _again(cell: dict[Any, Any], rows: pd.DataFrame, resources: Resources) -> Finding:
+def _again(cell: dict[Any, Any], rows: pd.DataFrame, workshop: Workshop) -> Finding:
     """Run a cell again and compare the scores of its images."""
-    ran = Cell(cell["key"], cell["config"])
+    ran = Cell.of(cell["config"])
     name = f"run again {cell['key'][:12]}"
-    result = evaluate.evaluate(ran, resources)
+    result = evaluate.evaluate(ran, workshop)
     if result.status != "ok":
         return Finding(name, None, f"{ran.title}: cannot be run here: {result.error}")
-    if ran.is_utility:
+    if isinstance(ran, TrainingCell):
         stored, here = (np.array([facts["test_accuracy"]]) for facts in (cell["provenance"], result.provenance))
         what, allowed = "test accuracy", ACCURACY
     else:
@@ -234,13 +230,22 @@ def _again(cell: dict[Any, Any], rows: pd.DataFrame, resources: Resources) -> Fi
     return Finding(name, bool(abs(here.mean() - stored.mean()) <= allowed), f"{ran.title}: {same}")
 
 
-def _runnable(config: dict[str, Any], data: dict[str, Data]) -> bool:
+def _cell(config: dict[str, Any]) -> AttackCell:
+    """Return the typed form of a cell that attacks.
+
+    Raises:
+        GradleakError: it is none.
+    """
+    cell = Cell.of(config)
+    if not isinstance(cell, AttackCell):
+        raise GradleakError("cell: attacks nobody")
+    return cell
+
+
+def _runnable(config: dict[str, Any], data: dict[Part, Data]) -> bool:
     """Whether the dataset is here, and the cell names no code of its own: a stranger's bundle may not pick any."""
-    return _mark(config) in data and "source" not in config.get("prior", {})
-
-
-def _mark(config: dict[str, Any]) -> str:
-    return json.dumps(config["dataset"], sort_keys=True)
+    cell = Cell.of(config)
+    return cell.dataset in data and not (isinstance(cell, AttackCell) and isinstance(cell.prior, GivenPrior))
 
 
 def _listed(versions: dict[str, str]) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import os
 import platform
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy.typing as npt
 import torch
@@ -28,10 +28,15 @@ from ..paths import conceal, printable
 from ..plugins import place_of, said
 from ..process import default_cache
 from ..search.generators import Generator, load_generator
-from ..suite import Cell, build_defense_of, build_setting
+from ..suite import AttackCell, Cell, GivenPrior, LearnedPrior, Part
 from ..threat import Setting
 from ..training import networks, priors
 from ..update import Network
+
+Shape = tuple[int, int, int]
+Prior = LearnedPrior | GivenPrior
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 @dataclass(frozen=True)
@@ -59,74 +64,144 @@ Progress = Callable[[float, float], None]
 """Share of a cell done in [0, 1], and the attack's current mean loss."""
 
 
-def digest(resources: Resources) -> Callable[[str, Mapping[str, Any]], tuple[str, str]]:
-    """Return a function from a dataset's name and options to its version and digest."""
+class Workshop:
+    """What a worker makes once and keeps: a dataset read, a network trained, a generator."""
 
-    def of(name: str, options: Mapping[str, Any]) -> tuple[str, str]:
-        data = data_of({"name": name, "options": options}, resources)
+    def __init__(self, resources: Resources | None = None) -> None:
+        """Start with nothing made."""
+        self.resources = resources or Resources()
+        self._data = _Kept[Part, Data](8)
+        self._untrained = _Kept[tuple[Part, Shape, int], nn.Module](64)
+        self._clients = _Kept[tuple[Part, Part | None, Setting, Shape, int], Network](32)
+        self._networks = _Kept[tuple[Part, Part, Part | None, int, int], tuple[nn.Module, float]](16)
+        self._generators = _Kept[LearnedPrior, Generator](4)
+
+    def digest(self, name: str, options: Mapping[str, Any]) -> tuple[str, str]:
+        """Return the version and the digest of a dataset by its name and options."""
+        data = self.data(Part(name, options=options))
         return data.version, data.digest
 
-    return of
+    def described(self, error: BaseException) -> str:
+        """Say what was raised and where, without the folders of this machine: stores are published."""
+        text = printable(said(error))
+        if not isinstance(error, GradleakError) and not place_of(error):
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{text} ({Path(last.filename).name}:{last.lineno})"
+        folders = {"<cache>": self.resources.cache or default_cache(), "<data root>": self.resources.data_root}
+        return conceal(text, folders)
+
+    def victims_of(self, cell: AttackCell) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Images [N, B, C, H, W] and labels [N, B] of a cell's victims, for galleries."""
+        images, labels = self.data(cell.dataset).victims(cell.victims, cell.setting.batch_size, cell.tuning)
+        return images.numpy(), labels.numpy()
+
+    def data(self, part: Part) -> Data:
+        """Return the data of a dataset."""
+        source = Part(part.name, options=part.options)  # Version and digest are what comes out.
+        root, download = self.resources.data_root, self.resources.download
+        return self._data.get(
+            source,
+            lambda: Data(registry.build("datasets", part.name, part.options), part.name, root, download),
+        )
+
+    def untrained(self, part: Part, shape: Shape, classes: int) -> nn.Module:
+        """Return an untrained model, to look at its structure only."""
+
+        def make() -> nn.Module:
+            plugin: Model = registry.build("models", part.name, part.options)
+            _refuse_too_large(plugin, part.name, shape, classes)
+            try:
+                module = initialise(plugin, shape, classes, 0)
+            except (RuntimeError, MemoryError, OverflowError) as error:
+                raise GradleakError(f"model {part.name!r}: {said(error)}") from error
+            try_out(module, plugin, shape, classes)
+            return module
+
+        return self._untrained.get((part, shape, classes), make)
+
+    def client(self, cell: AttackCell, data: Data) -> Network:
+        """Return the untrained network of a cell's clients, to look at its structure only."""
+        changes = _prepares(cell.built_defense) or cell.built_defense.per_example_gradients
+        guard, shape, classes = cell.built_defense if changes else Defense(), data.shape, data.classes
+        return self._clients.get(
+            (cell.model, cell.defense if changes else None, cell.setting, shape, classes),
+            lambda: client.client_network(self.untrained(cell.model, shape, classes), guard, cell.setting),
+        )
+
+    def network(self, cell: Cell) -> tuple[nn.Module, float]:
+        """Return the model that a client is sent, and the accuracy it was trained to.
+
+        One that a defense changes is changed first and then trained.
+        """
+        changed = cell.defense if _prepares(cell.built_defense) else None
+        epochs, seed = cell.setting.epochs, cell.seed
+
+        def make() -> tuple[nn.Module, float]:
+            plugin: Model = registry.build("models", cell.model.name, cell.model.options)
+            data = self.data(cell.dataset)
+            if changed is not None:
+                weights = networks.initial_seed(plugin, cell.model.name, data, seed)
+                plugin = _Changed(model=plugin, defense=cell.built_defense, weights=weights)
+            cache, device = self.resources.cache, self.resources.device
+            return networks.prepare(plugin, cell.model.name, data, epochs, seed, cache, device)
+
+        return self._networks.get((cell.model, cell.dataset, changed, epochs, seed), make)
+
+    def generator(self, prior: Prior, data: Data) -> Generator:
+        """Return a copy of a granted generator; its labels mean something only if it learned the same classes."""
+        fitting = self.fitting(prior, data)
+        if isinstance(prior, GivenPrior) or isinstance(fitting, Generator):
+            assert isinstance(fitting, Generator)
+            return fitting
+        generator = copy.deepcopy(self._generators.get(prior, lambda: self._learned(prior)))
+        generator.labelled = fitting.split.classes == data.split.classes
+        return generator
+
+    def fitting(self, prior: Prior, data: Data) -> Generator | Data:
+        """Return the user's generator, or the dataset whose train split one learns.
+
+        Raises:
+            GradleakError: it makes, or holds, other images than the victims'.
+        """
+        if isinstance(prior, GivenPrior):
+            weights = prior.weights and (self.resources.data_root or Path()) / prior.weights
+            return load_generator(prior.source, weights or None, data.shape)
+        public = self.data(prior.dataset)
+        if public.shape != data.shape:
+            raise GradleakError(
+                f"prior: dataset {public.name!r} has images {public.shape}; those of {data.name!r} are {data.shape}"
+            )
+        return public
+
+    def _learned(self, prior: LearnedPrior) -> Generator:
+        recipe = priors.Recipe(**prior.options)
+        return priors.train_prior(self.data(prior.dataset), recipe, self.resources.cache, self.resources.device)
 
 
-def described(error: BaseException, resources: Resources) -> str:
-    """Say what was raised and where, without the folders of this machine: stores are published."""
-    text = printable(said(error))
-    if not isinstance(error, GradleakError) and not place_of(error):
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{text} ({Path(last.filename).name}:{last.lineno})"
-    return conceal(text, {"<cache>": resources.cache or default_cache(), "<data root>": resources.data_root})
+class _Kept(Generic[_K, _V]):
+    """The last things made, each under what it was made of."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._things: OrderedDict[_K, _V] = OrderedDict()
+
+    def get(self, key: _K, make: Callable[[], _V]) -> _V:
+        """Return what is kept under a key, made now if there is nothing."""
+        if key not in self._things:
+            thing = make()
+            while len(self._things) >= self._most:
+                self._things.popitem(last=False)
+            self._things[key] = thing
+        self._things.move_to_end(key)
+        return self._things[key]
 
 
-def victims_of(cell: Cell, resources: Resources) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Images [N, B, C, H, W] and labels [N, B] of a cell's victims, for galleries."""
-    config = cell.config
-    batch_size = config["setting"]["batch_size"]
-    data = data_of(config["dataset"], resources)
-    images, labels = data.victims(config["victims"], batch_size, config["tuning"])
-    return images.numpy(), labels.numpy()
+def _prepares(defense: Defense) -> bool:
+    """Whether a defense changes the model."""
+    return type(defense).prepare_model is not Defense.prepare_model
 
 
-def data_of(config: Mapping[str, Any], resources: Resources) -> Data:
-    """Return the data of a cell; read once in a worker."""
-    options = json.dumps(config["options"], sort_keys=True)
-    return _read(config["name"], options, resources.data_root, resources.download)
-
-
-@functools.lru_cache(maxsize=8)
-def _read(name: str, options: str, root: Path | None, download: bool) -> Data:
-    return Data(registry.build("datasets", name, json.loads(options)), name, root, download)
-
-
-@functools.lru_cache(maxsize=64)
-def untrained(model: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Return an untrained model, to look at its structure only."""
-    config = json.loads(model)
-    plugin: Model = registry.build("models", config["name"], config["options"])
-    _refuse_too_large(plugin, config["name"], shape, classes)
-    try:
-        module = initialise(plugin, shape, classes, 0)
-    except (RuntimeError, MemoryError, OverflowError) as error:
-        raise GradleakError(f"model {config['name']!r}: {said(error)}") from error
-    try_out(module, plugin, shape, classes)
-    return module
-
-
-def client_of(config: Mapping[str, Any], data: Data) -> Network:
-    """Return the untrained network of a cell's clients, to look at its structure only."""
-    model, defense, setting = (json.dumps(config[key], sort_keys=True) for key in ("model", "defense", "setting"))
-    prepares = type(build_defense_of(config["defense"])).prepare_model is not Defense.prepare_model
-    per_example = build_defense_of(config["defense"]).per_example_gradients
-    return _client(model, defense if prepares or per_example else "", setting, data.shape, data.classes)
-
-
-@functools.lru_cache(maxsize=32)
-def _client(model: str, defense: str, setting: str, shape: tuple[int, int, int], classes: int) -> Network:
-    guard = build_defense_of(json.loads(defense)) if defense else Defense()
-    return client.client_network(untrained(model, shape, classes), guard, build_setting(json.loads(setting)))
-
-
-def _refuse_too_large(plugin: Model, name: str, shape: tuple[int, int, int], classes: int) -> None:
+def _refuse_too_large(plugin: Model, name: str, shape: Shape, classes: int) -> None:
     """Refuse a model whose weights this machine cannot hold, before any memory is touched."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -142,27 +217,6 @@ def _refuse_too_large(plugin: Model, name: str, shape: tuple[int, int, int], cla
         raise GradleakError(f"model {name!r}: its weights take {size:,.0f} GiB; this machine has {memory:,.0f} GiB")
 
 
-def network_of(config: Mapping[str, Any], setting: Setting, resources: Resources) -> tuple[nn.Module, float]:
-    """Return the model that a client is sent, and the accuracy it was trained to."""
-    model, dataset, defense = (json.dumps(config[key], sort_keys=True) for key in ("model", "dataset", "defense"))
-    prepares = type(build_defense_of(config["defense"])).prepare_model is not Defense.prepare_model
-    return _prepared(model, dataset, defense if prepares else "", setting.epochs, config["seed"], resources)
-
-
-@functools.lru_cache(maxsize=16)
-def _prepared(
-    model: str, dataset: str, defense: str, epochs: int, seed: int, resources: Resources
-) -> tuple[nn.Module, float]:
-    """Build and train the model; one that a defense changes is changed first and then trained."""
-    config = json.loads(model)
-    plugin: Model = registry.build("models", config["name"], config["options"])
-    data = data_of(json.loads(dataset), resources)
-    if defense:
-        weights = networks.initial_seed(plugin, config["name"], data, seed)
-        plugin = _Changed(model=plugin, defense=build_defense_of(json.loads(defense)), weights=weights)
-    return networks.prepare(plugin, config["name"], data, epochs, seed, resources.cache, resources.device)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Changed(Model):
     """A model that a defense has prepared, from the initial weights that it has without the defense."""
@@ -172,39 +226,8 @@ class _Changed(Model):
     defense: Defense
     weights: tuple[str, ...]
 
-    def build(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    def build(self, shape: Shape, classes: int) -> nn.Module:
         return self.defense.prepare_model(initialise(self.model, shape, classes, *self.weights))
-
-
-def generator_of(config: Mapping[str, Any], data: Data, resources: Resources) -> Generator:
-    """Return a copy of the granted generator; its labels mean something only if it learned the same classes."""
-    prior = config["prior"]
-    fitting = fitting_prior(prior, data, resources)
-    if isinstance(fitting, Generator):
-        return fitting
-    generator = copy.deepcopy(_trained_prior(json.dumps(prior, sort_keys=True), resources))
-    generator.labelled = fitting.split.classes == data.split.classes
-    return generator
-
-
-def fitting_prior(prior: Mapping[str, Any], data: Data, resources: Resources) -> Generator | Data:
-    """Return the user's generator, or the dataset whose train split one learns; checked against the victims'."""
-    if "source" in prior:
-        weights = prior["weights"] and (resources.data_root or Path()) / prior["weights"]
-        return load_generator(prior["source"], weights, data.shape)
-    public = data_of(prior["dataset"], resources)
-    if public.shape != data.shape:
-        raise GradleakError(
-            f"prior: dataset {public.name!r} has images {public.shape}; those of {data.name!r} are {data.shape}"
-        )
-    return public
-
-
-@functools.lru_cache(maxsize=4)
-def _trained_prior(prior: str, resources: Resources) -> Generator:
-    config = json.loads(prior)
-    recipe = priors.Recipe(**config["options"])
-    return priors.train_prior(data_of(config["dataset"], resources), recipe, resources.cache, resources.device)
 
 
 def device_name(device: str) -> str:

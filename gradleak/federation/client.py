@@ -8,19 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 from .. import seeds, structure
+from ..channel import Channel
 from ..defense import Defense, Memory, Message, Public
-from ..engine import answers
 from ..errors import GradleakError
 from ..mechanisms import batch_statistics
 from ..threat import BatchNorm, Setting
-from ..update import Network, Update, by_transform, copied, local_update, loss_after, one_hot, stack
+from ..update import Network, Update, copied, one_hot, stack
 from .trainable import choose
 
 
@@ -112,55 +110,36 @@ def send(
         memories: what each client kept from its last message; by default this is their first.
         together: compute the clients' updates in one stack, which is faster and equal up to rounding.
     """
-    template = {name: tensor for name, tensor in network.parameters.items()}
-    with answers.draws_its_own(defense, "public"):
-        public = defense.public(template, setting.batch_size, torch.Generator().manual_seed(round_seed))
-    per_example = partial(defense.per_example, public=public) if defense.per_example_gradients else None
+    channel = Channel.drawn(
+        network, defense, setting.local_training, setting.batch_size, torch.Generator().manual_seed(round_seed)
+    )
     started = time.perf_counter()
     generators = [torch.Generator().manual_seed(seed) for seed in client_seeds]
-    encoded, soft, drawn = [], [], []
-    for batch, classes_of, generator in zip(images, labels, generators, strict=True):
-        with answers.draws_its_own(defense, "encode"):
-            inputs, targets = defense.encode(batch, one_hot(classes_of, classes, batch.dtype), generator)
-        encoded.append(inputs)
-        soft.append(targets)
-        with answers.draws_its_own(defense, "private_buffers"):
-            drawn.append(defense.private_buffers(network.module, inputs, generator))
-    train = partial(local_update, network, training=setting.local_training, per_example=per_example)
-    if together:
-        stacked = vmap(
-            lambda images, targets, buffers: train(images, targets, buffers=buffers, differentiate=by_transform)
-        )(torch.stack(encoded), torch.stack(soft), stack(drawn))
-        updates = [{name: tensor[index] for name, tensor in stacked.items()} for index in range(len(images))]
-    else:
-        updates = []
-        for inputs, targets, buffers in zip(encoded, soft, drawn, strict=True):
-            update = train(inputs, targets, buffers=buffers)
-            updates.append({name: tensor.detach() for name, tensor in update.items()})
+    batches = [
+        channel.batch(rows, one_hot(classes_of, classes, rows.dtype), generator)
+        for rows, classes_of, generator in zip(images, labels, generators, strict=True)
+    ]
+    updates = channel.updates(batches) if together else [channel.update(batch) for batch in batches]
     messages, kept, seen = [], [], []
-    for index, generator in enumerate(generators):
-        inputs, targets, buffers = encoded[index], soft[index], drawn[index]
-        loss = loss_after(network, inputs, targets, buffers)
+    for index, (batch, generator) in enumerate(zip(batches, generators, strict=True)):
         memory = None if memories is None else memories[index]
-        with answers.draws_its_own(defense, "protect", "release", "release_next"):
-            message, memory = defense.release_next(updates[index], public, generator, loss, memory)
-        answers.tensors(message, defense, "protect", "release", "release_next")
-        messages.append({name: tensor.detach() for name, tensor in message.items()})
+        message, memory = channel.release(batch, updates[index], generator, memory)
+        messages.append(message)
         kept.append(memory)
         if setting.grants.batch_norm is BatchNorm.BATCH:
             with torch.no_grad():
-                seen.append(batch_statistics.of_batch(network, inputs, buffers))
+                seen.append(batch_statistics.of_batch(network, batch.images, batch.buffers))
     seconds = (time.perf_counter() - started) / len(images)
     return Sent(
         message=stack(messages),
-        public=public,
+        public=channel.public,
         update=stack(updates),
-        buffers=stack(drawn),
-        images=torch.stack(encoded),
-        targets=torch.stack(soft),
+        buffers=stack([batch.buffers for batch in batches]),
+        images=torch.stack([batch.images for batch in batches]),
+        targets=torch.stack([batch.targets for batch in batches]),
         statistics=stack(seen) if seen else {},
-        bytes=[len(defense.pack(message, public)) for message in messages],
-        dense_bytes=4 * sum(tensor.numel() for tensor in template.values()),
+        bytes=[len(defense.pack(message, channel.public)) for message in messages],
+        dense_bytes=4 * sum(tensor.numel() for tensor in network.parameters.values()),
         seconds=seconds,
         memories=kept,
         drew=any(_drew(generator, seed) for generator, seed in zip(generators, client_seeds, strict=True)),

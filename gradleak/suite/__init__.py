@@ -1,41 +1,47 @@
 """Suites: a YAML file that spans a grid, validated, and expanded into cells with stable keys."""
 
 from .cells import (
-    UTILITY,
+    AttackCell,
     Cell,
+    Draws,
     LeftOut,
     Note,
-    attack_and_defense,
+    TrainingCell,
+    attacking,
     build_defense,
-    build_defense_of,
-    check_files,
     dataset_label,
     key_of,
     unnamed,
     unnoted,
 )
 from .expand import CORE, Digest, expand
+from .parts import DatasetPart, GivenPrior, LearnedPrior, Part
 from .read import read
-from .schema import KNOWLEDGE, Engine, Entry, Prior, Suite, Utility, build_setting
+from .schema import KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
 
 __all__ = [
     "CORE",
     "KNOWLEDGE",
     "UTILITY",
+    "AttackCell",
     "Cell",
+    "DatasetPart",
     "Digest",
+    "Draws",
     "Engine",
     "Entry",
+    "GivenPrior",
+    "LearnedPrior",
     "LeftOut",
     "Note",
+    "Part",
     "Prior",
     "Suite",
+    "TrainingCell",
     "Utility",
-    "attack_and_defense",
+    "attacking",
     "build_defense",
-    "build_defense_of",
     "build_setting",
-    "check_files",
     "dataset_label",
     "expand",
     "key_of",

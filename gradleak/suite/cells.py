@@ -1,60 +1,248 @@
-"""A cell: one point of a grid, its key, and the plugins that its configuration names."""
+"""A cell: one point of a grid, typed, with its key and the plugins that it names."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .. import registry
-from ..errors import GradleakError, unknown
+from ..errors import unknown
+from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, members, prior_of, taken
+from .schema import UTILITY, Engine, Utility, build_setting, stored_setting
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # What needs torch; suites are read without it.
     from ..attack import Attack
     from ..defense import Defense
-
-
-UTILITY = "utility"
-"""What stands for the attack in a cell that trains a model under a defense, and attacks nobody."""
+    from ..threat import Level, Setting
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One point of a grid over its list of victims: a key, and everything that the key stands for."""
+class Draws:
+    """What random numbers of an attacked cell may depend on: equal choices, equal draws.
 
-    key: str
-    config: dict[str, Any]
+    Names, labels, what is granted and the wording of a plugin file are no part of it.
+    """
+
+    messages: tuple[object, ...]
+    """Of the round and its clients; without the attack, so that every attack faces the same messages."""
+    attack: tuple[object, ...]
+    """Of the attack's streams; without the defense."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cell(ABC):
+    """One point of a grid. What it builds is built once; what is stored of it is plain data."""
+
+    defense: Part
+    model: Part
+    dataset: DatasetPart
+    setting: Setting
+    seed: int
+    suite: tuple[str, int | str] = ("", 1)
+    """Name and version of the suite that asked for it; no part of the key."""
     optional: bool = False
-    """Whether it is left out where its attack cannot run on its model, instead of refused."""
+    """Whether it is left out where its attack cannot run on its model, instead of refused; not stored."""
+
+    @staticmethod
+    def of(stored: Mapping[str, Any], optional: bool = False) -> AttackCell | TrainingCell:
+        """Return the cell of a stored form.
+
+        Raises:
+            GradleakError: something is missing, or is not what it has to be.
+        """
+        attack = Part.of(taken(stored, "attack", dict))
+        suite = taken(stored, "suite", dict, {})
+        common: dict[str, Any] = {
+            "defense": Part.of(taken(stored, "defense", dict)),
+            "model": Part.of(taken(stored, "model", dict)),
+            "dataset": DatasetPart.of(taken(stored, "dataset", dict)),
+            "setting": build_setting(taken(stored, "setting", dict), "cell"),
+            "seed": taken(stored, "seed", int),
+            "suite": (suite.get("name", ""), suite.get("version", 1)),
+            "optional": optional,
+        }
+        if attack.name == UTILITY:
+            return TrainingCell(recipe=Utility.of(attack.options), version=attack.version, **common)
+        return AttackCell.of_parts(attack, stored, common)
+
+    @abstractmethod
+    def stored(self) -> dict[str, Any]:
+        """Return all that the key stands for, and the names, as plain data."""
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of what is stored, without what only names it (labels, setting name, suite)."""
+        return key_of(self.stored())
 
     @property
-    def place(self) -> tuple[str, str, str, str, str]:
-        """Labels of attack, defense, model, dataset and setting, as tables have them."""
-        attack, defense, model, dataset = (
-            self.config[axis]["label"] for axis in ("attack", "defense", "model", "dataset")
-        )
-        tuning = bool(self.config.get("tuning"))
-        return attack, defense, model, dataset_label(dataset, tuning), self.config["setting"]["name"]
+    @abstractmethod
+    def title(self) -> str:
+        """One line for progress and errors."""
 
-    def left_out(self, reason: str) -> LeftOut:
-        """Return the note that its attack does not apply."""
-        return LeftOut(*self.place, self.config["knowledge"], reason)
+    @cached_property
+    def built_defense(self) -> Defense:
+        """The defense."""
+        return build_defense(self.defense.name, self.defense.options)
+
+    def check_files(self) -> None:
+        """Refuse to compute it with other plugin files than those that it was made of.
+
+        Raises:
+            GradleakError: a file was changed, or another of the same name was given.
+        """
+        for group, part in (("defenses", self.defense), ("models", self.model), ("datasets", self.dataset)):
+            part.check_file(group)
+
+    def _stored_suite(self) -> dict[str, Any]:
+        return {"name": self.suite[0], "version": self.suite[1]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to workers as what it is, without what it has built."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttackCell(Cell):
+    """A cell that attacks a list of victims."""
+
+    attack: Part
+    knowledge: Level
+    """Of the defense."""
+    victims: int
+    tuning: bool = False
+    """Whether these are tuning victims."""
+    candidates: int = 100
+    """Images among which re-identification must find the true one."""
+    engine: Engine = field(default_factory=Engine)
+    prior: LearnedPrior | GivenPrior | None = None
+    """The generator that the attack is given."""
+    definitions: Mapping[str, Any] = field(default_factory=dict)
+    """Versions of what every result depends on beside its plugins."""
+
+    @classmethod
+    def of_parts(cls, attack: Part, stored: Mapping[str, Any], common: Mapping[str, Any]) -> AttackCell:
+        """Return the cell of a stored form whose attack, and what all cells have, are read already.
+
+        Raises:
+            GradleakError: something is missing, or is not what it has to be.
+        """
+        from ..threat import Level
+
+        level = taken(stored, "knowledge", str)
+        if level not in (known := [each.value for each in Level]):
+            raise unknown("level", level, known, "cell: knowledge")
+        return cls(
+            attack=attack,
+            knowledge=Level(level),
+            victims=taken(stored, "victims", int),
+            tuning=taken(stored, "tuning", bool),
+            candidates=taken(stored, "candidates", int),
+            engine=Engine.of(taken(stored, "engine", dict)),
+            prior=prior_of(taken(stored, "prior", dict)) if "prior" in stored else None,
+            definitions=taken(stored, "definitions", dict),
+            **common,
+        )
+
+    def stored(self) -> dict[str, Any]:
+        """Return all that the key stands for, and the names, as plain data."""
+        return {
+            "attack": self.attack.stored(),
+            "defense": self.defense.stored(),
+            "model": self.model.stored(),
+            "dataset": self.dataset.stored(),
+            "setting": stored_setting(self.setting),
+            "knowledge": self.knowledge.value,
+            "victims": self.victims,
+            "tuning": self.tuning,
+            "candidates": self.candidates,
+            "seed": self.seed,
+            "engine": self.engine.model_dump(),
+            "definitions": self.definitions,
+            "suite": self._stored_suite(),
+            **({} if self.prior is None else {"prior": self.prior.stored()}),
+        }
 
     @property
     def title(self) -> str:
         """One line for progress and errors."""
-        config = self.config
-        parts = [config[axis]["label"] for axis in ("attack", "defense", "model", "dataset")]
-        if not self.is_utility:
-            parts += [config["setting"]["name"], config["knowledge"]]
-        return " · ".join([*parts, f"seed {config['seed']}"])
+        labels = [part.label for part in (self.attack, self.defense, self.model, self.dataset)]
+        return " · ".join([*labels, self.setting.name, self.knowledge.value, f"seed {self.seed}"])
+
+    @cached_property
+    def draws(self) -> Draws:
+        """What random numbers may depend on."""
+        bare = unnamed(self.stored())
+        bare["setting"].pop("grants")
+        for name in ("dataset", "model", "defense"):
+            bare[name].pop("file", None)
+        # The text is what seeds have been derived from ever since; it must not change.
+        dataset, model, setting, defense = (
+            json.dumps(bare[name], sort_keys=True) for name in ("dataset", "model", "setting", "defense")
+        )
+        return Draws(
+            messages=(self.seed, dataset, model, setting, defense),
+            attack=(self.seed, "attack", self.attack.name, dataset, model, setting),
+        )
 
     @property
-    def is_utility(self) -> bool:
-        """Whether it trains a model under the defense instead of attacking it."""
-        return bool(self.config["attack"]["name"] == UTILITY)
+    def place(self) -> tuple[str, str, str, str, str]:
+        """Labels of attack, defense, model, dataset and setting, as tables have them."""
+        data = dataset_label(self.dataset.label, self.tuning)
+        return self.attack.label, self.defense.label, self.model.label, data, self.setting.name
+
+    def left_out(self, reason: str) -> LeftOut:
+        """Return the note that its attack does not apply."""
+        return LeftOut(*self.place, self.knowledge.value, reason)
+
+    @cached_property
+    def built_attack(self) -> Attack:
+        """The attack."""
+        attack: Attack = registry.build("attacks", self.attack.name, self.attack.options)
+        return attack
+
+    def check_files(self) -> None:
+        """Refuse to compute it with other plugin files than those that it was made of.
+
+        Raises:
+            GradleakError: a file was changed, or another of the same name was given.
+        """
+        self.attack.check_file("attacks")
+        super().check_files()
+        if isinstance(self.prior, LearnedPrior):
+            self.prior.dataset.check_file("datasets")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingCell(Cell):
+    """A cell that trains a model under a defense, to measure what accuracy that leaves; it attacks nobody."""
+
+    recipe: Utility
+    version: str = Utility.VERSION
+
+    def stored(self) -> dict[str, Any]:
+        """Return all that the key stands for, and the names, as plain data."""
+        recipe = self.recipe.model_dump(exclude={"seeds"})
+        return {
+            "attack": Part(UTILITY, UTILITY, recipe, self.version).stored(),
+            "defense": self.defense.stored(),
+            "model": self.model.stored(),
+            "dataset": self.dataset.stored(),
+            "setting": stored_setting(self.setting),
+            "victims": 0,
+            "seed": self.seed,
+            "suite": self._stored_suite(),
+        }
+
+    @property
+    def title(self) -> str:
+        """One line for progress and errors."""
+        labels = [part.label for part in (self.defense, self.model, self.dataset)]
+        return " · ".join([UTILITY, *labels, f"seed {self.seed}"])
 
 
 @dataclass(frozen=True)
@@ -86,9 +274,14 @@ def dataset_label(label: str, tuning: bool) -> str:
     return f"{label} (tuning victims)" if tuning else label
 
 
+def attacking(cells: Iterable[Cell]) -> list[AttackCell]:
+    """Return the cells that attack."""
+    return [cell for cell in cells if isinstance(cell, AttackCell)]
+
+
 def build_defense(name: str, options: Mapping[str, Any], where: str = "") -> Defense:
     """Return a defense; `a + b` chains several, whose options are keyed by their names."""
-    parts = [part.strip() for part in name.split("+")]
+    parts = members(name)
     if len(parts) == 1:
         defense: Defense = registry.build("defenses", name, options, where)
         return defense
@@ -101,50 +294,14 @@ def build_defense(name: str, options: Mapping[str, Any], where: str = "") -> Def
     return chained
 
 
-def code_of_file(group: str, name: str) -> dict[str, str]:
-    """Return the hash of the code that a plugin file brought, of all parts of a chain; nothing for other plugins."""
-    codes = [registry.fingerprint(group, part.strip()) for part in name.split("+")]
-    code = codes[0] if len(codes) == 1 else hashlib.sha256("+".join(codes).encode()).hexdigest()
-    return {"file": code} if any(codes) else {}
+def key_of(stored: Mapping[str, Any]) -> str:
+    """Hash of a stored form, without what only names it (labels, setting name, suite)."""
+    return hashlib.sha256(json.dumps(unnamed(stored), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def check_files(config: Mapping[str, Any]) -> None:
-    """Refuse to compute a cell with other plugin files than those that it was made of.
-
-    Raises:
-        GradleakError: a file was changed, or another of the same name was given.
-    """
-    used = [(group, noun, config[noun]) for group, noun in registry.GROUPS.items()]
-    if config.get("prior", {}).get("dataset"):
-        used.append(("datasets", "dataset", config["prior"]["dataset"]))
-    for group, noun, part in used:
-        if part.get("file", "") != code_of_file(group, part["name"]).get("file", ""):
-            raise GradleakError(f"{noun} {part['name']!r}: its plugin file is not the one of this cell")
-
-
-def key_of(config: Mapping[str, Any]) -> str:
-    """Hash of a resolved configuration, without what only names it (labels, setting name, suite)."""
-    return hashlib.sha256(json.dumps(unnamed(config), sort_keys=True).encode()).hexdigest()[:32]
-
-
-def unnamed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a resolved configuration without labels, setting name and suite: all that a result may depend on."""
-    kept = {key: value for key, value in config.items() if key != "suite"}
+def unnamed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored form without labels, setting name and suite: all that a result may depend on."""
+    kept = {key: value for key, value in stored.items() if key != "suite"}
     for part, title in (*((axis, "label") for axis in ("attack", "defense", "model", "dataset")), ("setting", "name")):
         kept[part] = {key: value for key, value in kept[part].items() if key != title}
     return kept
-
-
-def attack_and_defense(config: Mapping[str, Any]) -> tuple[Attack, Defense]:
-    """Rebuild a cell's attack and defense from its configuration."""
-    attack: Attack = registry.build("attacks", config["attack"]["name"], config["attack"]["options"])
-    return attack, build_defense_of(config["defense"])
-
-
-def build_defense_of(config: Mapping[str, Any]) -> Defense:
-    """Rebuild a defense from a cell's `defense`."""
-    name, options = config["name"], config["options"]
-    if isinstance(options, list):
-        parts = [part.strip() for part in name.split("+")]
-        return build_defense(name, dict(zip(parts, options, strict=True)))
-    return build_defense(name, options)

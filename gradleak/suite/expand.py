@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from .. import registry
 from ..errors import GradleakError
 from ..scales import METRICS
+from .cells import AttackCell, Cell, LeftOut, Note, TrainingCell, build_defense, dataset_label, unnoted
+from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, code_of, members, plain
+from .read import levels_of
+from .schema import Counter, Entry, Prior, Suite, build_setting, unused_of
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # What needs torch; suites are read without it.
     from ..attack import Attack
     from ..defense import Defense
-    from ..threat import Setting
-from .cells import UTILITY, Cell, LeftOut, Note, build_defense, code_of_file, dataset_label, key_of, unnoted
-from .read import levels_of
-from .schema import Counter, Entry, Prior, Suite, Utility, build_setting
+    from ..threat import Level, Setting
+
+_P = TypeVar("_P")
 
 CORE = "1"
 """Raised whenever the engine, the client or the label rules change results."""
@@ -28,6 +31,12 @@ CORE = "1"
 
 Digest = Callable[[str, Mapping[str, Any]], tuple[str, str]]
 """A dataset's name and options to its version and the hash of its images."""
+
+
+_Point: TypeAlias = (
+    "tuple[tuple[Entry, DatasetPart], tuple[Entry, Part], Setting, int, _Plugged[Defense], _Plugged[Attack]]"
+)
+"""One point of a grid: dataset, model, setting, seed, defense, attack."""
 
 
 def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = unnoted) -> list[Cell]:
@@ -44,128 +53,154 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
     Raises:
         GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
     """
-    attacks = [(entry, registry.build("attacks", entry.name, entry.options)) for entry in suite.attacks]
-    defenses = [(entry, build_defense(entry.name, entry.options)) for entry in suite.defenses]
-    settings = [build_setting(values) for values in suite.settings]
-    datasets = [(entry, _dataset(entry, digest)) for entry in suite.datasets]
-    models = [(entry, _plugin("models", entry)) for entry in suite.models]
+    axes, definitions = _Axes.of(suite, digest), _definitions()
     cells: dict[str, Cell] = {}
-    guessed: set[tuple[Any, ...]] = set()
-    grid = itertools.product(datasets, models, settings, suite.seeds, defenses, attacks)
-    for (data_entry, dataset), (model_entry, model), setting, seed, (guard, defense), (entry, attack) in grid:
+    guessed: set[tuple[object, ...]] = set()
+    for (data_entry, dataset), (model_entry, model), setting, seed, guard, attack in axes.grid(suite.seeds):
         here = {
             "datasets": data_entry.title,
             "models": model_entry.title,
             "settings": setting.name,
-            "defenses": guard.title,
+            "defenses": guard.entry.title,
         }
-        if not _wanted(guard, here):
+        if not _wanted(guard.entry, here):
             continue
-        if suite.controls == "all" and attack.family == "control" and attack.blind(setting):
+        if suite.controls == "all" and attack.plugin.family == "control" and attack.plugin.blind(setting):
             # Nothing of it depends on the defense but how many clients' images it answers.
-            guess = (*list(here.values())[:3], seed, entry.title, defense.cohort)
+            guess = (*list(here.values())[:3], seed, attack.entry.title, guard.plugin.cohort)
             if guess in guessed:
                 continue
             guessed.add(guess)
-        for level in _levels(suite, entry, attack, defense, setting, here, note):
-            config = {
-                "attack": _plugin("attacks", entry),
-                "defense": _guard(guard, defense),
-                "model": model,
-                "dataset": dataset,
-                "setting": _setting(setting),
-                "knowledge": level,
-                **_of_suite(suite, seed),
-            }
-            if attack.needs.generator and setting.grants.generator:
-                config["prior"] = _prior(suite.prior, dataset, digest, root)
-            cell = Cell(key_of(config), config, entry.optional)
+        takes_prior = attack.plugin.needs.generator and setting.grants.generator
+        for level in _levels(suite, attack, guard.plugin, setting, here, note):
+            cell = AttackCell(
+                attack=attack.part,
+                defense=guard.part,
+                model=model,
+                dataset=dataset,
+                setting=setting,
+                knowledge=level,
+                victims=suite.victims,
+                tuning=suite.tuning,
+                candidates=suite.candidates,
+                seed=seed,
+                engine=suite.engine,
+                prior=_prior(suite.prior, dataset, digest, root) if takes_prior else None,
+                definitions=definitions,
+                suite=(suite.name, suite.version),
+                optional=attack.entry.optional,
+            )
             cells.setdefault(cell.key, cell)
-    for config in _utilities(suite, datasets, models, settings, defenses):
-        cell = Cell(key_of(config), config)
-        cells.setdefault(cell.key, cell)
+    for training in _utilities(suite, axes):
+        cells.setdefault(training.key, training)
     return list(cells.values())
 
 
-def _of_suite(suite: Suite, seed: int) -> dict[str, Any]:
-    """Return the parts of a configuration that all cells of a suite and a seed share."""
-    return {
-        "victims": suite.victims,
-        "tuning": suite.tuning,
-        "candidates": suite.candidates,
-        "seed": seed,
-        "engine": suite.engine.model_dump(),
-        "definitions": _definitions(),
-        "suite": {"name": suite.name, "version": suite.version},
-    }
-
-
 def _levels(
-    suite: Suite,
-    entry: Entry,
-    attack: Attack,
-    defense: Defense,
-    setting: Setting,
-    here: Mapping[str, str],
-    note: Note,
-) -> list[str]:
+    suite: Suite, attack: _Plugged[Attack], defense: Defense, setting: Setting, here: Mapping[str, str], note: Note
+) -> list[Level]:
     """Return the levels of knowledge at which an attack is run here; note the others that make a difference."""
     from ..reconstruction import granted_of
+    from ..threat import Level
 
+    entry, plugin = attack.entry, attack.plugin
     data = dataset_label(here["datasets"], suite.tuning)
     place = (entry.title, here["defenses"], here["models"], data, here["settings"])
     if (reason := _reason(entry, here)) is not None:
         note(LeftOut(*place, "", *reason))
         return []
-    levels = levels_of(suite, attack, defense, entry.optional)
+    levels = [Level(level) for level in levels_of(suite, plugin, defense, entry.optional)]
     if not levels:
-        lacking = f"needs {attack.needs.defense.value} knowledge of the defense, which the suite does not give"
+        lacking = f"needs {plugin.needs.defense.value} knowledge of the defense, which the suite does not give"
         note(LeftOut(*place, "", lacking))
     kept = []
     for level in levels:
-        missing = attack.needs.missing(granted_of(attack, setting, level))
+        missing = plugin.needs.missing(granted_of(plugin, setting, level))
         if entry.optional and missing:
-            note(LeftOut(*place, level, f"needs {', '.join(missing)}, which the setting does not grant"))
+            reason_here = f"needs {', '.join(missing)}, which the setting does not grant"
+            note(LeftOut(*place, level.value, reason_here))
         else:
             kept.append(level)
     return kept
 
 
-def _utilities(
-    suite: Suite,
-    datasets: list[tuple[Entry, dict[str, Any]]],
-    models: list[tuple[Entry, dict[str, Any]]],
-    settings: list[Setting],
-    defenses: list[tuple[Entry, Defense]],
-) -> Iterator[dict[str, Any]]:
-    """Yield the configuration of every training under a defense that is wanted in any setting."""
+@dataclass(frozen=True)
+class _Plugged(Generic[_P]):
+    """An attack or a defense of a grid."""
+
+    entry: Entry
+    plugin: _P
+    part: Part
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """What a grid is spanned by, each built once."""
+
+    datasets: list[tuple[Entry, DatasetPart]]
+    models: list[tuple[Entry, Part]]
+    settings: list[Setting]
+    defenses: list[_Plugged[Defense]]
+    attacks: list[_Plugged[Attack]]
+
+    @classmethod
+    def of(cls, suite: Suite, digest: Digest) -> _Axes:
+        return cls(
+            datasets=[(entry, _dataset(entry, digest)) for entry in suite.datasets],
+            models=[
+                (entry, _part("models", entry, registry.build("models", entry.name, entry.options)))
+                for entry in suite.models
+            ],
+            settings=[build_setting(values) for values in suite.settings],
+            defenses=[
+                _Plugged(entry, defense, _guard(entry, defense))
+                for entry in suite.defenses
+                for defense in [build_defense(entry.name, entry.options)]
+            ],
+            attacks=[
+                _Plugged(entry, attack, _part("attacks", entry, attack))
+                for entry in suite.attacks
+                for attack in [registry.build("attacks", entry.name, entry.options)]
+            ],
+        )
+
+    def grid(self, seeds: Sequence[int]) -> Iterator[_Point]:
+        return itertools.product(self.datasets, self.models, self.settings, seeds, self.defenses, self.attacks)
+
+
+def _utilities(suite: Suite, axes: _Axes) -> Iterator[TrainingCell]:
+    """Yield every training under a defense that is wanted in any setting."""
     if suite.utility is None:
         return
-    grid = itertools.product(datasets, models, settings, suite.utility.seeds or suite.seeds, defenses)
-    for (data_entry, dataset), (model_entry, model), faced, seed, (guard, defense) in grid:
-        here = {"datasets": data_entry.title, "models": model_entry.title, "defenses": guard.title}
+    seeds = suite.utility.seeds or suite.seeds
+    grid = itertools.product(axes.datasets, axes.models, axes.settings, seeds, axes.defenses)
+    for (data_entry, dataset), (model_entry, model), faced, seed, guard in grid:
+        here = {"datasets": data_entry.title, "models": model_entry.title, "defenses": guard.entry.title}
         if suite.utility.batch_size == "setting":
             here["settings"] = faced.name
-        asked = suite.utility.at(faced)
-        recipe, setting = asked.model_dump(exclude={"seeds"}), _setting(asked.setting())
-        wanted = all(title in guard.only.get(axis, [title]) for axis, title in here.items())
-        if defense.single_round or not wanted:
+        wanted = all(title in guard.entry.only.get(axis, [title]) for axis, title in here.items())
+        if guard.plugin.single_round or not wanted:
             continue
-        yield {
-            "attack": {"name": UTILITY, "label": UTILITY, "options": recipe, "version": Utility.VERSION},
-            "defense": _guard(guard, defense),
-            "model": model,
-            "dataset": dataset,
-            "setting": setting,
-            "victims": 0,
-            "seed": seed,
-            "suite": {"name": suite.name, "version": suite.version},
-        }
+        recipe = suite.utility.at(faced)
+        yield TrainingCell(
+            recipe=recipe,
+            defense=guard.part,
+            model=model,
+            dataset=dataset,
+            setting=recipe.setting(),
+            seed=seed,
+            suite=(suite.name, suite.version),
+        )
 
 
-def _guard(entry: Entry, defense: Defense) -> dict[str, Any]:
-    config = {"name": entry.name, "label": entry.title, "options": _defense_options(defense)}
-    return {**config, "version": defense.version, **code_of_file("defenses", entry.name)}
+def _guard(entry: Entry, defense: Defense) -> Part:
+    names, chained = members(entry.name), getattr(defense, "defenses", None)
+    options = (
+        plain(registry.options_of(defense))
+        if chained is None
+        else {name: plain(registry.options_of(part)) for name, part in zip(names, chained, strict=True)}
+    )
+    return Part(entry.name, entry.title, options, defense.version, code_of("defenses", entry.name))
 
 
 def _wanted(entry: Entry, here: Mapping[str, str]) -> bool:
@@ -181,30 +216,11 @@ def _reason(entry: Entry, here: Mapping[str, str]) -> tuple[str, bool] | None:
     return None
 
 
-def _plugin(group: str, entry: Entry) -> dict[str, Any]:
-    plugin = registry.build(group, entry.name, entry.options)
-    config = {"name": entry.name, "label": entry.title, "options": _plain(_chosen(plugin))}
-    return {**config, "version": plugin.version, **code_of_file(group, entry.name)}
-
-
-def _chosen(plugin: Any) -> dict[str, Any]:
-    """Every hyper-parameter but the `later` ones that are not used: cells keep the keys that they had before these."""
-    unused = _unused(plugin)
-    return {name: value for name, value in registry.options_of(plugin).items() if name not in unused}
-
-
-def _setting(setting: Setting) -> dict[str, Any]:
-    unused = _unused(setting)
-    return {name: value for name, value in _plain(dataclasses.asdict(setting)).items() if name not in unused}
-
-
-def _unused(options: Any) -> set[str]:
-    """Names of the `later` fields that have their defaults."""
-    return {
-        field.name
-        for field in dataclasses.fields(options)
-        if field.metadata.get("later") and getattr(options, field.name) == field.default
-    }
+def _part(group: str, entry: Entry, plugin: Any) -> Part:
+    """Return a plugin with every hyper-parameter but the `later` ones that are not used."""
+    unused = unused_of(plugin)
+    options = {name: value for name, value in registry.options_of(plugin).items() if name not in unused}
+    return Part(entry.name, entry.title, plain(options), plugin.version, code_of(group, entry.name))
 
 
 def _definitions() -> dict[str, Any]:
@@ -214,13 +230,13 @@ def _definitions() -> dict[str, Any]:
     return {"core": CORE, "training": RECIPE, "metrics": sorted(metric.id for metric in METRICS.values())}
 
 
-def _dataset(entry: Entry, digest: Digest) -> dict[str, Any]:
-    config = _plugin("datasets", entry)
-    version, value = digest(entry.name, config["options"])
-    return {**config, "version": version, "digest": value}
+def _dataset(entry: Entry, digest: Digest) -> DatasetPart:
+    part = _part("datasets", entry, registry.build("datasets", entry.name, entry.options))
+    version, value = digest(entry.name, part.options)
+    return DatasetPart(part.name, part.label, part.options, version, part.code, value)
 
 
-def _prior(prior: Prior, dataset: dict[str, Any], digest: Digest, root: Path | None) -> dict[str, Any]:
+def _prior(prior: Prior, dataset: DatasetPart, digest: Digest, root: Path | None) -> LearnedPrior | GivenPrior:
     """Everything that decides a generator; of a user's, the hash of its weights."""
     if prior.source is not None:
         content, weights = b"", None
@@ -230,20 +246,8 @@ def _prior(prior: Prior, dataset: dict[str, Any], digest: Digest, root: Path | N
                 content, weights = path.read_bytes(), str(prior.weights)
             except OSError as error:
                 raise GradleakError(f"prior: weights: no file {path} ({error.strerror}); see --data-root") from error
-        return {"source": prior.source, "weights": weights, "digest": hashlib.sha256(content).hexdigest()}
+        return GivenPrior(prior.source, weights, hashlib.sha256(content).hexdigest())
     from ..training.priors import Recipe
 
-    recipe = _plain(dataclasses.asdict(Recipe(**prior.options)))
-    return {"dataset": dataset if prior.dataset is None else _dataset(prior.dataset, digest), "options": recipe}
-
-
-def _defense_options(defense: Defense) -> Any:
-    parts = getattr(defense, "defenses", None)
-    if parts is None:
-        return _plain(registry.options_of(defense))
-    return [_plain(registry.options_of(part)) for part in parts]
-
-
-def _plain(value: Any) -> Any:
-    """Round-trip through JSON, so that a key does not depend on tuples, enums or paths."""
-    return json.loads(json.dumps(value, default=str))
+    recipe = plain(dataclasses.asdict(Recipe(**prior.options)))
+    return LearnedPrior(dataset if prior.dataset is None else _dataset(prior.dataset, digest), recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge, Gt, MaxLen, MinLen
 from pydantic import (
@@ -26,7 +26,10 @@ from ..paths import RelativeFile
 
 if TYPE_CHECKING:
     from ..threat import Setting
-from .cells import UTILITY
+from .parts import plain
+
+UTILITY = "utility"
+"""What stands for the attack in a cell that trains a model under a defense, and attacks nobody."""
 
 KNOWLEDGE = ("oblivious", "parameters", "public", "oracle")
 """Levels of knowledge of the defense, weakest first (`gradleak.threat.Level`)."""
@@ -37,6 +40,18 @@ AXES = ("datasets", "models", "settings", "defenses")
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Self:
+        """Return what a cell has stored of it.
+
+        Raises:
+            GradleakError: a key or value is not allowed.
+        """
+        try:
+            return cls.model_validate(stored)
+        except ValidationError as error:
+            raise GradleakError(f"cell: {first_mistake(error)}") from error
 
 
 def _printable(text: str) -> str:
@@ -291,6 +306,21 @@ def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
     except GradleakError as error:
         raise GradleakError(f"{place}{error}") from error
     return setting
+
+
+def stored_setting(setting: Setting) -> dict[str, Any]:
+    """Return a setting as plain data."""
+    unused = unused_of(setting)
+    return {name: value for name, value in plain(dataclasses.asdict(setting)).items() if name not in unused}
+
+
+def unused_of(options: Any) -> set[str]:
+    """Names of the `later` fields that have their defaults: cells keep the keys that they had before these."""
+    return {
+        field.name
+        for field in dataclasses.fields(options)
+        if field.metadata.get("later") and getattr(options, field.name) == field.default
+    }
 
 
 def first_mistake(error: ValidationError) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +20,7 @@ from ...board.claims import Claim
 from ...board.store import CellResult
 from ...errors import GradleakError
 from ...process import machine_memory
-from ...suite import Cell
+from ...suite import AttackCell, Cell, TrainingCell
 from ..workshop import Progress, Resources
 
 log = logging.getLogger(__name__)
@@ -129,13 +128,14 @@ class Executor(ABC):
 
 def cost(cell: Cell) -> float:
     """Rough work of a cell in gradients of one image; only ratios matter."""
-    config = cell.config
-    options, setting = config["attack"]["options"], config["setting"]
-    if cell.is_utility:
-        rounds = options["rounds"] * len(options["lr"]) * setting["local_steps"]
-        return float(rounds * options["clients"] * setting["batch_size"])
-    steps = options.get("iterations", 1) * options.get("restarts", 1) * setting.get("local_steps", 1)
-    return float(config["victims"] * setting["batch_size"] * (20 + steps))
+    setting = cell.setting
+    if isinstance(cell, TrainingCell):
+        rounds = cell.recipe.rounds * len(cell.recipe.lr) * setting.local_steps
+        return float(rounds * cell.recipe.clients * setting.batch_size)
+    assert isinstance(cell, AttackCell)
+    options = cell.attack.options
+    steps = options.get("iterations", 1) * options.get("restarts", 1) * setting.local_steps
+    return float(cell.victims * setting.batch_size * (20 + steps))
 
 
 class Queue:
@@ -149,8 +149,8 @@ class Queue:
         self._waiting = sorted(cells, key=cost, reverse=True)
         self._desk = desk or Alone()
         self._attempts: Counter[str] = Counter()
-        self._training: set[str] = set()
-        self._trained: set[str] = set()
+        self._training: set[Hashable] = set()
+        self._trained: set[Hashable] = set()
         self._held: set[str] = set()
         self._look = 0.0
         self._finished = False
@@ -200,7 +200,7 @@ class Queue:
 
     def give_up(self, cell: Cell) -> None:
         """Let the next cell that needs this one's model train it."""
-        self._training.discard(_trained_model(cell) or "")
+        self._training.discard(_trained_model(cell))
         self._look = 0.0
 
     def put_back(self, cell: Cell) -> None:
@@ -230,12 +230,10 @@ class Queue:
         return Pending(cell.key, f"its worker died {ATTEMPTS} times ({reason})")
 
 
-def _trained_model(cell: Cell) -> str | None:
-    config = cell.config
-    if not config["setting"]["epochs"]:
-        return None
-    parts = [config["model"], config["dataset"], config["setting"]["epochs"], config["seed"]]
-    return json.dumps(parts, sort_keys=True)
+def _trained_model(cell: Cell) -> Hashable:
+    """Return what the trained model of a cell is known by, None for an untrained one."""
+    epochs = cell.setting.epochs
+    return (cell.model, cell.dataset, epochs, cell.seed) if epochs else None
 
 
 class Forward(logging.Handler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 import time
@@ -11,7 +12,8 @@ from typing import Literal
 
 from ...board.schema import CellResult, ImageRow
 from ...process import memory_of, stopped
-from ...suite import Cell
+from ...suite import AttackCell, Cell
+from ..evaluate import failed
 from ..identity import identity
 from .base import Desk, Limits, Pending, Queue, Report
 from .worker import Worker
@@ -135,7 +137,7 @@ def overdue(cell: Cell, phase: str, seconds: float, total: float, limits: Limits
         total: seconds since the cell did.
         limits: of the run.
     """
-    own = cell.config.get("engine", {}).get("timeout")
+    own = cell.engine.timeout if isinstance(cell, AttackCell) else None
     if phase == "attack" and own and seconds > 1.1 * own + limits.grace:
         return _without_answer(cell, "timeout", "")
     if total > limits.cell_timeout:
@@ -148,15 +150,14 @@ def _without_answer(cell: Cell, status: str, error: str) -> CellResult:
 
     A limit of the suite's is part of the cell; one of this run's makes a failed cell, which another run may repeat.
     """
-    config = cell.config
-    if cell.is_utility:
-        return CellResult(key=cell.key, config=config, status="failed", error=error or f"{status} in training")
-    places = (
-        (victim, image) for victim in range(config["victims"]) for image in range(config["setting"]["batch_size"])
-    )
+    if not isinstance(cell, AttackCell):
+        return failed(cell, error or f"{status} in training")
+    places = itertools.product(range(cell.victims), range(cell.setting.batch_size))
     rows = [ImageRow(victim=victim, image=image, status=status) for victim, image in places]
     outcome: Literal["ok", "failed"] = "failed" if error else "ok"
-    return CellResult(key=cell.key, config=config, status=outcome, error=error, rows=rows, provenance=identity(config))
+    return CellResult(
+        key=cell.key, config=cell.stored(), status=outcome, error=error, rows=rows, provenance=identity(cell)
+    )
 
 
 def _death(code: int | None) -> str:

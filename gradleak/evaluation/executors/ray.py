@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import logging
 import os
@@ -19,7 +20,7 @@ from ...board.store import CellResult
 from ...errors import GradleakError
 from ...process import default_cache, tune
 from ...suite import Cell
-from ..workshop import Resources
+from ..workshop import Resources, Workshop
 from .base import Alone, Desk, Executor, Forward, Limits, Pending, Queue, Report, default_workers, environment
 from .crew import overdue
 from .worker import Message, computed
@@ -257,6 +258,12 @@ def _start_board() -> Any:
     return ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
 
 
+@functools.lru_cache(maxsize=1)
+def _workshop(resources: Resources) -> Workshop:
+    """Return the workshop of this Ray worker, which computes many cells."""
+    return Workshop(resources)
+
+
 def _compute(cell: Cell, site: _Site, board: Any) -> tuple[Message, list[str]]:
     """Compute a cell in a Ray worker; return its result, or the machine's fault, and the warnings meanwhile."""
     said: list[str] = []
@@ -272,4 +279,4 @@ def _compute(cell: Cell, site: _Site, board: Any) -> tuple[Message, list[str]]:
         elif kind == "phase":
             board.enter.remote(cell.key, content)
 
-    return computed(cell, site.resources, send), said
+    return computed(cell, _workshop(site.resources), send), said

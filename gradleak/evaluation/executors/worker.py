@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ... import registry
-from ...board.store import CellResult
 from ...process import end_with_parent, memory_of, tune
 from ...suite import Cell
-from ..evaluate import evaluate
+from ..evaluate import evaluate, failed
 from ..faults import MachineFault
-from ..identity import identity
-from ..workshop import Resources
+from ..workshop import Resources, Workshop
 from .base import Forward, environment, throttled
 
 Message = tuple[str, Any]
@@ -141,30 +139,28 @@ def _work(connection: Connection, resources: Resources, plugins: Sequence[Path],
     for path in plugins:
         registry.add_file(path)
     _bound(memory)
-    here = os.getpid()
+    here, workshop = os.getpid(), Workshop(resources)
     while True:
         try:
             cell: Cell = connection.recv()
         except EOFError:
             return
-        said = computed(cell, resources, send)
+        said = computed(cell, workshop, send)
         if os.getpid() != here:  # an attack forked, and this is the other one
             os._exit(0)
         send(*said)
 
 
-def computed(cell: Cell, resources: Resources, send: Callable[[str, Any], None]) -> Message:
+def computed(cell: Cell, workshop: Workshop, send: Callable[[str, Any], None]) -> Message:
     """Compute a cell and return its result, or the fault of the machine that it met; say meanwhile how it goes."""
     progress = throttled(lambda share, loss: send("progress", (share, loss)))
     send("phase", "cell")
     try:
-        return "result", evaluate(cell, resources, progress, lambda name: send("phase", name))
+        return "result", evaluate(cell, workshop, progress, lambda name: send("phase", name))
     except MachineFault as fault:
         return "fault", str(fault)
     except BaseException as error:  # an attack's own KeyboardInterrupt or SystemExit
-        facts = {} if cell.is_utility else identity(cell.config)
-        text = f"{type(error).__name__}: {error}"[:500]
-        return "result", CellResult(key=cell.key, config=cell.config, status="failed", error=text, provenance=facts)
+        return "result", failed(cell, f"{type(error).__name__}: {error}"[:500])
 
 
 class _Sender:

@@ -1,0 +1,123 @@
+"""How a client trains, and what an attacker knows: what a setting grants, what an attack needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt
+
+from .update import LocalTraining
+
+
+class Labels(StrEnum):
+    """What is known of a victim's labels; `inferred` and `optimised` need nothing granted."""
+
+    NONE = "none"
+    OPTIMISED = "optimised"
+    INFERRED = "inferred"
+    COUNTS = "counts"
+    KNOWN = "known"
+
+
+class BatchNorm(StrEnum):
+    """Which batch normalisation statistics are known: the server's running ones, or the victim batch's own."""
+
+    NONE = "none"
+    RUNNING = "running"
+    BATCH = "batch"
+
+
+class Level(StrEnum):
+    """How much of the defense is known (Kerckhoffs' ladder, K0 to K3).
+
+    oblivious: takes the decoded message for a clean update. parameters: family and parameters.
+    public: also the public randomness of the round. oracle: private randomness too; a ceiling, never a headline.
+    """
+
+    OBLIVIOUS = "oblivious"
+    PARAMETERS = "parameters"
+    PUBLIC = "public"
+    ORACLE = "oracle"
+
+
+_RANKS: dict[type[StrEnum], dict[StrEnum, int]] = {
+    Labels: {
+        Labels.NONE: 0,
+        Labels.OPTIMISED: 0,
+        Labels.INFERRED: 0,
+        Labels.COUNTS: 1,
+        Labels.KNOWN: 2,
+    },
+    BatchNorm: {BatchNorm.NONE: 0, BatchNorm.RUNNING: 1, BatchNorm.BATCH: 2},
+    Level: {level: rank for rank, level in enumerate(Level)},
+}
+
+
+def rank(level: StrEnum) -> int:
+    """Position on its ladder: a grant covers a need when its rank is at least as high."""
+    return _RANKS[type(level)][level]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    """What an attacker knows beyond the model, the message and the batch size; needed by an attack or granted."""
+
+    labels: Labels = Labels.NONE
+    batch_norm: BatchNorm = BatchNorm.NONE
+    defense: Level = Level.OBLIVIOUS
+    generator: bool = False
+    """A generator trained on public images of the victim's kind."""
+    auxiliary: bool = False
+    """Public labelled images, disjoint from every victim."""
+    local_training: bool = False
+    """Number, size and rate of the client's local steps."""
+
+    def missing(self, granted: Knowledge) -> list[str]:
+        """Name what is needed here but not granted, e.g. `["labels: known"]`; empty when all is there."""
+        lacking = []
+        for item in dataclasses.fields(self):
+            need, grant = getattr(self, item.name), getattr(granted, item.name)
+            if isinstance(need, StrEnum):
+                if rank(need) > rank(grant):
+                    lacking.append(f"{item.name}: {need.value}")
+            elif need and not grant:
+                lacking.append(f"{item.name}: true")
+        return lacking
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How the client trains, and what the attacker is granted."""
+
+    name: str = "default"
+    batch_size: Annotated[int, Ge(1)] = 1
+    """Images in a victim's batch."""
+    mode: Literal["eval", "train"] = "eval"
+    """Batch normalisation of the client: running statistics (eval) or its own batch's (train)."""
+    epochs: Annotated[int, Ge(0)] = 0
+    """Epochs the model was trained for before the update; 0 is an untrained model."""
+    local_steps: Annotated[int, Ge(1)] = 1
+    """Local steps of FedAvg; a FedSGD client (`local_lr` unset) takes one and sends its gradient."""
+    local_batch_size: Annotated[int, Ge(1)] | None = None
+    """Images in a local step; unset is the whole batch."""
+    local_lr: Annotated[float, Gt(0)] | None = None
+    """Rate of the local steps; set, the client sends its weight difference (FedAvg)."""
+    trainable: Literal["all", "head"] | tuple[str, ...] = field(default="all", metadata={"later": True})
+    """What the client trains and sends: all that the model lets train, its last layer, or parameters and modules by
+    name; the rest stays as the server sent it."""
+    precision: Literal["float32", "float64"] = "float32"
+    grants: Knowledge = field(default_factory=Knowledge)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Arithmetic of client and attacker."""
+        return torch.float64 if self.precision == "float64" else torch.float32
+
+    @property
+    def local_training(self) -> LocalTraining:
+        """The client's protocol."""
+        return LocalTraining(steps=self.local_steps, batch_size=self.local_batch_size, lr=self.local_lr)

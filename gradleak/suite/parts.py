@@ -1,0 +1,153 @@
+"""Parts of a cell: the plugins that it names, with all their options, and the prior that its attacker is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+from .. import registry
+from ..errors import GradleakError
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A plugin with every option; two that differ in their labels only are equal."""
+
+    name: str
+    label: str = field(default="", compare=False)
+    """What tables call it."""
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Plain values; of a chain of defenses (`a + b`), each part's by its name."""
+    version: str = ""
+    code: str = ""
+    """Hash of the file that brought it; empty for other plugins."""
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any], **more: str) -> Self:
+        """Return the part of a stored form.
+
+        Raises:
+            GradleakError: something is missing, or is of another kind.
+        """
+        name, options = taken(stored, "name", str), taken(stored, "options", (dict, list))
+        if isinstance(options, list):
+            if len(options) != len(members(name)):
+                raise GradleakError(f"cell: {name!r} has options of {len(options)} defenses")
+            options = dict(zip(members(name), options, strict=True))
+        label, version, code = (taken(stored, key, str, "") for key in ("label", "version", "file"))
+        return cls(name, label, options, version, code, **more)
+
+    def stored(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        names = members(self.name)
+        options = [self.options[name] for name in names] if len(names) > 1 else self.options
+        own = {"name": self.name, "label": self.label, "options": options, "version": self.version}
+        return {**own, **({"file": self.code} if self.code else {})}
+
+    def check_file(self, group: str) -> None:
+        """Refuse another plugin file than the one it was made of.
+
+        Raises:
+            GradleakError: the file was changed, or another of the same name was given.
+        """
+        if self.code != code_of(group, self.name):
+            raise GradleakError(f"{registry.GROUPS[group]} {self.name!r}: its plugin file is not the one of this cell")
+
+
+@dataclass(frozen=True)
+class DatasetPart(Part):
+    """A dataset, with the hash of its images."""
+
+    digest: str = ""
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any], **more: str) -> Self:
+        """Return the dataset of a stored form.
+
+        Raises:
+            GradleakError: something is missing, or is of another kind.
+        """
+        return super().of(stored, digest=taken(stored, "digest", str, ""), **more)
+
+    def stored(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {**super().stored(), "digest": self.digest}
+
+
+@dataclass(frozen=True)
+class LearnedPrior:
+    """A generator that is trained here."""
+
+    dataset: DatasetPart
+    """Whose train split it learns."""
+    options: Mapping[str, Any] = field(hash=False)
+    """Every field of `gradleak.training.priors.Recipe`."""
+
+    def stored(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {"dataset": self.dataset.stored(), "options": self.options}
+
+
+@dataclass(frozen=True)
+class GivenPrior:
+    """A user's generator."""
+
+    source: str
+    """`module:function` that builds it."""
+    weights: str | None
+    """Its weights, relative to the data root."""
+    digest: str
+    """Hash of the weights."""
+
+    def stored(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {"source": self.source, "weights": self.weights, "digest": self.digest}
+
+
+def prior_of(stored: Mapping[str, Any]) -> LearnedPrior | GivenPrior:
+    """Return the prior of a stored form.
+
+    Raises:
+        GradleakError: something is missing, or is of another kind.
+    """
+    if "source" in stored:
+        weights = taken(stored, "weights", (str, type(None)))
+        return GivenPrior(taken(stored, "source", str), weights, taken(stored, "digest", str))
+    return LearnedPrior(DatasetPart.of(taken(stored, "dataset", dict)), taken(stored, "options", dict))
+
+
+def taken(stored: Mapping[str, Any], key: str, kind: type[_T] | tuple[type, ...], default: Any = ...) -> Any:
+    """Return a value of a stored form.
+
+    Raises:
+        GradleakError: there is none and no default, or one of another kind.
+    """
+    value = stored.get(key, default)
+    if value is ...:
+        raise GradleakError(f"cell: {key!r} is missing")
+    if value is not default and (not isinstance(value, kind) or (isinstance(value, bool) and kind is int)):
+        raise GradleakError(f"cell: {key!r} is {type(value).__name__}")
+    return value
+
+
+def members(name: str) -> list[str]:
+    """Return the names that a chain `a + b` is of; of another plugin, its own."""
+    return [part.strip() for part in name.split("+")]
+
+
+def code_of(group: str, name: str) -> str:
+    """Return the hash of the code that a plugin file brought, of all members of a chain; empty for other plugins."""
+    codes = [registry.fingerprint(group, member) for member in members(name)]
+    if not any(codes):
+        return ""
+    return codes[0] if len(codes) == 1 else hashlib.sha256("+".join(codes).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Round-trip through JSON, so that a key does not depend on tuples, enums or paths."""
+    return json.loads(json.dumps(value, default=str))
