@@ -116,7 +116,7 @@ def _first_right(name: str, problem: Problem, variables: Variables, facts: Facts
             ready = backend.prepare(problem, facts)
             reason = disagreement(backend, problem, variables, known, take(ready, rows))
             if reason is not None:
-                _say(f"backend {candidate!r} fails here or answers otherwise than 'sequential', and is not used: {reason}")
+                _say(f"backend {candidate!r} fails or answers otherwise than 'sequential': {reason}")
         if reason is None:
             return Choice(candidate, backend, "; ".join(reasons), width_of(variables), ready)
         log.debug("backend %r does not apply: %s", candidate, reason)
