@@ -22,6 +22,8 @@ CASES = {
     "bottleneck-inversion": Case("lenet", {}, {"iterations": 30}, "vib", {"width": 4}),
     "gradinversion": Case("convnet", {"width": 2}, {"iterations": 20}),
     "lti": Case("mlp", {"widths": (32,)}, {"messages": 512, "epochs": 10}),
+    "message-regression": Case("mlp", {"widths": (32,)}, {"messages": 256}),
+    "posterior": Case("mlp", {"widths": (32,)}, {"candidates": 64, "trials": 8}),
     "sme": Case("lenet", {}, {"iterations": 30}, local_lr=0.1),
     "tract-inversion": Case("mlp", {"widths": (32,)}, defense="tract"),
     "encoding-inversion": Case("lenet", {}, {"iterations": 30}, "augmentation"),

@@ -23,7 +23,7 @@ LAYERS = [
     {"update"},
     {"threat", "engine"},
     {"defense", "mechanisms"},
-    {"reconstruction"},
+    {"channel", "reconstruction"},
     {"search"},
     {"attack"},
     {"chain", "training"},
