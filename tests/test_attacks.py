@@ -24,6 +24,7 @@ CASES = {
     "lti": Case("mlp", {"widths": (32,)}, {"messages": 512, "epochs": 10}),
     "message-regression": Case("mlp", {"widths": (32,)}, {"messages": 256}),
     "posterior": Case("mlp", {"widths": (32,)}, {"candidates": 64, "trials": 8}),
+    "decoded-spear": Case("mlp", {"widths": (64,)}, defense="mixup", batch_size=2),
     "sme": Case("lenet", {}, {"iterations": 30}, local_lr=0.1),
     "tract-inversion": Case("mlp", {"widths": (32,)}, defense="tract"),
     "encoding-inversion": Case("lenet", {}, {"iterations": 30}, "augmentation"),

@@ -95,8 +95,8 @@ def test_batches_sums_and_encodings_are_answered_in_the_order_of_the_labels(name
         sums = {key: tensor.unflatten(0, (-1, 2)).mean(1) for key, tensor in observation.message.items()}
         observation = replace(observation, message=sums, update=sums, batch_size=2, labels=labels[:2])
     observation = replace(observation, labels=labels[: observation.victims])
-    small = {"candidates": 12, "trials": 3} if name == "posterior" else {"messages": 64}
-    whole = solve(name, observation, **small)
+    small: dict[str, Any] = {"candidates": 12, "trials": 3} if name == "posterior" else {"messages": 64}
+    whole = solve(name, observation, None, **small)
     assert whole.images.shape == (observation.victims, size, *observation.shape)
     assert observation.labels is not None
     one = {key: tensor[1:2] for key, tensor in observation.message.items()}
