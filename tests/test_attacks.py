@@ -12,6 +12,7 @@ from gradleak.dataset import Data
 
 CASES = {
     "spear": Case("mlp", {"widths": (64, 64)}, batch_size=2),
+    "spear-pp": Case("mlp", {"widths": (64, 64)}, {"rounds": 3, "trials": 8}, batch_size=2),
     "linear-leakage": Case("mlp", {"widths": (32,)}),
     "cocktail-party": Case("mlp", {"widths": (64,)}, dataset="photos", batch_size=2),
     "april": Case("vit", {"dim": 16, "depth": 1, "heads": 2}),
