@@ -25,7 +25,7 @@ _DEPENDENT = 1e-2  # length of what is new in a normal, below which it adds no d
 
 @dataclass(frozen=True, kw_only=True)
 class Spear(Attack):
-    """Factors dL/dW = D^T X by the zeros that a ReLU leaves in D, and scales X by dL/db = D^T 1.
+    """_Factors dL/dW = D^T X by the zeros that a ReLU leaves in D, and scales X by dL/db = D^T 1.
 
     References: Dimitrov, Baader, Müller, Vechev, NeurIPS 2024, arXiv:2403.03945. With r the rank of dL/dW = U R,
     each neuron is a point (a row of U) in r dimensions; neurons that are inactive for one image lie on a plane
@@ -109,7 +109,8 @@ class Spear(Attack):
             if len(searching) == 0 or observation.compute.expired:
                 break
             some, stream = factors.select(searching), generator.select(searching.tolist()).child("round", turn)
-            fresh = some.planes(stream, self.trials)
+            fresh = self._planes(some, stream)
+            drawn[searching] += fresh.shape[1]
             fresh, count = some.distinct(fresh, some.holds(fresh), width)
             fresh, count = some.refit(fresh, count)
             fresh, count = torch.cat([normals[searching], fresh], dim=1), torch.cat([held[searching], count], dim=1)
@@ -124,12 +125,15 @@ class Spear(Attack):
             better = check > best[searching]
             basis[searching] = torch.where(better[:, None, None], tries, basis[searching])
             best[searching] = torch.where(better, check, best[searching])
-            drawn[searching] += self.trials
             # Rounding may let one neuron of one image disagree.
             searching = searching[best[searching] < 1 - 1.5 / (rank * layer.weight.shape[1])]
         finished = torch.ones(victims, dtype=torch.bool, device=layer.weight.device)
         finished[searching] = not observation.compute.expired
         return factors.inputs(basis), drawn, finished
+
+    def _planes(self, factors: _Factors, generator: Generators) -> Tensor:
+        """Unit normals [N, K, r] to try in a round."""
+        return factors.planes(generator, self.trials)
 
 
 @dataclass(frozen=True)
@@ -193,11 +197,13 @@ class _Factors:
 
     @classmethod
     def of(cls, layer: _Layer, rank: int) -> _Factors:
+        """Factor a layer's gradient."""
         left, values, right = torch.linalg.svd(layer.weight, full_matrices=False)
         values = values[:, :rank]
         return cls(layer, left[:, :, :rank], values, values[:, :, None] * right[:, :rank])
 
     def select(self, victims: Tensor) -> _Factors:
+        """Return the factors of some victims."""
         return _Factors(self.layer.select(victims), self.neurons[victims], self.values[victims], self.rows[victims])
 
     def planes(self, generator: Generators, count: int) -> Tensor:

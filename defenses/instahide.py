@@ -7,8 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradleak.dataset import Images
 from gradleak.defenses.mixup import Mixup
 from gradleak.mechanisms.encoding import Latents
+from gradleak.mechanisms.unmixing import Mixture, unmix
+
+_MOST = 8
+"""Images of a batch whose signs can all be tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +22,8 @@ class InstaHide(Mixup):
 
     References: Huang, Song, Li, Arora, arXiv:2010.02772; the options are those of Huang et al., arXiv:2112.00059.
     Absolute values stay as they are, which many encodings of the same images give away (Carlini et al.,
-    arXiv:2011.05315); an attack on one message has nothing but smoothness to choose signs by.
+    arXiv:2011.05315). An attack on one message has the range of pixels, public images and their grey levels to choose
+    signs by, once it knows the mixing.
     """
 
     reference = "arXiv:2010.02772"
@@ -32,6 +38,17 @@ class InstaHide(Mixup):
         """Mix, and flip signs."""
         mixed, soft = super().apply(images, targets, latents)
         return 0.5 + latents["signs"] * (mixed - 0.5), soft
+
+    def recover(self, encoded: Tensor, soft: Tensor, labels: Tensor, public: Images | None) -> Tensor | None:
+        """Solve for the images under every pattern of signs, pixel by pixel.
+
+        Needs public images, as x and 1 - x have the same encodings, and no more than eight images.
+        """
+        if len(encoded) > _MOST or public is None:
+            return None
+        ones = torch.tensor([1.0, -1.0]).to(encoded)
+        patterns = torch.cartesian_prod(*[ones] * len(encoded)).view(-1, len(encoded), 1, 1, 1)
+        return unmix(0.5 + patterns * (encoded - 0.5), Mixture.of(soft, labels, encoded[0].numel(), public))
 
     def encode_test(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Flip signs, which the model was trained on; nothing is mixed."""

@@ -9,8 +9,10 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from gradleak.dataset import Images
 from gradleak.errors import GradleakError
 from gradleak.mechanisms.encoding import Encoding, Latents
+from gradleak.mechanisms.unmixing import Mixture, unmix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class Mixup(Encoding):
     """
 
     reference = "arXiv:2112.00059"
-    counter_attacks = ("encoding-inversion",)
+    counter_attacks = ("encoding-inversion", "decoded-spear")
 
     count: Annotated[int, Ge(2)] = 4
     """Images in a mean; an image may be drawn twice."""
@@ -62,6 +64,10 @@ class Mixup(Encoding):
         """Softmax over the images mixed, with an advantage for an image's own row."""
         logits = numbers["mixing"]
         return {"mixing": (logits + torch.eye(len(logits)).to(logits)).softmax(-1)}
+
+    def recover(self, encoded: Tensor, soft: Tensor, labels: Tensor, public: Images | None) -> Tensor | None:
+        """Solve for the images: mixed labels show how much of each class is in a mean."""
+        return unmix(encoded[None], Mixture.of(soft, labels, encoded[0].numel(), public))
 
     def _coefficients(self, generator: torch.Generator) -> Tensor:
         while True:

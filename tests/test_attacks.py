@@ -12,6 +12,7 @@ from gradleak.dataset import Data
 
 CASES = {
     "spear": Case("mlp", {"widths": (64, 64)}, batch_size=2),
+    "spear-pp": Case("mlp", {"widths": (64, 64)}, {"rounds": 3, "trials": 8}, batch_size=2),
     "linear-leakage": Case("mlp", {"widths": (32,)}),
     "cocktail-party": Case("mlp", {"widths": (64,)}, dataset="photos", batch_size=2),
     "april": Case("vit", {"dim": 16, "depth": 1, "heads": 2}),
@@ -22,6 +23,9 @@ CASES = {
     "bottleneck-inversion": Case("lenet", {}, {"iterations": 30}, "vib", {"width": 4}),
     "gradinversion": Case("convnet", {"width": 2}, {"iterations": 20}),
     "lti": Case("mlp", {"widths": (32,)}, {"messages": 512, "epochs": 10}),
+    "message-regression": Case("mlp", {"widths": (32,)}, {"messages": 256}),
+    "posterior": Case("mlp", {"widths": (32,)}, {"candidates": 64, "trials": 8}),
+    "decoded-spear": Case("mlp", {"widths": (64,)}, defense="mixup", batch_size=2),
     "sme": Case("lenet", {}, {"iterations": 30}, local_lr=0.1),
     "tract-inversion": Case("mlp", {"widths": (32,)}, defense="tract"),
     "encoding-inversion": Case("lenet", {}, {"iterations": 30}, "augmentation"),

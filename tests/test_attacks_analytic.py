@@ -340,3 +340,12 @@ def test_unsuited(name: str, model: str, options: dict[str, Any], batch_size: in
     module = initialise(registry.build("models", model, options), (1, 8, 8), 10, 0)
     reason = attack(name).unsuited(module, Setting(batch_size=batch_size), registry.build("defenses", "none"))
     assert reason is not None and said in reason and "\n" not in reason
+
+
+def test_planes_found_by_descent_separate_batches_that_chance_does_not() -> None:
+    images, labels = data("digits").victims(1, 16, tuning=True)
+    observation = observe(images, labels, "mlp", {"widths": [256, 64]})
+    answer = solve("spear-pp", observation, rounds=20)
+    assert float(answer.details["self_check"][0]) == 1
+    apart = (answer.images[:, :, None] - images[:, None].double()).square().flatten(3).mean(3).amin(1)
+    assert apart.max() < 1e-6

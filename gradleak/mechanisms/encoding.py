@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..dataset import Images
 from ..defense import Defense
 
 Latents = dict[str, Tensor]
@@ -35,6 +36,17 @@ class Encoding(Defense):
     def relax(self, numbers: Latents) -> Latents:
         """Turn these numbers into latents, differentiably."""
         return numbers
+
+    def recover(self, encoded: Tensor, soft: Tensor, labels: Tensor, public: Images | None) -> Tensor | None:
+        """Return the images behind encoded ones in closed form, or None where there is none.
+
+        Args:
+            encoded: what the client trained on, [B, C, H, W].
+            soft: its class probabilities, in the same order, [B, classes].
+            labels: of the images that are wanted, in their order, [B].
+            public: labelled images of the same kind, where there are any.
+        """
+        return None
 
     def encode(self, images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw latents and encode."""

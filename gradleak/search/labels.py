@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import GradleakError, unknown
 from ..structure import NO_HEAD, Head
+from ..update import Network
 
 Rule = Callable[[Tensor, Tensor | None, int], Tensor]
 
@@ -45,6 +46,37 @@ def infer(update: Mapping[str, Tensor], head: Head, batch_size: int, rule: str =
         # Rules of the bias read nothing else.
         weight = bias[..., None]
     return RULES[rule](weight, bias, batch_size).sort(-1).values
+
+
+def soft(update: Mapping[str, Tensor], head: Head, network: Network, features: Tensor | None = None) -> Tensor:
+    """Return the class probabilities that clients trained on, [N, B, K], mixed or smoothed ones included.
+
+    dL/dW is the mean of (p - y) h^T and dL/db that of p - y, so that known features h give p - y, and p with them. A
+    batch of one shows its features itself: h = dL/dW_c / dL/db_c for every class c.
+
+    Args:
+        update: stacked gradients [N, ...] by parameter name; not a weight delta.
+        head: the layer whose output is the logits, with a weight and a bias.
+        network: which the client trained.
+        features: input of the head, [N, B, F]; by default that of a batch of one, from the gradient.
+
+    Raises:
+        GradleakError: the head's weight or bias is not in the update.
+    """
+    weight, bias = gradients(update, head)
+    if weight is None or bias is None or head.weight is None or head.bias is None:
+        raise GradleakError("soft labels need the gradients of the last layer's weight and bias")
+    if features is None:
+        strength = bias.square().sum(1, keepdim=True).clamp(min=1e-300)
+        features = ((bias[:, None] @ weight)[:, 0] / strength)[:, None]
+    own = network.parameters[head.weight].to(features)
+    own = own if head.transposed else own.flatten(1).mT
+    chances = (features @ own + network.parameters[head.bias].to(features)).softmax(-1)
+    # A bias is the weight of a feature that is always 1.
+    rows = torch.cat([features, torch.ones_like(features[..., :1])], dim=2).mT
+    seen = torch.cat([weight, bias[..., None]], dim=2).mT.to(features)
+    targets: Tensor = chances - rows.shape[2] * torch.linalg.pinv(rows) @ seen
+    return targets
 
 
 def lacking(head: Head, rule: str = "auto") -> str | None:
