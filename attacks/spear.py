@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge, Gt
@@ -39,7 +39,7 @@ class Spear(Attack):
 
     family = "analytic"
     reference = "arXiv:2403.03945"
-    ensembles = ("auto-v1", "auto-v2")
+    ensembles: ClassVar[tuple[str, ...]] = ("auto-v1", "auto-v2")
 
     trials: Annotated[int, Ge(1)] = 2048
     """Planes drawn in a round."""

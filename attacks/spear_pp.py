@@ -37,7 +37,6 @@ class SpearPP(Spear):
 
     reference = "arXiv:2510.24200"
     version = "1"
-    ensembles = ()  # not before it was measured: a victim it fails on takes a minute
     tuning = "steps, shrink, power: 12 trials on 1 tuning batch each of 24 and 48 digits (mlp)"
 
     trials: Annotated[int, Ge(1)] = 32
