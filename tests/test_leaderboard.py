@@ -205,7 +205,7 @@ def test_a_row_that_faced_fewer_attacks_says_so_and_has_no_rank(results_of: Fixt
     cells += [cell(about(20), attack=attack, defense="all") for attack in FAMILIES]
     cells += [cell(about(15), attack=attack, defense="few") for attack in ("dlg", "ig")]
     cells += [cell(about(18), attack=attack, defense="excused") for attack in ("dlg", "ig")]
-    reason = ("mlp", "digits", "default", "excused", "linear-leakage", "the first layer is not linear")
+    reason = ("mlp", "digits", "default", "excused", "linear-leakage", "", "the first layer is not linear")
     found = replace(results_of(cells), unsuited=pd.DataFrame([reason], columns=list(UNSUITED)))
     board = defense_board(found)
     table = board.table.set_index("defense")
@@ -213,6 +213,18 @@ def test_a_row_that_faced_fewer_attacks_says_so_and_has_no_rank(results_of: Fixt
     assert table.loc[["excused", "all"], "rank_low"].tolist() == [1, 2]
     assert board.table["defense"].tolist() == ["excused", "all", "few"]
     assert any("1 of 3 defenses faced fewer attacks" in note for note in board.notes)
+
+
+def test_a_level_that_makes_no_difference_is_not_missed(results_of: Fixture) -> None:
+    cells = [floor(10, defense=name) for name in ("noisy", "plain")]
+    cells += [cell(about(20), attack="ig", defense="noisy", knowledge=level) for level in ("oblivious", "public")]
+    cells += [cell(about(20), attack="ig", defense="plain", knowledge="oblivious")]
+    cells += [cell(about(20), attack="dlg", defense=name, knowledge="public") for name in ("noisy", "plain")]
+    found = results_of(cells)
+    assert line(defense_board(found).table, defense="plain")["standing"] == "1 of 2 attacks"
+    same = ("mlp", "digits", "default", "plain", "ig", "public", "the attack would do the same")
+    found = replace(found, unsuited=pd.DataFrame([same], columns=list(UNSUITED)))
+    assert line(defense_board(found).table, defense="plain")["rank_low"] == 1
 
 
 def test_an_attack_on_fewer_victims_or_seeds_is_not_faced(results_of: Fixture) -> None:

@@ -78,20 +78,27 @@ class Evidence:
     @cached_property
     def extents(self) -> dict[Place, Extent]:
         """How many of the attacks that apply each defense has faced."""
-        unsuited = set(self._results.unsuited[[*CONTEXT, "defense", "attack"]].itertuples(index=False, name=None))
+        unsuited: dict[tuple[str, ...], set[str]] = {}
+        noted = self._results.unsuited[[*CONTEXT, "defense", "attack", "knowledge"]]
+        for *where, level in noted.itertuples(index=False, name=None):
+            unsuited.setdefault(tuple(map(str, where)), set()).add(level)
         found = {}
         for names, group in self._counted.groupby(list(CONTEXT)):
             context = tuple(map(str, names))
             levels = group.groupby("attack")["knowledge"].agg(set).to_dict()
             for defense, part in group.groupby("defense"):
                 place = (*context, str(defense))
-                expected = {attack for attack in levels if (*place, attack) not in unsuited}
                 there = set(part["knowledge"])
+                wanted = {attack: known & there or known for attack, known in levels.items()}
+                for attack in levels:
+                    less = unsuited.get((*place, str(attack)), set())
+                    wanted[attack] = set() if "" in less else wanted[attack] - less
+                expected = {attack for attack, known in wanted.items() if known}
                 own = part.groupby("attack").agg({"knowledge": set, "complete": "all"})
                 faced = {
                     attack
                     for attack, known, complete in own.itertuples(name=None)
-                    if complete and levels[attack] & there <= known
+                    if complete and wanted[attack] <= known
                 }
                 found[place] = Extent(len(faced & expected), len(expected))
         return found

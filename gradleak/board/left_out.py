@@ -18,7 +18,6 @@ from .schema import LEFT_OUT, LEFT_OUT_COLUMNS
 
 Query = Callable[..., list[tuple[Any, ...]]]
 _PLACE = LEFT_OUT_COLUMNS[:5]
-_REASONS = (*_PLACE, "reason")
 
 
 class Noting(Protocol):
@@ -57,7 +56,7 @@ def note(store: Noting, found: Iterable[LeftOut], ran: Iterable[Sequence[str]]) 
 
 
 def unsuited(query: Query, where: str) -> pd.DataFrame:
-    """Return the attacks that do not apply, one line each: attack, defense, model, dataset, setting, reason.
+    """Return where attacks do not apply: attack, defense, model, dataset, setting, knowledge (empty: any), reason.
 
     What a suite leaves out by its own choice is not among them.
 
@@ -66,8 +65,7 @@ def unsuited(query: Query, where: str) -> pd.DataFrame:
     """
     lines = _lines(query)
     trust.check_left_out(lines, where)
-    reasons = {line[:5]: line[6] for line in lines if not line[7]}
-    return pd.DataFrame([(*place, reason) for place, reason in reasons.items()], columns=list(_REASONS), dtype=str)
+    return pd.DataFrame([line[:7] for line in lines if not line[7]], columns=list(LEFT_OUT_COLUMNS[:7]), dtype=str)
 
 
 def lines_of(query: Query, where: str) -> int:

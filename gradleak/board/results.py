@@ -43,7 +43,7 @@ HEADLINE = "psnr"
 SUCCESSES = {f"success_{line.metric}_{line.value:g}": line for line in THRESHOLDS if line.metric != "reidentified"}
 """Columns of success rates, each with its stated threshold."""
 
-UNSUITED = (*CONTEXT, "defense", "attack", "reason")
+UNSUITED = (*CONTEXT, "defense", "attack", "knowledge", "reason")
 """Columns of `Results.unsuited`."""
 
 _ENTRY = (*CONTEXT, "defense", "attack", "knowledge")

@@ -15,7 +15,7 @@ from ..errors import GradleakError
 from ..scales import METRICS
 from .cells import AttackCell, Cell, LeftOut, Note, TrainingCell, build_defense, dataset_label, unnoted
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, code_of, members, plain
-from .read import levels_of
+from .read import levels_enough, levels_of
 from .schema import Counter, Entry, Prior, Suite, build_setting, unused_of
 
 if TYPE_CHECKING:  # What needs torch; suites are read without it.
@@ -113,6 +113,9 @@ def _levels(
     if not levels:
         lacking = f"needs {plugin.needs.defense.value} knowledge of the defense, which the suite does not give"
         note(LeftOut(*place, "", lacking))
+    if plugin.adaptive and plugin.family != "control" and not defense.is_adaptive_target:
+        for name in levels_enough(suite, plugin)[1:]:
+            note(LeftOut(*place, name, "the attack would do the same as at a lower level"))
     kept = []
     for level in levels:
         missing = plugin.needs.missing(granted_of(plugin, setting, level))

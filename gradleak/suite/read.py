@@ -129,10 +129,15 @@ def _controlled(attacks: list[Entry]) -> list[Entry]:
     return [*found, *(Entry(name=name, optional=True) for name in missing if name not in listed)]
 
 
+def levels_enough(suite: Suite, attack: Attack) -> list[str]:
+    """Return the levels of knowledge of a suite that an attack can work with."""
+    least = KNOWLEDGE.index(attack.needs.defense.value)
+    return [level for level in KNOWLEDGE if level in suite.knowledge and KNOWLEDGE.index(level) >= least]
+
+
 def levels_of(suite: Suite, attack: Attack, defense: Defense, optional: bool = False) -> list[str]:
     """Return the levels of knowledge of a suite that make a difference between an attack and a defense."""
-    need = attack.needs.defense.value
-    enough = [lvl for lvl in KNOWLEDGE if lvl in suite.knowledge and KNOWLEDGE.index(lvl) >= KNOWLEDGE.index(need)]
+    need, enough = attack.needs.defense.value, levels_enough(suite, attack)
     if not enough and optional:
         return []
     if not enough:
