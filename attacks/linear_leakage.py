@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gradleak.attack import Attack, Reconstruction
 from gradleak.defense import Defense
-from gradleak.engine.loop import Status
 from gradleak.seeds import Generators
 from gradleak.structure import OnPixels
 from gradleak.threat import Observation, Setting
@@ -29,12 +28,13 @@ class LinearLeakage(Attack):
     x = dW^T db / |db|^2, the best estimate under white noise on dW. More images: every row is a candidate mean;
     rows inside [0, 1] that recur most (an image that alone activates several neurons) come first, each the least
     squares over its recurrences. The loss is what no gradient at the outputs explains of dL/dW and dL/db together
-    with the images returned, relative to both. References: Phong et al., 2018; Geiping et al., arXiv:2003.14053,
+    with the images returned, relative to both: 1 where no gradient of the layer arrived. References: Phong et al., 2018; Geiping et al., arXiv:2003.14053,
     proposition 3.1.
     """
 
     family = "analytic"
     reference = "arXiv:2003.14053"
+    version = "2"
     ensembles: ClassVar[tuple[str, ...]] = ("auto-v1", "auto-v2")
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
@@ -56,13 +56,10 @@ class LinearLeakage(Attack):
             rows = self._recurring_rows(weight, bias, observation)
         images = to_pixels(self._inputs(rows, observation), self._layer(observation), observation)
         images = images.nan_to_num(0.5).clamp(0, 1)
-        # Of a layer whose gradient did not arrive nothing is known.
-        empty = ~(weight.flatten(1).any(1) & bias.any(1))
         return Reconstruction(
             images=images,
             labels=observation.labels,
             loss=self._unexplained(observation, images),
-            status=[Status.ERROR if none else Status.OK for none in empty.tolist()],
         )
 
     def loss(

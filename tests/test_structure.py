@@ -440,4 +440,4 @@ def test_a_gradient_that_did_not_arrive_is_no_evidence() -> None:
     observation = observe(net(), defense=Silent())
     streams = Generators([("victim", i) for i in range(6)], dtype=torch.float64)
     answer = attack("linear-leakage").reconstruct(observation, streams)
-    assert answer.status == ["error"] * 6 and answer.loss is not None and (answer.loss == 1).all()
+    assert answer.loss is not None and (answer.loss == 1).all()
