@@ -28,8 +28,8 @@ class LinearLeakage(Attack):
     x = dW^T db / |db|^2, the best estimate under white noise on dW. More images: every row is a candidate mean;
     rows inside [0, 1] that recur most (an image that alone activates several neurons) come first, each the least
     squares over its recurrences. The loss is what no gradient at the outputs explains of dL/dW and dL/db together
-    with the images returned, relative to both: 1 where no gradient of the layer arrived. References: Phong et al., 2018; Geiping et al., arXiv:2003.14053,
-    proposition 3.1.
+    with the images returned, relative to both: 1 where no gradient of the layer arrived. References: Phong et al.,
+    2018; Geiping et al., arXiv:2003.14053, proposition 3.1.
     """
 
     family = "analytic"
