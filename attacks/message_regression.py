@@ -24,7 +24,7 @@ from ._imitation import Imitations, class_prior, imitate, sorted_labels
 class MessageRegression(Attack):
     """Answers the image that kernel ridge regression expects after a message, learned on messages of public images.
 
-    References: Saunders, Gammerman, Vovk, ICML 1998 (kernel ridge regression); as an attack gradleak's own. Messages
+    Our own attack, by kernel ridge regression (Saunders, Gammerman, Vovk, ICML 1998). Messages
     go through the defense as a client's would, private randomness included. With x the images and m the messages,
     the answer is mu(y) + k(m)^T (K + ridge I)^-1 (x - mu), mu(y) the mean public image of the labels. The kernel
     (linear or Gaussian, of the entries, of their directions, or of the tensors' norms alone; times how far labels

@@ -28,9 +28,9 @@ from ._imitation import class_prior, sorted_labels, summed
 class Posterior(Attack):
     """Answers the mean of public images, weighted by the likelihood of the message that each would have sent.
 
-    Reference: gradleak's own; importance sampling with public images as draws from the prior. Candidates have the
-    victim's labels. The weight of candidate j is exp(-d_j / t), d_j the defense's negative log-likelihood of the
-    message given the candidate's (where it has none, their relative squared distance). Likelihoods are known up to
+    Our own attack: importance sampling (Kahn & Marshall 1953) with public images as draws from the prior. Candidates
+    have the victim's labels. The weight of candidate j is exp(-d_j / t), d_j the defense's negative log-likelihood of
+    the message given the candidate's (where it has none, their relative squared distance). Likelihoods are known up to
     scale: the temperature t is the one that reconstructs public images best, whose messages are made as a client's.
     So a message that says nothing gets the mean of the class, and one that says everything the nearest public image.
     In a batch the images take turns, each weighed with the others at their present means.

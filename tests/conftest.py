@@ -13,10 +13,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Checkpoints and choices of the tests stay out of the user's cache.
 os.environ["GRADLEAK_CACHE"] = tempfile.mkdtemp(prefix="gradleak-tests-")
 
+import pytest
 import torch
+
+from gradleak import registry
 
 torch.set_num_threads(1)
 
 # Started in the background, this process ignores Ctrl-C, and so would the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _plugins_of_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget with each test the plugin files that it added."""
+    monkeypatch.setattr(registry, "_files", dict(registry._files))
