@@ -15,7 +15,7 @@ from gradleak.defense import Message
 from gradleak.errors import GradleakError
 from gradleak.search import labels as label_rules
 from gradleak.search.public_images import class_means
-from gradleak.threat import Observation
+from gradleak.threat import Observation, Setting
 from gradleak.update import one_hot, stack
 
 
@@ -81,6 +81,13 @@ def sorted_labels(observation: Observation) -> tuple[Tensor, Tensor] | None:
             return None
     order = labels.argsort(dim=1, stable=True)
     return labels.gather(1, order), order.argsort(dim=1)
+
+
+def untold(setting: Setting) -> str | None:
+    """Say what is not known of how the client trains, which an imitation has to repeat, or None."""
+    if setting.local_lr is not None and not setting.grants.local_training:
+        return "needs to know the client's local training (grants: {local_training: true})"
+    return None
 
 
 def class_prior(observation: Observation, labels: Tensor | None) -> Tensor:

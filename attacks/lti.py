@@ -23,6 +23,8 @@ from gradleak.seeds import Generators
 from gradleak.threat import Compute, Knowledge, Level, Observation, Setting
 from gradleak.update import one_hot, stack
 
+from ._imitation import untold
+
 
 @dataclass(frozen=True, kw_only=True)
 class LTI(Attack):
@@ -58,8 +60,8 @@ class LTI(Attack):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It has to do what the client does."""
-        if setting.local_lr is not None and not setting.grants.local_training:
-            return "needs to know the client's local training (grants: {local_training: true})"
+        if (unknown := untold(setting)) is not None:
+            return unknown
         if defense.cohort > 1:
             return "learns from the messages of single clients, which secure aggregation does not show"
         return None

@@ -17,7 +17,7 @@ from gradleak.engine.loop import Status
 from gradleak.seeds import Generators
 from gradleak.threat import Knowledge, Level, Observation, Setting
 
-from ._imitation import Imitations, class_prior, imitate, sorted_labels
+from ._imitation import Imitations, class_prior, imitate, sorted_labels, untold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,7 @@ class MessageRegression(Attack):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It has to do what the client does."""
-        if setting.local_lr is not None and not setting.grants.local_training:
-            return "needs to know the client's local training (grants: {local_training: true})"
-        return None
+        return untold(setting)
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Learn and answer all victims; `details` has the errors on public images held out, and of the class mean."""

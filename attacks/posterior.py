@@ -21,7 +21,7 @@ from gradleak.seeds import Generators
 from gradleak.threat import Knowledge, Level, Observation, Setting
 from gradleak.update import one_hot, stack
 
-from ._imitation import class_prior, sorted_labels, summed
+from ._imitation import class_prior, sorted_labels, summed, untold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,7 @@ class Posterior(Attack):
 
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It has to do what the client does."""
-        if setting.local_lr is not None and not setting.grants.local_training:
-            return "needs to know the client's local training (grants: {local_training: true})"
-        return None
+        return untold(setting)
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Weigh public images; `details` has the effective number of candidates and the temperature."""
