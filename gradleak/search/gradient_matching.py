@@ -323,7 +323,7 @@ class GradientMatching(Attack):
             return None
         if view is None:
             return Direct(self.objective, "update")
-        plain = type(view.defense).simulate is Defense.simulate and not view.defense.has_likelihood
+        plain = not (view.defense.simulates or view.defense.has_likelihood)
         return Direct(self.objective, "message") if plain else None
 
     def facts(self, observation: Observation) -> Facts:
@@ -342,7 +342,7 @@ class GradientMatching(Attack):
         if self.needs.labels is not Labels.OPTIMISED:
             labels = self.labels(observation)
             targets = one_hot(labels, observation.classes, observation.dtype)
-            facts["targets"] = targets if view is None else torch.stack([view.soften(each) for each in targets])
+            facts["targets"] = targets if view is None else torch.stack([view.soft_targets(each) for each in targets])
             if self.features:
                 head = structure.of(observation.network.module).head
                 facts["seen"] = penalties.seen_features(observation.gradient, head, labels)
