@@ -55,7 +55,7 @@ class GIAS(LatentMatching):
         if self.weights_iterations:
             facts: Facts = {**trials.facts, "code": outcome.variables}
             own = {name: tensor.detach() for name, tensor in granted(observation).named_parameters()}
-            copies = (len(trials.owner), observation.batch_size)
+            copies = (len(trials.each), observation.batch_size)
             start = {name: tensor.expand(*copies, *tensor.shape).clone() for name, tensor in own.items()}
             plan = dataclasses.replace(
                 self.plan(observation),

@@ -19,6 +19,7 @@ from ..engine.loop import Plan
 from ..engine.objectives import OBJECTIVES, weigh
 from ..engine.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
 from ..engine.problem import Direct, Facts, Guess, Problem, take
+from ..engine.restarts import Restarts, first_to_reach, least
 from ..errors import GradleakError, unknown
 from ..reconstruction import Attack, Reconstruction
 from ..seeds import Generators
@@ -219,22 +220,19 @@ class GradientMatching(Attack):
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Minimise from every restart and return each victim's restart of lowest matching loss."""
-        victims, compute = observation.victims, observation.compute
+        compute = observation.compute
         sharp = second_order.in_double(observation) if self._second_order else observation
         problem, facts = self.problem(sharp), self.facts(sharp)
-        starts = refinements.starts(self, sharp, problem, facts, generator)
-        start = {name: torch.cat([row[name] for row in starts]) for name in starts[0]}
-        owner = torch.arange(victims, device=observation.device).repeat(self.restarts)
-        names = [name for r in range(self.restarts) for name in generator.child("restart", r, "steps").names]
-        streams = Generators(names, generator.device, generator.dtype)
-        plan, perturb = self.plan(sharp), self.perturbation(sharp, streams)
+        restarts = Restarts(generator, self.restarts)
+        start, owner = refinements.starts(self, sharp, problem, facts, restarts, generator), restarts.owner
+        plan, perturb = self.plan(sharp), self.perturbation(sharp, restarts.trials("steps"))
         if perturb is not None:
             plan = dataclasses.replace(plan, perturb=perturb)
         self._try(sharp, problem, start, facts, owner)
         weights = self._prior_weights(sharp) if "weight" in facts else ()
         outcome, facts, goal = refinements.search(problem, start, facts, owner, plan, compute, weights)
         final = loop.finish(problem, outcome.variables, take(facts, owner), compute.width)
-        answer = self._pick(outcome, final, victims, goal)
+        answer = self._pick(outcome, final, restarts, goal)
         if observation.view is not None and observation.view.defense.softens and "targets" in facts:
             # What the client trains on need not be largest at the label.
             answer = dataclasses.replace(answer, labels=self.labels(observation))
@@ -399,22 +397,18 @@ class GradientMatching(Attack):
         return loop.evaluate(self.problem(observation), rows, self.facts(observation), observation.compute.width)
 
     def _pick(
-        self, outcome: loop.Outcome, final: loop.Final, victims: int, goal: Tensor | None = None
+        self, outcome: loop.Outcome, final: loop.Final, restarts: Restarts, goal: Tensor | None = None
     ) -> Reconstruction:
         """Each victim's restart of lowest matching loss, or the first that reached its goal [N]."""
-        by_victim = final.matching.view(self.restarts, victims)
-        ranked = torch.where(torch.isfinite(by_victim), by_victim, torch.full_like(by_victim, torch.inf))
-        best = ranked.argmin(0)
-        spent = outcome.iterations.view(self.restarts, victims)
-        candidates = final.images.unflatten(0, (self.restarts, victims))
+        losses, spent, candidates = (restarts.grid(t) for t in (final.matching, outcome.iterations, final.images))
+        best = least(losses)
         if goal is not None:
-            best, made = refinements.first_to_reach(ranked, goal)
+            best, made = first_to_reach(losses, goal)
             # Restarts after it were made or not as slots were free.
             spent = torch.where(made, spent, 0)
             column = made.view(*made.shape, *(1,) * (candidates.ndim - 2))
-            candidates = torch.where(column, candidates, candidates[best, torch.arange(victims)])
-        picked = best * victims + torch.arange(victims, device=ranked.device)
-        iterations = spent.sum(0)
+            candidates = torch.where(column, candidates, final.images[restarts.picked(best)])
+        picked, iterations = restarts.picked(best), spent.sum(0)
         return Reconstruction(
             images=final.images[picked],
             labels=final.targets[picked].argmax(-1),
