@@ -97,14 +97,13 @@ class LatentMatching(GradientMatching):
     def searched(self, observation: Observation, stage: int) -> Problem:
         """One trial's loss of the features before a stage.
 
-        Facts may hold `start` and `scale`: the features are then start + scale * variables.
+        Facts may have a `start` and a `scale` by feature: the features are then start + scale * variables.
         """
         generator = granted(observation)
 
         def decode(variables: Variables, facts: Facts) -> Guess:
-            targets = tensor_of(facts["targets"])
             features = located(variables, facts)
-            return Guess(generator(features, generator.condition(targets), stage), targets)
+            return Guess(generator(features, generator.condition(facts.targets), stage), facts.targets)
 
         return dataclasses.replace(super().problem(observation), decode=decode)
 
@@ -120,23 +119,11 @@ class LatentMatching(GradientMatching):
 
 def located(variables: Variables, facts: Facts) -> Features:
     """Features that variables stand for: themselves, or scaled steps from `start` in `facts`."""
-    if "start" not in facts:
+    if "start" not in facts.named:
         return variables
-    start, scale = tensors_of(facts["start"]), tensors_of(facts["scale"])
+    start, scale = facts.named["start"], facts.named["scale"]
     moved = {name: start[name] + scale[name] * variables[name] for name in variables}
     return {**start, **moved}
-
-
-def tensor_of(value: Tensor | dict[str, Tensor]) -> Tensor:
-    """Narrow one fact to a tensor."""
-    assert isinstance(value, Tensor)
-    return value
-
-
-def tensors_of(value: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-    """Narrow one fact to tensors by name."""
-    assert isinstance(value, dict)
-    return value
 
 
 def _best(outcomes: list[Outcome], finals: list[Final]) -> tuple[Outcome, Final]:

@@ -84,19 +84,19 @@ class GradInversion(GradientMatching):
         facts = super().facts(observation)
         if self.statistics == "running" and observation.running_statistics is not None:
             running = observation.running_statistics
-            facts["statistics"] = {name: row.expand(observation.victims, -1) for name, row in running.items()}
+            facts = facts.plus(
+                named={"statistics": {n: row.expand(observation.victims, -1) for n, row in running.items()}}
+            )
         if self.statistics == "batch" and observation.batch_statistics is not None:
-            facts["statistics"] = observation.batch_statistics
+            facts = facts.plus(named={"statistics": observation.batch_statistics})
         return facts
 
     def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
         """Total variation, norm, and distance to the seeds' mean once there is one."""
         images = guess.images
         prior = self.penalty(images) + self.l2 * (images.square().sum() + 1e-12).sqrt()
-        if "agreed" in facts:
-            agreed = facts["agreed"]
-            assert isinstance(agreed, Tensor)
-            prior = prior + self.group * ((images - agreed).square().mean() + 1e-12).sqrt()
+        if "agreed" in facts.own:
+            prior = prior + self.group * ((images - facts.own["agreed"]).square().mean() + 1e-12).sqrt()
         return prior
 
     def prior(self, observation: Observation) -> Callable[[Guess, Variables, Facts], Tensor]:
@@ -106,8 +106,8 @@ class GradInversion(GradientMatching):
 
         def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
             total = others(guess, variables, facts)
-            known = facts.get("statistics")
-            if isinstance(known, dict):
+            known = facts.named.get("statistics")
+            if known is not None:
                 found = batch_statistics.of_batch(network, guess.images, guess.buffers)
                 total = total + self.statistics_weight * batch_statistics.distance(found, known)
             return total
@@ -134,7 +134,7 @@ class GradInversion(GradientMatching):
             outcomes.append(outcome)
             current, done = outcome.variables, done + length
             if done < self.iterations:
-                facts = {**facts, "agreed": self._agreed(problem, current, facts, seeds, compute.width)}
+                facts = facts.plus(own={"agreed": self._agreed(problem, current, facts, seeds, compute.width)})
             if compute.expired:
                 break
         final = loop.finish(problem, current, facts, compute.width)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 from annotated_types import Ge
-from torch import Tensor, nn
+from torch import nn
 
 from gradleak.attack import GradientMatching, Reconstruction
 from gradleak.defense import Defense
@@ -87,4 +87,4 @@ class QuantumRelaxation(GradientMatching):
 
     def _decode(self, variables: Variables, facts: Facts) -> Guess:
         turns = variables["turns"]
-        return Guess(turns - turns.detach().floor(), cast(Tensor, facts["targets"]))
+        return Guess(turns - turns.detach().floor(), facts.targets)

@@ -250,14 +250,11 @@ def defense_can_be_attacked_adaptively(case: DefenseCase) -> None:
     view = View(defense, sent.public)
 
     def match(update: Update, facts: Facts) -> Tensor:
-        message, simulated = facts["message"], view.simulate(update)
-        assert isinstance(message, dict)
+        message, simulated = facts.message, view.simulate(update)
         return view.nll(message, simulated) if defense.has_likelihood else relative_squared(simulated, message)
 
     def decode(variables: Variables, facts: Facts) -> Guess:
-        targets, buffers = facts["targets"], facts["buffers"]
-        assert isinstance(targets, Tensor) and isinstance(buffers, dict)
-        return Guess(variables["images"], targets, buffers)
+        return Guess(variables["images"], facts.targets, facts.named["buffers"])
 
     problem = Problem(
         network=case.network,
@@ -268,11 +265,8 @@ def defense_can_be_attacked_adaptively(case: DefenseCase) -> None:
         per_example=view.per_example if defense.per_example_gradients else None,
     )
     images, labels = case.batches
-    facts: Facts = {
-        "message": sent.message,
-        "targets": one_hot(labels, case.data.classes, images.dtype),
-        "buffers": sent.buffers,
-    }
+    targets = one_hot(labels, case.data.classes, images.dtype)
+    facts = Facts(targets, message=sent.message, named={"buffers": sent.buffers})
     start = {"images": 0.5 * images + 0.25}
     single, stacked = Sequential()(problem, start, facts), Vmap()(problem, start, facts)
     slopes = single.gradients["images"]
@@ -281,7 +275,9 @@ def defense_can_be_attacked_adaptively(case: DefenseCase) -> None:
     close(stacked.total, single.total, "losses in a stack and alone")
     close(stacked.gradients, single.gradients, "gradients in a stack and alone", rtol=1e-6, atol=1e-9)
     zeros = {name: torch.zeros_like(tensor[0]) for name, tensor in sent.update.items()}
-    require(match(zeros, {"message": case.rows(sent.message)[0]}).isfinite(), "the loss of a zero guess is not finite")
+    require(
+        match(zeros, Facts(message=case.rows(sent.message)[0])).isfinite(), "the loss of a zero guess is not finite"
+    )
     # Last, because a defense of data or model answers by what the attacker's own model then is.
     if not defense.is_adaptive_target:
         raise Unchecked("it has no adaptive answer: neither `simulate` nor `nll` nor `per_example` is its own")

@@ -143,9 +143,9 @@ class GradientMatching(Attack):
             if by_class:
                 total = total + refinements.prior_rows(guess, facts).square().sum()
             if self.features:
-                seen = _tensors(facts["seen"])
                 assert layer is not None
-                total = total + self.features * penalties.feature_distance(network, layer, guess.images, seen)
+                inputs = facts.named["inputs"]
+                total = total + self.features * penalties.feature_distance(network, layer, guess.images, inputs)
             if self.task:
                 total = total + self.task * network.loss(guess.images, guess.targets, buffers=guess.buffers)
             return total
@@ -153,16 +153,16 @@ class GradientMatching(Attack):
         return prior
 
     def decode(self, variables: Variables, facts: Facts) -> Guess:
-        """Turn one trial's variables into a guess; `facts` holds `mean`, `std` and, if known, `targets`."""
+        """Turn one trial's variables into a guess; `facts` has `targets`, if known, and its own `mean` and `std`."""
         if self.parametrisation == "deep-prior":
             images = parametrisations.decoded(variables, _shape(facts))
         else:
-            images = variables["pixels"] * _tensor(facts["std"]) + _tensor(facts["mean"])
+            images = variables["pixels"] * facts.own["std"] + facts.own["mean"]
         if self.parametrisation == "low-resolution":
             images = parametrisations.enlarge(images, _shape(facts))
         if "labels" in variables:
             return Guess(images, variables["labels"].softmax(dim=-1))
-        return Guess(images, _tensor(facts["targets"]))
+        return Guess(images, facts.targets)
 
     def initial(self, observation: Observation, generator: Generators) -> Variables:
         """Initial variables of one restart, stacked over victims [N, ...]."""
@@ -229,11 +229,11 @@ class GradientMatching(Attack):
         if perturb is not None:
             plan = dataclasses.replace(plan, perturb=perturb)
         self._try(sharp, problem, start, facts, owner)
-        weights = self._prior_weights(sharp) if "weight" in facts else ()
+        weights = self._prior_weights(sharp) if "weight" in facts.own else ()
         outcome, facts, goal = refinements.search(problem, start, facts, owner, plan, compute, weights)
         final = loop.finish(problem, outcome.variables, take(facts, owner), compute.width)
         answer = self._pick(outcome, final, restarts, goal)
-        if observation.view is not None and observation.view.defense.softens and "targets" in facts:
+        if observation.view is not None and observation.view.defense.softens and facts.knows_labels:
             # What the client trains on need not be largest at the label.
             answer = dataclasses.replace(answer, labels=self.labels(observation))
         return refinements.refine(self, observation, answer, goal)
@@ -264,10 +264,10 @@ class GradientMatching(Attack):
             if residual is not None:
                 return residual(update, facts).square().sum()
             if view is None:
-                return answers.scalar(self.distance(update, _tensors(facts["update"])), self, "distance", update)
+                return answers.scalar(self.distance(update, facts.update), self, "distance", update)
             if turned:
                 update = {name: -tensor for name, tensor in update.items()}
-            defense, message = view.defense, _tensors(facts["message"])
+            defense, message = view.defense, facts.message
             simulated = answers.tensors(view.simulate(update), defense, "simulate")
             answers.differentiable(simulated, defense, "simulate", update)
             if defense.has_likelihood:
@@ -329,24 +329,26 @@ class GradientMatching(Attack):
         mean, std = self.coordinates(observation.network)
         victims, view = observation.victims, observation.view
         unrolled = observation.training.lr is not None
-        facts: Facts = {
-            "message": observation.message,
-            "update": observation.update if unrolled else observation.gradient,
-            "mean": mean.expand(victims, *mean.shape),
-            "std": std.expand(victims, *std.shape),
-            # Of no size: only its shape is a fact.
-            "blank": mean.new_empty(victims, 0, *observation.shape),
-        }
+        facts = Facts(
+            message=observation.message,
+            update=observation.update if unrolled else observation.gradient,
+            own={
+                "mean": mean.expand(victims, *mean.shape),
+                "std": std.expand(victims, *std.shape),
+                # Of no size: only its shape is a fact.
+                "blank": mean.new_empty(victims, 0, *observation.shape),
+            },
+        )
         if self.needs.labels is not Labels.OPTIMISED:
             labels = self.labels(observation)
             targets = one_hot(labels, observation.classes, observation.dtype)
-            facts["targets"] = targets if view is None else torch.stack([view.soft_targets(each) for each in targets])
+            if view is not None:
+                targets = torch.stack([view.soft_targets(each) for each in targets])
+            facts = dataclasses.replace(facts, targets=targets)
             if self.features:
                 head = structure.of(observation.network.module).head
-                facts["seen"] = penalties.seen_features(observation.gradient, head, labels)
-        if self._by_class(observation):
-            facts |= refinements.prior_facts(observation, facts)
-        return facts
+                facts = facts.plus(named={"inputs": penalties.told_features(observation.gradient, head, labels)})
+        return refinements.with_prior(observation, facts) if self._by_class(observation) else facts
 
     def labels(self, observation: Observation) -> Tensor:
         """Labels [N, B]: granted ones, or inferred from the decoded update."""
@@ -443,19 +445,9 @@ def _complete(observation: Observation) -> View | None:
     return view if view is not None and view.complete else None
 
 
-def _tensor(value: Tensor | dict[str, Tensor]) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value
-
-
 def _shape(facts: Facts) -> tuple[int, int, int]:
-    _, channels, height, width = _tensor(facts["blank"]).shape
+    _, channels, height, width = facts.own["blank"].shape
     return channels, height, width
-
-
-def _tensors(value: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-    assert isinstance(value, dict)
-    return value
 
 
 def _prior_rows(guess: Guess, variables: Variables, facts: Facts) -> Tensor:

@@ -124,20 +124,19 @@ def starts(
     return {**start, "pixels": torch.cat([_pixels(image, observation, facts) for image in images])}
 
 
-def prior_facts(observation: Observation, facts: Facts) -> Facts:
-    """Facts of the Gaussian of each victim's labels; none where no public images are granted."""
+def with_prior(observation: Observation, facts: Facts) -> Facts:
+    """Add the Gaussian of each victim's labels, where public images are granted."""
     if observation.auxiliary is None:
-        return {}
+        return facts
     fitted = public_images.gaussian(observation.auxiliary, observation.classes)
     own = fitted.facts(_labels(facts, observation).cpu())
     moved = {name: tensor.to(observation.device, observation.dtype) for name, tensor in own.items()}
-    return {"class": moved, "weight": torch.ones_like(moved["deviation"])}
+    return facts.plus(own={"weight": torch.ones_like(moved["deviation"])}, named={"class": moved})
 
 
 def prior_rows(guess: Guess, facts: Facts) -> Tensor:
     """Residuals of one victim's images against the Gaussian of their labels; their squares are minus its log twice."""
-    weight = cast(Tensor, facts["weight"])
-    return weight.sqrt() * public_images.whiten(guess.images, cast("dict[str, Tensor]", facts["class"]))
+    return facts.own["weight"].sqrt() * public_images.whiten(guess.images, facts.named["class"])
 
 
 def search(
@@ -155,12 +154,12 @@ def search(
     """
     if not weights:
         return loop.minimise(problem, start, facts, owner, plan, compute), facts, plan.goal
-    own = cast("dict[str, Tensor]", facts["class"])["mean"]
+    own = facts.named["class"]["mean"]
     # Twice minus the prior's log at the truth: its mean and four of its deviations above.
     usual = own[0].numel() + 4 * (2 * own[0].numel()) ** 0.5
     iterations = torch.zeros_like(owner)
     for weight in weights:
-        facts = {**facts, "weight": torch.full_like(cast(Tensor, facts["weight"]), weight)}
+        facts = facts.plus(own={"weight": torch.full_like(facts.own["weight"], weight)})
         goal = None if plan.goal is None else plan.goal + weight * usual
         outcome = loop.minimise(problem, start, facts, owner, dataclasses.replace(plan, goal=goal), compute)
         order = _answered_first(outcome.matching, len(own), goal)
@@ -270,15 +269,15 @@ def _nearest(
 
 def _pixels(images: Tensor, observation: Observation, facts: Facts) -> Tensor:
     """Images [N, B, C, H, W] in the space searched."""
-    mean, std = (cast(Tensor, facts[name])[:, None] for name in ("mean", "std"))
+    mean, std = (facts.own[name][:, None] for name in ("mean", "std"))
     return ((images - mean) / std).to(observation.dtype)
 
 
 def _labels(facts: Facts, observation: Observation) -> Tensor:
     """Labels [N, B] that an attack goes by; zeros where it searches for them."""
-    if "targets" not in facts:
+    if not facts.knows_labels:
         return torch.zeros(observation.victims, observation.batch_size, dtype=torch.int64, device=observation.device)
-    return cast(Tensor, facts["targets"]).argmax(-1)
+    return facts.targets.argmax(-1)
 
 
 def _column(rows: Tensor, like: Tensor) -> Tensor:
