@@ -56,9 +56,9 @@ class GGL(LatentMatching):
         """Objective between the guess, changed as the defense is estimated to, and the observation."""
         return super().distance(_transformed(guess, observed) if self.estimate else guess, observed)
 
-    def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+    def terms(self, guess: Guess, variables: Variables, facts: Facts) -> Iterator[Tensor]:
         """KL divergence of the code."""
-        return self.penalty(guess.images) + self.divergence * _divergence(variables["latent"])
+        yield self.divergence * _divergence(variables["latent"])
 
     def phases(self, observation: Observation, trials: Trials) -> Iterator[tuple[Outcome, Final]]:
         """The code only."""
