@@ -116,6 +116,8 @@ class LinearLeakage(Attack):
         same = (apart < _SAME) & alive[:, None]
         # Ties go to the row of the largest bias gradient, which rounding hurts least.
         size = bias.abs() / bias.abs().amax(1, keepdim=True).clamp(min=1e-300)
+        # By the number of twins; rows that are no image need a thousand more, rows without a bias gradient come last.
+        # What was picked falls below all of these, and its twins below the rest.
         votes = same.sum(2) + 0.5 * size - 1e3 * outside - 1e6 * ~alive
         victim = torch.arange(len(bias), device=bias.device)
         picked = []

@@ -143,6 +143,7 @@ def _perceptron(sizes: list[int], stream: torch.Generator) -> nn.Sequential:
     for width, out in itertools.pairwise(sizes):
         linear = nn.utils.skip_init(nn.Linear, width, out)
         with torch.no_grad():
+            # He et al., arXiv:1502.01852.
             linear.weight.normal_(0, (2 / width) ** 0.5, generator=stream)
             linear.bias.zero_()
         layers += [linear, nn.ReLU()]

@@ -116,6 +116,7 @@ class Adam(Optimiser):
 
     def step(self, variables: Variables, gradients: Variables, rate: Tensor, done: Tensor | None = None) -> Tensor:
         """One Adam step a row."""
+        # Not to zero, where the quotient is none; tanh(s g) / s is g but for a share of (s g)^2 / 3.
         left = (1 - (torch.zeros_like(rate) if done is None else done)).clamp(min=1e-3)
         self._steps += 1
         first, second = self.betas
@@ -190,6 +191,7 @@ class LBFGS(Optimiser):
         change = gradient - self._gradient
         move = self._direction * self._length[:, None]
         curvature = (change * move).sum(1)
+        # torch's own bound; along anything flatter the inverse curvature would be rounding.
         useful = (curvature > 1e-10) & ~fresh
         rows = useful.nonzero().squeeze(1)
         slot = self._count[rows] % self.history

@@ -70,4 +70,5 @@ def distance(guess: Statistics, known: Statistics) -> Tensor:
 
 
 def _norm(vector: Tensor) -> Tensor:
+    # The root has a slope at zero, too.
     return (vector.square().sum() + 1e-12).sqrt()

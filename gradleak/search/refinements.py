@@ -24,7 +24,8 @@ from ..threat import Compute, Observation
 from . import public_images, second_order
 
 CANDIDATES = 128
-"""Public batches a victim whose loss is looked at before the first restart."""
+"""Public batches a victim whose loss is looked at before the first restart: each costs one gradient, all of
+them less than a restart."""
 
 
 class Matching(Protocol):
