@@ -1,4 +1,4 @@
-"""Cocktail party attack: the gradient's rows are mixtures of the images, which independent component analysis parts."""
+"""Cocktail party attack: the gradient's rows mix the images, and independent component analysis separates them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class CocktailParty(Attack):
         return None
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
-        """Part the mixtures and scale them to images."""
+        """Separate the mixtures and scale them to images."""
         layer, size = _layer(observation), observation.batch_size
         weight, bias = gradients(observation, layer)
         left, values, right = torch.linalg.svd(weight, full_matrices=False)

@@ -25,8 +25,8 @@ class EncodingInversion(GradientMatching):
     """Minimises one minus the cosine plus total variation over images and latents of an encoding, with Adam.
 
     Counters mixup (arXiv:2112.00059), InstaHide (arXiv:2010.02772) and augmentation (arXiv:2011.12505): the guess goes
-    through the encoding that the client used, its mixing coefficients and signs searched along, and the images before
-    it are returned. Labels must be known. Our own attack.
+    through the encoding that the client used, whose mixing coefficients and signs are searched for too; the images
+    before it are returned. Labels must be known. Our own attack.
     """
 
     tuning = "tv, lr, schedule, restarts: 11 trials on 4 tuning victims of digits (lenet, mlp), augmentation and mixup"

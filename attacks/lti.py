@@ -30,9 +30,9 @@ class LTI(Attack):
     """Trains a network from message to images on public images that go through the defense as a client's would.
 
     References: Wu, Chen, Guo, Weinberger, UAI 2023, arXiv:2210.10880. It learns whatever the defense does, noise
-    included, and so is the adaptive attack of last resort. One network serves all victims; which victims there are
-    changes nothing in it, the suite's seed does. Messages are a client's first: it has no memory yet. Images of a batch
-    may come in any order: the loss assigns them. Longer messages are hashed with random signs. If the round's public
+    included, and so is the adaptive attack of last resort. One network serves all victims; it depends on the suite's
+    seed, not on which victims there are. Messages are a client's first: it has no memory yet. Images of a batch may
+    come in any order: the loss assigns them. Longer messages are hashed with random signs. If the round's public
     randomness is not known, each training message has its own. Deviations: entries are standardised by the training
     messages; layers are narrower, and their number of steps is for small images; the defense acts on the whole batch,
     as it does at a client, not on each image. Labels are not used.

@@ -90,7 +90,8 @@ class Adam(Optimiser):
     """Adam (Kingma and Ba, arXiv:1412.6980), one moment pair and one step count a row.
 
     `signs` names the variables whose gradient is replaced by its sign first (Geiping et al., arXiv:2003.14053);
-    with `soft` by tanh(s g) / s, where s falls from 1 to 0 over the steps: a sign at no time, the gradient in the end.
+    with `soft` by tanh(s g) / s, where s falls from 1 to 0 over the steps: never quite a
+    sign, and the gradient itself in the end.
     `rates` multiplies the rate of single variables.
     """
 
