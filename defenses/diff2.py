@@ -34,6 +34,8 @@ class Diff2(Defense):
     family = "noise"
     reference = "arXiv:2302.03884"
     single_round = True
+    linear = False
+    has_likelihood = True
 
     distance: Annotated[float, Gt(0)] = 0.1
     """Length |w - w'| of the model's last step."""

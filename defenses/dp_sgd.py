@@ -33,6 +33,8 @@ class DPSGD(Defense):
 
     family = "noise"
     reference = "arXiv:1607.00133"
+    linear = False
+    has_likelihood = True
 
     sigma: Annotated[float, Ge(0)] = 1.0
     """Noise multiplier: scale of the noise on a sum of gradients over `clip`."""

@@ -29,6 +29,8 @@ class GaussianNoise(Defense):
 
     family = "noise"
     reference = "arXiv:1607.00133"
+    linear = False
+    has_likelihood = True
 
     sigma: Annotated[float, Ge(0)] = 1.0
     """Noise multiplier; without clipping the noise's standard deviation itself."""

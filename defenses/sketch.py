@@ -32,6 +32,7 @@ class Sketch(Defense):
 
     family = "sketch"
     reference = "arXiv:2210.08371"
+    simulates = True
 
     kind: Literal["count-sketch", "srht", "gaussian", "ams"] = "count-sketch"
     """Family of R; `gaussian` and `ams` take O(s d) time a sketch."""
@@ -46,7 +47,7 @@ class Sketch(Defense):
     delta: Annotated[float, Gt(0), Lt(1)] = 1e-5
 
     @property
-    def linear(self) -> bool:
+    def linear(self) -> bool:  # type: ignore[override]
         """Without the remedy."""
         return self.sigma == 0 and self.clip is None
 
@@ -61,7 +62,7 @@ class Sketch(Defense):
         return self.clip is not None
 
     @property
-    def has_likelihood(self) -> bool:
+    def has_likelihood(self) -> bool:  # type: ignore[override]
         """The noise's; without noise the attack's own distance serves."""
         return self.sigma > 0
 

@@ -44,7 +44,12 @@ class Guarantee:
 
 @dataclass(frozen=True, kw_only=True)
 class Defense(Options):
-    """A defense; a plugin implements `protect`, and `simulate` or `nll` so that it can be attacked adaptively."""
+    """A defense; a plugin implements `protect`, and `simulate` or `nll` so that it can be attacked adaptively.
+
+    What others go by (`linear`, `simulates`, `has_likelihood`, `additive`, `per_example_gradients`) a class declares
+    beside the methods that it brings, as an attribute or, where it depends on options, as a property; `gradleak check`
+    holds it to that.
+    """
 
     family: ClassVar[str]
     """noise, compression, sketch, representation, data, model, aggregation, none."""
@@ -55,6 +60,19 @@ class Defense(Options):
     """Names of attacks made to defeat this defense."""
     single_round: ClassVar[bool] = False
     """Whether messages mean something in the attacked round only, so that no model can be trained from them."""
+    linear: ClassVar[bool] = True
+    """Whether `protect` is `simulate` and linear, so that it may act on each example before averaging."""
+    simulates: ClassVar[bool] = False
+    """Whether `simulate` may change an update."""
+    has_likelihood: ClassVar[bool] = False
+    """Whether `nll` is there, the defense's own matching objective."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Where a class brings a method and does not say what it is, assume the least: not linear, or changing."""
+        super().__init_subclass__(**kwargs)
+        for method, (fact, assumed) in _ASSUMED.items():
+            if _rank(cls, method) < _rank(cls, fact):
+                setattr(cls, fact, assumed)
 
     @property
     def per_example_gradients(self) -> bool:
@@ -69,7 +87,7 @@ class Defense(Options):
         """Return the images [B, C, H, W] and class probabilities [B, classes] that the client trains on."""
         return images, targets
 
-    def soften(self, targets: Tensor) -> Tensor:
+    def soft_targets(self, targets: Tensor) -> Tensor:
         """Return the class probabilities that a client trains on whose labels are `targets` [B, classes].
 
         A matching attack that knows the defense asks it. By default what `encode` makes of them if it draws nothing
@@ -95,11 +113,6 @@ class Defense(Options):
     def private_buffers(self, module: nn.Module, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw the model's private randomness for one update, as buffers [B, ...] to run it with (dropout masks)."""
         return {}
-
-    @property
-    def linear(self) -> bool:
-        """Whether `protect` is `simulate` and linear, so that it may act on each example before averaging."""
-        return type(self).protect is Defense.protect
 
     @property
     def additive(self) -> bool:
@@ -188,22 +201,24 @@ class Defense(Options):
         return None
 
     @property
-    def has_likelihood(self) -> bool:
-        """Whether the defense brings its own matching objective."""
-        return type(self).nll is not Defense.nll
-
-    @property
     def is_adaptive_target(self) -> bool:
         """Whether knowing the defense changes what a matching attack does."""
-        cls = type(self)
-        changed = cls.simulate is not Defense.simulate or cls.per_example is not Defense.per_example
-        return changed or self.has_likelihood or self.softens
+        return self.simulates or self.per_example_gradients or self.has_likelihood or self.softens
 
     @property
     def softens(self) -> bool:
         """Whether the client trains on other class probabilities than its labels, in a way that is known."""
         labels = torch.eye(4)
-        return not torch.equal(self.soften(labels), labels)
+        return not torch.equal(self.soft_targets(labels), labels)
+
+
+_ASSUMED = {"protect": ("linear", False), "simulate": ("simulates", True), "nll": ("has_likelihood", True)}
+"""What is assumed of a class that brings a method and declares nothing about it."""
+
+
+def _rank(cls: type, name: str) -> int:
+    """How far up a class's ancestors a name is defined."""
+    return next(index for index, parent in enumerate(cls.__mro__) if name in vars(parent))
 
 
 @dataclass(frozen=True)
@@ -218,9 +233,9 @@ class View:
         """Whether the message can be simulated."""
         return self.public is not None
 
-    def soften(self, targets: Tensor) -> Tensor:
+    def soft_targets(self, targets: Tensor) -> Tensor:
         """Return the class probabilities [B, classes] that a client with guessed labels trains on."""
-        return self.defense.soften(targets)
+        return self.defense.soft_targets(targets)
 
     def per_example(self, gradient: Update) -> Update:
         """Return one example's guessed gradient as the client changes it before averaging."""
