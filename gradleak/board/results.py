@@ -178,7 +178,7 @@ def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= {inner: json.dumps(item, sort_keys=True) for inner, item in value.items()}
         else:
-            flat[name] = value[:8] if name in ("digest", "file") else json.dumps(value, sort_keys=True)
+            flat[name] = value[:8] if name in ("digest", "code") else json.dumps(value, sort_keys=True)
     return flat
 
 

@@ -395,6 +395,8 @@ def _print_plugins(found: Sequence[dict[str, Any]]) -> None:
 def _print_plan(plan: Any) -> None:
     for cell in plan.cells:
         print(printable(f"{cell.key[:12]}  {plan.statuses.get(cell.key, 'to run'):6}  {cell.title}"))
+    for line in plan.anew:
+        _say(line)
     counts = {state: sum(value == state for value in plan.statuses.values()) for state in ("ok", "failed")}
     to_run = len(plan.cells) - sum(counts.values())
     _say(f"{len(plan.cells)} cells: {to_run} to run, {counts['ok']} stored already, {counts['failed']} failed")

@@ -11,6 +11,7 @@ from .cells import (
     build_defense,
     dataset_label,
     key_of,
+    question_of,
     unnamed,
     unnoted,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "dataset_label",
     "expand",
     "key_of",
+    "question_of",
     "read",
     "unnamed",
     "unnoted",
