@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 
 from gradleak import code, registry
 from gradleak.board.store import Store
+from gradleak.cli.main import main
 from gradleak.errors import GradleakError
 from gradleak.evaluation import evaluate, renewal, runner
 from gradleak.evaluation.executors import Local
@@ -190,6 +193,33 @@ def test_digests_take_no_torch() -> None:
     script = "import sys; from gradleak.suite.parts import code_of; assert code_of('attacks', 'dlg', {})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run([sys.executable, "-c", f"{script}; assert 'torch' not in sys.modules"], check=True, env=environment)
+
+
+def test_boards_show_the_newest_code_and_old_code_can_be_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, store = write_suite(tmp_path, attacks=["mean-image", "grey"]), tmp_path / "s.sqlite"
+    larger = write_suite(tmp_path / "larger", attacks=["mean-image", "grey"], defenses=["none", "top-k"])
+    for place, grey in enumerate(("0.5", "0.7")):
+        monkeypatch.setattr(registry, "_files", {})
+        file = plugin(tmp_path / str(place) / "grey.py", ATTACK.replace("0.5", grey))
+        assert runner.run(larger, store, Local(), Resources(), [file]).ran == (4, 2)[place]
+
+    def shown(*options: str) -> list[dict[str, str]]:
+        assert main(["leaderboard", str(store), "--format", "csv", "--board", "attacks", *options]) == 0
+        return list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+
+    assert [each["attack"] for each in shown()] == ["grey", "mean-image"]
+    assert len(shown("--all-code")) == 3
+    defenses = [shown(*options, "--board", "defenses") for options in ((), ("--suite", str(path)))]
+    assert ["top-k" in str(found) for found in defenses] == [True, False]
+    assert main(["leaderboard", str(store), "--suite", str(write_suite(tmp_path / "n", victims=3))]) == 2
+    assert "no cell of the suite is stored" in capsys.readouterr().err
+    assert main(["store", "prune", str(store), "--dry-run"]) == 0
+    assert "2 cells would be dropped" in capsys.readouterr().err
+    assert main(["store", "prune", str(store), "--suite", str(path)]) == 0
+    assert "4 cells were dropped" in capsys.readouterr().err
+    assert runner.run(path, store, Local(), Resources(), [file]).ran == 0, "what is left is what the suite asks for"
 
 
 def test_edited_code_is_computed_anew_and_said_so(

@@ -122,7 +122,8 @@ def test_a_changed_plugin_file_is_run_again(tmp_path: Path, monkeypatch: pytest.
     changed = plugin(tmp_path / "new" / "grey.py", ATTACK.replace("0.5", "0.7"))
     assert runner.run(path, store, Local(), Resources(), [changed]).ran == 1, "the built-in attack is not run again"
     with Store(store) as opened:
-        found = read(opened)
+        assert set(read(opened).rows["attack"]) == {"grey", "mean-image"}, "a board shows the newest code"
+        found = read(opened, all_code=True)
         keys = found.cells.loc[found.cells["attack_name"] == "grey", "key"]
         greys = sorted(float(opened.reconstruction(key, 0).mean()) for key in keys)
     assert greys == pytest.approx([0.5, 0.7])

@@ -39,7 +39,7 @@ LAYERS = [
         "board.left_out",
         "board.claims",
     },
-    {"board.results"},
+    {"board.newest", "board.results"},
     {"board.evidence", "board.cost", "board.tables"},
     {"board.attack_board", "board.leaderboard", "board.flags"},
     {"board.bundle", "board.compare", "board"},
