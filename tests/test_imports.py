@@ -17,7 +17,7 @@ HALL = {"", "__main__"}
 """What opens the package; it has no layer."""
 
 LAYERS = [
-    {"errors", "options", "plugins", "paths", "seeds", "scales", "state", "process", "board.statistics"},
+    {"code", "errors", "options", "plugins", "paths", "seeds", "scales", "state", "process", "board.statistics"},
     {"registry", "structure"},
     {"dataset", "datasets", "model", "models"},
     {"update"},
@@ -39,7 +39,7 @@ LAYERS = [
         "board.left_out",
         "board.claims",
     },
-    {"board.results"},
+    {"board.newest", "board.results"},
     {"board.evidence", "board.cost", "board.tables"},
     {"board.attack_board", "board.leaderboard", "board.flags"},
     {"board.bundle", "board.compare", "board"},

@@ -143,7 +143,8 @@ class Workshop:
                 weights = networks.initial_seed(plugin, cell.model.name, data, seed)
                 plugin = _Changed(model=plugin, defense=cell.built_defense, weights=weights)
             cache, device = self.resources.cache, self.resources.device
-            return networks.prepare(plugin, cell.model.name, data, epochs, seed, cache, device)
+            code = cell.model.code + ("" if changed is None else changed.code)
+            return networks.prepare(plugin, cell.model.name, data, epochs, seed, cache, device, code=code)
 
         return self._networks.get((cell.model, cell.dataset, changed, epochs, seed), make)
 

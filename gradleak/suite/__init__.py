@@ -11,6 +11,7 @@ from .cells import (
     build_defense,
     dataset_label,
     key_of,
+    question_of,
     unnamed,
     unnoted,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "expand",
     "key_of",
     "outline",
+    "question_of",
     "read",
     "unnamed",
     "unnoted",

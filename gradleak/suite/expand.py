@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from .. import registry
+from .. import code, registry
 from ..errors import GradleakError
 from ..scales import METRICS
 from .cells import AttackCell, Cell, LeftOut, Note, TrainingCell, build_defense, dataset_label, unnoted
@@ -26,7 +26,8 @@ if TYPE_CHECKING:  # What needs torch; suites are read without it.
 _P = TypeVar("_P")
 
 CORE = "1"
-"""Raised whenever the engine, the client or the label rules change results."""
+"""Version of the numbers of all that plugins share; raised by hand whenever engine, search, mechanisms, clients or
+label rules change a result. Their code is no part of a cell's identity: it can be rewritten without losing boards."""
 
 
 Digest = Callable[[str, Mapping[str, Any]], tuple[str, str]]
@@ -53,7 +54,7 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
     Raises:
         GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
     """
-    axes, definitions = _Axes.of(suite, digest), _definitions()
+    axes, definitions = _Axes.of(suite, digest, root), _definitions()
     cells: dict[str, Cell] = {}
     guessed: set[tuple[object, ...]] = set()
     for (data_entry, dataset), (model_entry, model), setting, seed, guard, attack in axes.grid(suite.seeds):
@@ -147,21 +148,21 @@ class _Axes:
     attacks: list[_Plugged[Attack]]
 
     @classmethod
-    def of(cls, suite: Suite, digest: Digest) -> _Axes:
+    def of(cls, suite: Suite, digest: Digest, root: Path | None) -> _Axes:
         return cls(
-            datasets=[(entry, _dataset(entry, digest)) for entry in suite.datasets],
+            datasets=[(entry, _dataset(entry, digest, root)) for entry in suite.datasets],
             models=[
-                (entry, _part("models", entry, registry.build("models", entry.name, entry.options)))
+                (entry, _part("models", entry, registry.build("models", entry.name, entry.options), root))
                 for entry in suite.models
             ],
             settings=[build_setting(values) for values in suite.settings],
             defenses=[
-                _Plugged(entry, defense, _guard(entry, defense))
+                _Plugged(entry, defense, _guard(entry, defense, root))
                 for entry in suite.defenses
                 for defense in [build_defense(entry.name, entry.options)]
             ],
             attacks=[
-                _Plugged(entry, attack, _part("attacks", entry, attack))
+                _Plugged(entry, attack, _part("attacks", entry, attack, root))
                 for entry in suite.attacks
                 for attack in [registry.build("attacks", entry.name, entry.options)]
             ],
@@ -196,14 +197,14 @@ def _utilities(suite: Suite, axes: _Axes) -> Iterator[TrainingCell]:
         )
 
 
-def _guard(entry: Entry, defense: Defense) -> Part:
+def _guard(entry: Entry, defense: Defense, root: Path | None) -> Part:
     names, chained = members(entry.name), getattr(defense, "defenses", None)
     options = (
         plain(registry.options_of(defense))
         if chained is None
         else {name: plain(registry.options_of(part)) for name, part in zip(names, chained, strict=True)}
     )
-    return Part(entry.name, entry.title, options, defense.version, code_of("defenses", entry.name))
+    return Part(entry.name, entry.title, options, defense.version, code_of("defenses", entry.name, options, root))
 
 
 def _wanted(entry: Entry, here: Mapping[str, str]) -> bool:
@@ -219,11 +220,11 @@ def _reason(entry: Entry, here: Mapping[str, str]) -> tuple[str, bool] | None:
     return None
 
 
-def _part(group: str, entry: Entry, plugin: Any) -> Part:
+def _part(group: str, entry: Entry, plugin: Any, root: Path | None) -> Part:
     """Return a plugin with every hyper-parameter but the `later` ones that are not used."""
     unused = unused_of(plugin)
-    options = {name: value for name, value in registry.options_of(plugin).items() if name not in unused}
-    return Part(entry.name, entry.title, plain(options), plugin.version, code_of(group, entry.name))
+    options = plain({name: value for name, value in registry.options_of(plugin).items() if name not in unused})
+    return Part(entry.name, entry.title, options, plugin.version, code_of(group, entry.name, options, root))
 
 
 def _definitions() -> dict[str, Any]:
@@ -233,14 +234,14 @@ def _definitions() -> dict[str, Any]:
     return {"core": CORE, "training": RECIPE, "metrics": sorted(metric.id for metric in METRICS.values())}
 
 
-def _dataset(entry: Entry, digest: Digest) -> DatasetPart:
-    part = _part("datasets", entry, registry.build("datasets", entry.name, entry.options))
+def _dataset(entry: Entry, digest: Digest, root: Path | None) -> DatasetPart:
+    part = _part("datasets", entry, registry.build("datasets", entry.name, entry.options), root)
     version, value = digest(entry.name, part.options)
     return DatasetPart(part.name, part.label, part.options, version, part.code, value)
 
 
 def _prior(prior: Prior, dataset: DatasetPart, digest: Digest, root: Path | None) -> LearnedPrior | GivenPrior:
-    """Everything that decides a generator; of a user's, the hash of its weights."""
+    """Everything that decides a generator; of a user's, the hashes of its weights and of its code."""
     if prior.source is not None:
         content, weights = b"", None
         if prior.weights is not None:
@@ -249,8 +250,9 @@ def _prior(prior: Prior, dataset: DatasetPart, digest: Digest, root: Path | None
                 content, weights = path.read_bytes(), str(prior.weights)
             except OSError as error:
                 raise GradleakError(f"prior: weights: no file {path} ({error.strerror}); see --data-root") from error
-        return GivenPrior(prior.source, weights, hashlib.sha256(content).hexdigest())
+        module = code.of_module(prior.source.partition(":")[0])
+        return GivenPrior(prior.source, weights, hashlib.sha256(content).hexdigest(), module)
     from ..training.priors import Recipe
 
     recipe = plain(dataclasses.asdict(Recipe(**prior.options)))
-    return LearnedPrior(dataset if prior.dataset is None else _dataset(prior.dataset, digest), recipe)
+    return LearnedPrior(dataset if prior.dataset is None else _dataset(prior.dataset, digest, root), recipe)
