@@ -21,7 +21,7 @@ LAYERS = [
     {"registry", "structure"},
     {"dataset", "datasets", "model", "models"},
     {"update"},
-    {"knowledge", "engine.residuals"},
+    {"knowledge", "engine.residuals", "privacy"},
     {"defense"},
     {"threat", "mechanisms"},
     {"engine"},

@@ -185,10 +185,21 @@ def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
     flat: dict[str, str] = {}
     for name, value in part.items():
         if isinstance(value, Mapping):
+            value = _asked(value)
             flat |= {inner: json.dumps(item, sort_keys=True) for inner, item in value.items()}
         else:
             flat[name] = value[:8] if name in ("digest", "code") else json.dumps(value, sort_keys=True)
     return flat
+
+
+def _asked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the noise that was found for a wanted epsilon: it differs from context to context by right."""
+    found = options.get("epsilon") is not None
+    return {
+        name: _asked(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if not (found and name == "sigma")
+    }
 
 
 def _families(cells: pd.DataFrame, group: str) -> pd.Series[str]:

@@ -18,10 +18,11 @@ from .cells import (
 from .expand import CORE, Digest, expand
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part
 from .read import outline, read
-from .schema import KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
+from .schema import HELD_OUT, KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
 
 __all__ = [
     "CORE",
+    "HELD_OUT",
     "KNOWLEDGE",
     "UTILITY",
     "AttackCell",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,6 +103,12 @@ def _check(suite: Suite, where: str) -> None:
                         raise unknown(f"label of {key}", title, titles_of[key], f"{place}.{key}")
     attacks = [registry.build("attacks", entry.name, entry.options) for entry in suite.attacks]
     defenses = [build_defense(entry.name, entry.options) for entry in suite.defenses]
+    for index, entry in enumerate(suite.defenses):
+        for options in (entry.options, *(each for each in entry.options.values() if isinstance(each, Mapping))):
+            if {"sigma", "epsilon"} <= set(options):
+                raise GradleakError(
+                    f"{where}: defenses[{index}]: epsilon: sigma is what it takes to reach it; give one of both"
+                )
     for (index, attack), defense in itertools.product(enumerate(attacks), defenses):
         try:
             levels_of(suite, attack, defense, suite.attacks[index].optional)
