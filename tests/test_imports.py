@@ -17,16 +17,17 @@ HALL = {"", "__main__"}
 """What opens the package; it has no layer."""
 
 LAYERS = [
-    {"errors", "options", "plugins", "paths", "seeds", "scales", "state", "process", "board.statistics"},
+    {"errors", "options", "plugins", "paths", "seeds", "scales", "state", "process", "pictures", "board.statistics"},
     {"registry", "structure"},
     {"dataset", "datasets", "model", "models"},
     {"update"},
-    {"knowledge", "engine.residuals"},
+    {"knowledge", "intake", "engine.residuals"},
     {"defense"},
     {"threat", "mechanisms"},
     {"engine"},
     {"channel", "reconstruction"},
     {"search"},
+    {"captured"},
     {"attack"},
     {"chain", "training"},
     {
@@ -45,6 +46,7 @@ LAYERS = [
     {"board.bundle", "board.compare", "board"},
     {"federation"},
     {"contract", "report"},
+    {"reading"},
     {"evaluation"},
     {"cli", "testing"},
 ]
@@ -53,7 +55,7 @@ LAYERS = [
 CIRCLE = {"search.gradient_matching", "search.refinements"}
 """One matching attack in two files, the second of which names the first in its types."""
 
-TORCH_FREE = ["errors", "registry", "scales", "suite", "board.bundle", "board.compare", "report", "cli.main"]
+TORCH_FREE = ["errors", "registry", "scales", "suite", "board.bundle", "board.compare", "report", "reading", "cli.main"]
 
 
 def _plugins(folder: str) -> list[Path]:
