@@ -16,6 +16,7 @@ from torch import Tensor
 from . import registry, seeds
 from .defense import Defense
 from .engine import memory
+from .engine.gauss_newton import LevenbergMarquardt
 from .errors import GradleakError
 from .plugins import said
 from .reconstruction import Attack, Reconstruction, complete, left_alone, mistakes_of_victims
@@ -32,6 +33,10 @@ BUDGET = 300.0
 """Seconds of `auto`, unless another number is given."""
 EXPLAINED = 1e-6
 """Mismatch below which nothing remains of an update that an attack could explain better."""
+_POOR = 0.5
+"""Mismatch from which an answer explains the update hardly better than nothing does."""
+_FEW = 5
+"""Iterations of a second-order search below which it is not worth a beginning."""
 _SHORTEST = 20
 """Iterations that a search is given at least."""
 _ORDER = ("analytic", "optimisation", "generative", "learned")
@@ -98,6 +103,8 @@ class Captured(Reconstruction):
             text = f"victim {victim}: by {method}"
             if self.mismatch is not None:
                 text += f"; {float(self.mismatch[victim]):.2g} of the update is unexplained"
+                if not float(self.mismatch[victim]) < _POOR:
+                    text += ": these images are not what was trained on, or something that was assumed is wrong"
             if self.agreement is not None and math.isfinite(float(self.agreement[victim])):
                 text += f"; restarts agree to {float(self.agreement[victim]):.1f} dB"
             found.append(text)
@@ -173,11 +180,13 @@ def attack(
 
 def _members(observation: Observation, tried: list[Tried]) -> Iterator[tuple[str, Attack]]:
     """Yield the attacks of the ensemble that can run, closed forms first; note the others."""
-    found = []
+    found, seen = [], set[str]()
     for name, label, options in registry.members(ENSEMBLE):
         plugin: Attack = registry.build("attacks", name, options)
-        if plugin.family == "control":
+        # Without public images the variants of an attack do the same.
+        if plugin.family == "control" or (name in seen and observation.auxiliary is None):
             continue
+        seen.add(name)
         reason = _unfit(plugin, observation)
         if reason is None:
             place = _ORDER.index(plugin.family) if plugin.family in _ORDER else len(_ORDER)
@@ -230,6 +239,9 @@ def _run(
     streams = Generators(names, observation.device, observation.dtype, seeds.derive("captured", seed))
     try:
         with restored(), left_alone(plugin, observation):
+            too_long = _too_long(plugin, observation, seconds)
+            if too_long is not None:
+                return None, Tried(name, note=too_long)
             ready = plugin if math.isinf(seconds) else paced(plugin, observation, seconds, streams)
             timed = observation if math.isinf(seconds) else until(observation, started + seconds)
             answer = complete(ready.reconstruct(timed, streams), ready, observation)
@@ -256,6 +268,21 @@ def _run(
         note = note or (f"{ready.iterations} of {plugin.iterations} iterations fitted into the budget" if short else "")
     mean = float(unexplained.mean())
     return found, Tried(name, spent, mean, note)
+
+
+def _too_long(plugin: Attack, observation: Observation, seconds: float) -> str | None:
+    """Say that a single iteration of a second-order search would take longer than there is time, or None."""
+    if not isinstance(plugin, GradientMatching) or plugin.optimiser != "levenberg-marquardt":
+        return None
+    unknowns = observation.batch_size * math.prod(observation.shape)
+    blank = torch.full((observation.victims, observation.batch_size, *observation.shape), 0.5)
+    started = time.monotonic()
+    mismatch(observation, Reconstruction(images=blank))
+    # It takes one more derivative, in float64, for every unknown.
+    expected = 2 * (time.monotonic() - started) * LevenbergMarquardt().gradients(unknowns)
+    if expected * _FEW < seconds:
+        return None
+    return f"an iteration would take about {expected:.0f} s, and {seconds:.0f} s are left for it"
 
 
 def until(observation: Observation, deadline: float) -> Observation:

@@ -170,8 +170,8 @@ def refuse_labels(labels: object, victims: int, batch_size: int) -> None:
 def refuse_other_kind(update: Update, network: Network, batch_size: int, difference: bool) -> None:
     """Refuse a weight difference given as a gradient, and the other way round.
 
-    Of hard labels under cross-entropy, the gradient of the last layer's bias is negative for classes in the batch
-    only. So more negative entries than images, where no more are positive, are the sign of a step downhill.
+    Of hard labels under cross-entropy, the gradient of the last layer's bias sums to zero and is negative for classes
+    in the batch only. So where it does sum to zero, more negative entries than images are no gradient of them.
 
     Args:
         update: with a row a victim, [N, ...].
@@ -185,9 +185,10 @@ def refuse_other_kind(update: Update, network: Network, batch_size: int, differe
     bias = structure.of(network.module).head.bias
     if bias is None or bias not in update:
         return
-    uphill = -update[bias] if difference else update[bias]
-    negative, positive = (uphill < 0).sum(1), (uphill > 0).sum(1)
-    turned = (negative > batch_size) & (positive <= batch_size)
+    uphill = (-update[bias] if difference else update[bias]).double()
+    clean = uphill.sum(1).abs() < 1e-3 * uphill.abs().sum(1)
+    negative = (uphill < 0).sum(1)
+    turned = clean & (negative > batch_size)
     if not turned.any():
         return
     count, classes = int(negative[turned][0]), uphill.shape[1]
@@ -199,8 +200,8 @@ def refuse_other_kind(update: Update, network: Network, batch_size: int, differe
     else:
         told, remedy = "a gradient", "say weight_difference=True, or False if it is a gradient all the same"
     raise GradleakError(
-        f"update: {bias!r} has the wrong sign for {told} of {batch_size} image{'s' * (batch_size > 1)} ({count} of its "
-        f"{classes} entries, at most {batch_size} expected); {remedy}"
+        f"update: {bias!r} has the wrong sign for {told} of {batch_size} image{'s' * (batch_size > 1)}: {count} of its "
+        f"{classes} entries, at most {batch_size} expected; {remedy}, or give the right batch_size"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import gradleak
 from gradleak import Captured, GradleakError, LocalTraining, Observation
+from gradleak.cli.main import main
 from gradleak.intake import refuse_other_kind
 from gradleak.update import Network
 
@@ -234,3 +237,43 @@ def test_stores_are_read_in_a_line(tmp_path: Path) -> None:
         found.board("nonsense")
     with pytest.raises(GradleakError):
         gradleak.read(tmp_path / "absent.sqlite")
+
+
+def test_a_captured_file_is_attacked_from_the_command_line(
+    tmp_path: Path, captured: tuple[nn.Module, dict[str, Tensor], Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, update, _ = captured
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def build(width=6):\n"
+        "    return nn.Sequential(nn.Conv2d(1, width, 3, 2, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(9 * width, 5))\n"
+    )
+    torch.save(module.state_dict(), tmp_path / "w.pt")
+    save_file({name: tensor.contiguous() for name, tensor in update.items()}, tmp_path / "g.safetensors")
+    torch.save({"_module." + name: tensor for name, tensor in module.state_dict().items()}, tmp_path / "opacus.pt")
+    model = f"{tmp_path}/mine.py:build"
+    given = ["attack", "--model", model, "--shape", "1,6,6", "--out", str(tmp_path / "out"), "--budget", "5s"]
+    chosen = ["--attack", "inverting-gradients", "--options", "iterations=100"]
+    files = ["--weights", str(tmp_path / "w.pt"), "--update", str(tmp_path / "g.safetensors")]
+    assert main([*given, *files, *chosen]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["labels"] == [[3]] and report["mismatch"][0] < 0.1 and report["method"] == ["inverting-gradients"]
+    assert (tmp_path / "out" / "victim0-image0.png").stat().st_size > 50
+    assert "unexplained" in (tmp_path / "out" / "index.html").read_text()
+    assert "assumed" in capsys.readouterr().out
+    wrong = {
+        "has no 'bild'": [*given[:2], f"{tmp_path}/mine.py:bild", *given[3:], *files],
+        "module:function": [*given[:2], "mine", *given[3:], *files],
+        "has shape": [*given, *files, "--model-options", "width=7"],
+        "unknown attack": [*given, *files, "--attack", "nonsense"],
+        "as 90s": [*given, *files, "--budget", "soon"],
+        "as 3,32,32": [*given, *files, "--shape", "6,6"],
+        "leave them out": [*given, *files, "--local-steps", "3"],
+        "unknown kind": [*given, *files, "--kind", "weights"],
+        "no state dict": [*given, *files, "--weights", str(tmp_path / "mine.py")],
+        "no such file": [*given[:2], f"{tmp_path}/none.py:build", *given[3:], *files],
+    }
+    for said, arguments in wrong.items():
+        assert main(arguments) == 2
+        assert said in capsys.readouterr().err
+    assert main([*given, "--weights", str(tmp_path / "opacus.pt"), *files[2:], *chosen]) == 0, "wrapped names too"

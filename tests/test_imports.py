@@ -19,7 +19,7 @@ HALL = {"", "__main__"}
 LAYERS = [
     {"errors", "options", "plugins", "paths", "seeds", "scales", "state", "process", "pictures", "board.statistics"},
     {"registry", "structure"},
-    {"dataset", "datasets", "model", "models"},
+    {"dataset", "datasets", "model", "models", "sources"},
     {"update"},
     {"knowledge", "intake", "engine.residuals"},
     {"defense"},

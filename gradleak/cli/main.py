@@ -19,7 +19,7 @@ from rich.console import Console
 from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable
-from . import check, prior
+from . import attack, check, prior
 from . import store as store_commands
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ app = typer.Typer(
     help="Which defense stops which gradient inversion attack, and at what cost.",
 )
 app.add_typer(prior.app, name="prior")
+app.command("attack")(attack.attack)
 app.command("check")(check.check)
 app.add_typer(store_commands.app, name="store")
 
