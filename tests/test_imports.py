@@ -17,16 +17,29 @@ HALL = {"", "__main__"}
 """What opens the package; it has no layer."""
 
 LAYERS = [
-    {"code", "errors", "options", "plugins", "paths", "seeds", "scales", "state", "process", "board.statistics"},
+    {
+        "code",
+        "errors",
+        "options",
+        "plugins",
+        "paths",
+        "seeds",
+        "scales",
+        "state",
+        "process",
+        "pictures",
+        "board.statistics",
+    },
     {"registry", "structure"},
-    {"dataset", "datasets", "model", "models"},
+    {"dataset", "datasets", "model", "models", "sources"},
     {"update"},
-    {"knowledge", "engine.residuals", "privacy"},
+    {"knowledge", "intake", "engine.residuals", "privacy"},
     {"defense"},
     {"threat", "mechanisms"},
     {"engine"},
     {"channel", "reconstruction"},
     {"search"},
+    {"captured"},
     {"attack"},
     {"chain", "training"},
     {
@@ -45,12 +58,13 @@ LAYERS = [
     {"board.bundle", "board.compare", "board"},
     {"federation"},
     {"contract", "report"},
+    {"reading"},
     {"evaluation"},
     {"cli", "testing"},
 ]
 """Lowest first. A room, or a module of its own; it imports its own layer and those below, through whatever others."""
 
-TORCH_FREE = ["errors", "registry", "scales", "suite", "board.bundle", "board.compare", "report", "cli.main"]
+TORCH_FREE = ["errors", "registry", "scales", "suite", "board.bundle", "board.compare", "report", "reading", "cli.main"]
 
 
 def _plugins(folder: str) -> list[Path]:
