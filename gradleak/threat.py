@@ -13,7 +13,7 @@ from torch import Tensor
 from . import structure
 from .dataset import Images
 from .defense import Message, View
-from .knowledge import BatchNorm, Knowledge, Labels, Level, Setting, rank
+from .knowledge import BatchNorm, Knowledge, Labels, Level, Power, Setting, Tampering, rank
 from .update import LocalTraining, Network, Update
 
 __all__ = [
@@ -23,7 +23,9 @@ __all__ = [
     "Labels",
     "Level",
     "Observation",
+    "Power",
     "Setting",
+    "Tampering",
     "Width",
     "Widths",
     "rank",
