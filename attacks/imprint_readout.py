@@ -21,8 +21,8 @@ class ImprintReadout(Attack):
     """Divides what a bin adds to the weights' gradient by what it adds to the biases': an image that is alone there.
 
     Rows are in the order of their edges. Cumulative: a row less the next one, and the last row by itself, so that the
-    top bin is not lost; one-shot: the difference of its two rows only. Sparse: every row by itself. Empty bins drop out;
-    of more bins than images the strongest are answered. References: Fowl et al., ICLR 2022, arXiv:2110.13057.
+    top bin is not lost; one-shot: the difference of its two rows only. Sparse: every row by itself. Empty bins drop
+    out; of more bins than images the strongest are answered. References: Fowl et al., ICLR 2022, arXiv:2110.13057.
     """
 
     family = "analytic"

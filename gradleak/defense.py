@@ -47,7 +47,7 @@ class Defense(Options):
     """A defense; a plugin implements `protect`, and `simulate` or `nll` so that it can be attacked adaptively."""
 
     family: ClassVar[str]
-    """noise, compression, sketch, representation, data, model, aggregation, none."""
+    """noise, compression, sketch, representation, data, model, aggregation, detection, none."""
     reference: ClassVar[str]
     version: ClassVar[str] = "1"
     """Raised whenever results change, so that old cells are not taken for new ones."""
@@ -55,6 +55,29 @@ class Defense(Options):
     """Names of attacks made to defeat this defense."""
     single_round: ClassVar[bool] = False
     """Whether messages mean something in the attacked round only, so that no model can be trained from them."""
+
+    def inspect(self, module: nn.Module, template: nn.Module, images: Tensor, targets: Tensor) -> float:
+        """Return how suspicious the model looks that a client was sent; above a threshold the client sends nothing.
+
+        The threshold is what honest models reach (`false_alarms`).
+
+        Args:
+            module: as it was sent, in eval mode.
+            template: the agreed architecture, with initial weights of its own.
+            images: of the client, [B, C, H, W].
+            targets: class probabilities of the client, [B, classes].
+        """
+        return 0.0
+
+    @property
+    def false_alarms(self) -> float:
+        """Share of honest models that the threshold of `inspect` may refuse, in [0, 1)."""
+        return 0.0
+
+    @property
+    def inspectors(self) -> tuple[Defense, ...]:
+        """Itself, or members, that look at the model."""
+        return (self,) if type(self).inspect is not Defense.inspect else ()
 
     @property
     def per_example_gradients(self) -> bool:

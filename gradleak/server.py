@@ -93,6 +93,16 @@ class Server(Options, ABC):
         """Say why it cannot work on such clients at all, or None; asked before anything runs."""
         return None
 
-    def expected(self, images: int) -> float | None:
-        """Return how many of so many images are expected to come back exactly, by the formula; None without one."""
+    def expected(self, setting: Setting, clients: int) -> float | None:
+        """Return how many images of a client are expected to come back exactly, by the formula; None without one.
+
+        Args:
+            setting: how the client trains.
+            clients: in a sum.
+        """
         return None
+
+    @property
+    def adapts(self) -> bool:
+        """Whether what it sends next depends on a client's answer, so that every client is sent models of its own."""
+        return type(self).next_query is not Server.next_query

@@ -22,7 +22,7 @@ from gradleak.threat import Observation
 
 _NEVER = 1e3  # standard deviations that no feature reaches
 _WHOLE = 1e-3  # how far from a whole number a count may be
-_BESIDE = 30.0  # logits that put an image clearly on one side
+_BESIDE = 12.0  # logits that put an image clearly on one side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class FeatureFishing(Server):
     reference = "arXiv:2202.00580"
 
     direction: Literal["feature", "random"] = "feature"
-    steepness: Annotated[float, Gt(0)] = 1e4
+    steepness: Annotated[float, Gt(0)] = 1e6
     """Logits per standard deviation of h."""
     label: Annotated[int, Ge(0)] = 0
     """c."""
@@ -106,15 +106,15 @@ class FeatureFishing(Server):
     def _threshold(self, search: _Search, queries: Sequence[Query], count: float, mean: float) -> float:
         """Return where to ask next, of how many were above the last threshold and their mean."""
         beside = _BESIDE * search.deviation / self.steepness
+        tried = [(vars(query.module)["fished"].threshold, self._above(queries[0], query)[0]) for query in queries[1:]]
+        crowded = [threshold for threshold, above in tried if above > 1 + _WHOLE and threshold < search.threshold]
         if count > 1 + _WHOLE:
             return max(mean, search.threshold + beside)
+        if crowded:
+            # Between the highest threshold that several were above and one that is not wholly below any.
+            return (max(crowded) + search.threshold) / 2
         if count > _WHOLE:
             return search.threshold - beside
-        # None was above: between the last threshold and the highest that some were above, or a lower quantile.
-        tried = [(vars(query.module)["fished"].threshold, self._above(queries[0], query)[0]) for query in queries[1:]]
-        reached = [threshold for threshold, above in tried if above > 1 and threshold < search.threshold]
-        if reached:
-            return (max(reached) + search.threshold) / 2
         return search.quantile(max(0.02, 1 - 4.0 ** sum(above < 1 for _, above in tried) / queries[-1].images))
 
     def _above(self, first: Query, query: Query) -> tuple[float, float]:

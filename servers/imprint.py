@@ -10,14 +10,14 @@ from annotated_types import Ge, Gt
 from torch import nn
 
 from gradleak.dataset import Images
-from gradleak.knowledge import Knowledge, Power
+from gradleak.knowledge import Knowledge, Power, Setting
 from gradleak.mechanisms import imprint
 from gradleak.server import Server
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImprintServer(Server):
-    """Puts K rows of one reading h before a layer, with biases at the K quantiles of h, and columns back that are equal.
+    """Puts K rows of one reading h before a layer, with biases at the K quantiles of h, and equal columns back.
 
     Row i sees the images with h above its edge (cumulative), so that (dW_i - dW_{i+1}) / (db_i - db_{i+1}) is an image
     that is alone between two edges. The sparse variant cuts the identity to a bin, and so survives local steps.
@@ -62,6 +62,12 @@ class ImprintServer(Server):
         block = imprint.Imprint(row, edges, self.gain * signs, self.variant == "sparse", closed)
         return imprint.placed_before(module, layer, block)
 
-    def expected(self, images: int) -> float | None:
-        """Return n (1 - 1/K)^(n - 1), of which one-shot reads one bin."""
-        return imprint.expected(images, self.bins, 1 if self.variant == "one-shot" else None)
+    def expected(self, setting: Setting, clients: int) -> float | None:
+        """Return n (1 - 1/K)^(nC - 1) for n images of each of C clients; one-shot reads one bin.
+
+        None for rows that see others' bins, where local steps move them.
+        """
+        if self.variant != "sparse" and setting.local_lr is not None and setting.local_steps > 1:
+            return None
+        found = imprint.expected(setting.batch_size * clients, self.bins, 1 if self.variant == "one-shot" else None)
+        return found / clients

@@ -72,6 +72,6 @@ class Loki(Server):
             return f"its channels are for {self.clients} clients; {defense.cohort} are in a sum"
         return None
 
-    def expected(self, images: int) -> float | None:
-        """Return n (1 - 1/K)^(n - 1) for the images of one client, however many are in the sum."""
-        return imprint.expected(images, self.bins)
+    def expected(self, setting: Setting, clients: int) -> float | None:
+        """Return n (1 - 1/K)^(n - 1) for n images of a client, however many clients are in the sum."""
+        return imprint.expected(setting.batch_size, self.bins)

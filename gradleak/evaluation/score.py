@@ -45,8 +45,12 @@ def rows_of(
     labels: Tensor,
     given: Answer,
     workshop: Workshop,
+    isolated: bool = False,
 ) -> list[ImageRow]:
-    """One row an image: the metrics of every reconstruction against its truth; an invalid one has none."""
+    """One row an image: the metrics of every reconstruction against its truth; an invalid one has none.
+
+    Where a server isolated one image, the attack's loss is of that image alone, which has no counterpart at the truth.
+    """
     norms = _norms(sent.message)
     shared = [
         {"status": state, "seconds": given.seconds, "message_norm": norm}
@@ -62,7 +66,7 @@ def rows_of(
     candidates = data.candidates(cell.candidates, cell.tuning)
     scored = metrics.score(answer.images, answer.labels, images, labels, candidates)
     truth, notes, attack = None, {}, cell.built_attack
-    if not attack.observes_other_victim:
+    if not (attack.observes_other_victim or isolated):
         try:
             truth = attack.loss(observation, sent.images, sent.targets, sent.buffers)
         except Exception as error:

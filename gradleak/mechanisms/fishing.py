@@ -65,7 +65,7 @@ class Line:
             return inputs_at(module, self.layer, images.to(like)).double()
 
     def isolated(self, update: Update, label: int, images: int, count: int) -> Update:
-        """Return the mean gradient of the `count` images that were not silent, of an update that is a mean over `images`.
+        """Return the mean gradient of the `count` images that were not silent, of an update that is over `images`.
 
         Each of them has p_c = 0 and the label c; rows of the other classes, which hold silent images too, follow from
         row c.

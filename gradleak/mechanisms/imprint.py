@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from .. import structure
 from ..errors import GradleakError, unknown
@@ -37,7 +38,7 @@ class Imprint(nn.Module):
         super().__init__()
         self.sparse, self.closed = sparse, closed
         bins, inputs = len(edges), len(reading)
-        self.rows, self.back = nn.Linear(inputs, bins), nn.Linear(bins, inputs)
+        self.rows, self.back = skip_init(nn.Linear, inputs, bins), skip_init(nn.Linear, bins, inputs)
         width = widths(edges) if sparse else torch.ones_like(edges)
         with torch.no_grad():
             self.rows.weight.copy_(reading / width[:, None])
@@ -72,9 +73,9 @@ class Apart(nn.Module):
         channels, height, width = shape
         wide = channels + 1
         self.client, self.shape = client, shape
-        self.copy = nn.Conv2d(channels, wide * clients, 3, padding=1)
-        self.rows = nn.Linear(wide * clients * height * width, len(edges))
-        self.back = nn.Linear(len(edges), channels * height * width)
+        self.copy = skip_init(nn.Conv2d, channels, wide * clients, 3, padding=1)
+        self.rows = skip_init(nn.Linear, wide * clients * height * width, len(edges))
+        self.back = skip_init(nn.Linear, len(edges), channels * height * width)
         own = torch.cat([reading.view(shape), torch.zeros_like(reading).view(shape)[:1]]).flatten().repeat(clients)
         with torch.no_grad():
             self.copy.weight.zero_()

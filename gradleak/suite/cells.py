@@ -18,6 +18,7 @@ from .schema import UTILITY, Engine, Utility, build_setting, stored_setting
 if TYPE_CHECKING:  # What needs torch; suites are read without it.
     from ..attack import Attack
     from ..defense import Defense
+    from ..server import Server
     from ..threat import Level, Setting
 
 
@@ -32,6 +33,8 @@ class Draws:
     """Of the round and its clients; without the attack, so that every attack faces the same messages."""
     attack: tuple[object, ...]
     """Of the attack's streams; without the defense."""
+    server: tuple[object, ...]
+    """Of the model that the server sends; without attack and defense, which all face the same model."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,12 +92,20 @@ class Cell(ABC):
         """The defense."""
         return build_defense(self.defense.name, self.defense.options)
 
+    @cached_property
+    def built_server(self) -> Server:
+        """The server."""
+        server: Server = registry.build("servers", self.setting.server.name, self.setting.server.options)
+        return server
+
     def check_files(self) -> None:
         """Refuse to compute it with other plugin files than those that it was made of.
 
         Raises:
             GradleakError: a file was changed, or another of the same name was given.
         """
+        sender = self.setting.server
+        Part(sender.name, code=sender.file).check_file("servers")
         for group, part in (("defenses", self.defense), ("models", self.model), ("datasets", self.dataset)):
             part.check_file(group)
 
@@ -187,6 +198,7 @@ class AttackCell(Cell):
         return Draws(
             messages=(self.seed, dataset, model, setting, defense),
             attack=(self.seed, "attack", self.attack.name, dataset, model, setting),
+            server=(self.seed, "server", dataset, model, setting),
         )
 
     @property
