@@ -111,6 +111,11 @@ class Chain(Defense):
         """Whether knowing any member changes what a matching attack does."""
         return any(defense.is_adaptive_target for defense in self.defenses)
 
+    @property
+    def inspectors(self) -> tuple[Defense, ...]:
+        """Members that look at the model; each has a threshold of its own."""
+        return tuple(each for defense in self.defenses for each in defense.inspectors)
+
     def prepare_model(self, module: nn.Module) -> nn.Module:
         """Return the model that all members have changed, in order."""
         for defense in self.defenses:

@@ -44,7 +44,7 @@ class Defense(Options):
     """
 
     family: ClassVar[str]
-    """noise, compression, sketch, representation, data, model, aggregation, none."""
+    """noise, compression, sketch, representation, data, model, aggregation, detection, none."""
     reference: ClassVar[str]
     version: ClassVar[str] = "1"
     """Raised whenever results change, so that old cells are not taken for new ones."""
@@ -67,6 +67,29 @@ class Defense(Options):
         for method, (fact, assumed) in _ASSUMED.items():
             if _rank(cls, method) < _rank(cls, fact):
                 setattr(cls, fact, assumed)
+
+    def inspect(self, module: nn.Module, template: nn.Module, images: Tensor, targets: Tensor) -> float:
+        """Return how suspicious the model looks that a client was sent; above a threshold the client sends nothing.
+
+        The threshold is what honest models reach (`false_alarms`).
+
+        Args:
+            module: as it was sent, in eval mode.
+            template: the agreed architecture, with initial weights of its own.
+            images: of the client, [B, C, H, W].
+            targets: class probabilities of the client, [B, classes].
+        """
+        return 0.0
+
+    @property
+    def false_alarms(self) -> float:
+        """Share of honest models that the threshold of `inspect` may refuse, in [0, 1)."""
+        return 0.0
+
+    @property
+    def inspectors(self) -> tuple[Defense, ...]:
+        """Itself, or members, that look at the model."""
+        return (self,) if type(self).inspect is not Defense.inspect else ()
 
     @property
     def per_example_gradients(self) -> bool:

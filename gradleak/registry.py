@@ -1,4 +1,4 @@
-"""Names to plugin classes: the files of the four folders, entry points of other packages, and single files.
+"""Names to plugin classes: the files of the five folders, entry points of other packages, and single files.
 
 A plugin is a frozen dataclass whose fields are its hyper-parameters. Its name is the stem of its file, with
 hyphens for underscores; a file holds exactly one public class. Nothing is imported before it is asked for.
@@ -30,7 +30,13 @@ from .plugins import at, place_of_hook
 
 log = logging.getLogger(__name__)
 
-GROUPS = {"attacks": "attack", "datasets": "dataset", "defenses": "defense", "models": "model"}
+GROUPS = {
+    "attacks": "attack",
+    "datasets": "dataset",
+    "defenses": "defense",
+    "models": "model",
+    "servers": "server",
+}
 """Registry groups and the noun of one member."""
 
 _files: dict[tuple[str, str], Path] = {}
@@ -127,8 +133,9 @@ def describe(group: str, name: str) -> dict[str, Any]:
         # Of whatever kind: one broken plugin must not hide the others.
         return {**facts, "error": plugins.said(error)}
     facts["summary"] = (inspect.getdoc(cls) or "").partition("\n")[0]
-    for fact in ("family", "threat_model", "adaptive", "counter_attacks", "reference", "version"):
-        if hasattr(plugin, fact):
+    for fact in ("family", "threat_model", "surface", "adaptive", "counter_attacks", "queries", "reference", "version"):
+        # Of a class without an instance a property has no value.
+        if hasattr(plugin, fact) and not isinstance(getattr(plugin, fact), property):
             facts[fact] = getattr(plugin, fact)
     if declared := vars(cls).get("ensembles"):
         facts["ensembles"] = declared
@@ -218,7 +225,7 @@ def _sources(group: str) -> dict[str, _Source]:
     return found
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=10)
 def _shipped(group: str, path: tuple[str, ...]) -> Mapping[str, _Source]:
     """Built-ins and what is installed on the path; a suite asks for names thousands of times."""
     found: dict[str, _Source] = {}

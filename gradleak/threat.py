@@ -14,7 +14,7 @@ from . import intake, structure
 from .dataset import Images
 from .defense import Defense, Message, View
 from .errors import GradleakError
-from .knowledge import BatchNorm, Knowledge, Labels, Level, Setting, rank
+from .knowledge import BatchNorm, Knowledge, Labels, Level, Power, Setting, Tampering, rank
 from .mechanisms import batch_statistics
 from .update import LocalTraining, Network, Update
 
@@ -25,7 +25,9 @@ __all__ = [
     "Labels",
     "Level",
     "Observation",
+    "Power",
     "Setting",
+    "Tampering",
     "Width",
     "Widths",
     "rank",
