@@ -40,7 +40,7 @@ LAYERS = [
     {"channel", "reconstruction"},
     {"search"},
     {"captured"},
-    {"attack"},
+    {"attack", "server"},
     {"chain", "training"},
     {
         "suite",
