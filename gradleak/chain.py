@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .defense import Defense, Guarantee, Loss, Memory, Message, Public
+from .defense import Defense, Exposure, GaussianMechanism, Guarantee, Loss, Memory, Message, Public
 from .errors import GradleakError
 from .threat import Setting
 from .update import Update
@@ -77,6 +77,11 @@ class Chain(Defense):
         return any(defense.single_round for defense in self.defenses)
 
     @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        """Whether any member's encoding does."""
+        return any(defense.mixes for defense in self.defenses)
+
+    @property
     def per_example_gradients(self) -> bool:
         """Whether any member acts on each example's gradient."""
         return any(defense.per_example_gradients for defense in self.defenses)
@@ -105,6 +110,11 @@ class Chain(Defense):
     def is_adaptive_target(self) -> bool:
         """Whether knowing any member changes what a matching attack does."""
         return any(defense.is_adaptive_target for defense in self.defenses)
+
+    @property
+    def inspectors(self) -> tuple[Defense, ...]:
+        """Members that look at the model; each has a threshold of its own."""
+        return tuple(each for defense in self.defenses for each in defense.inspectors)
 
     def prepare_model(self, module: nn.Module) -> nn.Module:
         """Return the model that all members have changed, in order."""
@@ -223,15 +233,48 @@ class Chain(Defense):
         index = max(aggregating, default=self._last)
         return self.defenses[index].pack(message, _own(public, index))
 
+    def bounded_noise(self, setting: Setting) -> GaussianMechanism | None:
+        """Return the member's of most noise, where a sum is seen with the noise of all its clients.
+
+        Members after it process what it sent, members before it act on each example before it clips. A sum's noise is
+        that of clients who do as they are told; its fixed point is far finer than the noise.
+        """
+        if self.mixes:
+            return None
+        found = [each for each in (defense.bounded_noise(setting) for defense in self.defenses) if each is not None]
+        if not found:
+            return None
+        return max(found, key=lambda mechanism: mechanism.multiplier).summed(self.cohort)
+
+    def calibrated(self, setting: Setting, run: Exposure | None = None) -> Chain:
+        """Return the chain of members with the noise that they ask for, of a sum with all its clients' together."""
+
+        def seen(defense: Defense) -> Exposure:
+            return replace(run or defense.own_run, clients=self.cohort)
+
+        return Chain(tuple(defense.calibrated(setting, seen(defense)) for defense in self.defenses))
+
     def guarantee(self, setting: Setting) -> Guarantee | None:
-        """Return the strongest member's."""
-        return _strongest(defense.guarantee(setting) for defense in self.defenses)
+        """Return the strongest: the chain's, or that of a member with an accountant of its own."""
+        own = [defense.guarantee(setting) for defense in self.defenses if _overrides(defense, "guarantee")]
+        return _strongest([super().guarantee(setting), *own])
 
     def run_guarantee(
         self, setting: Setting, sampling_rate: float | None = None, steps: int | None = None
     ) -> Guarantee | None:
-        """Return the strongest member's."""
-        return _strongest(defense.run_guarantee(setting, sampling_rate, steps) for defense in self.defenses)
+        """Return the strongest: the chain's, or that of a member with an accountant of its own."""
+        own = [
+            defense.run_guarantee(setting, sampling_rate, steps)
+            for defense in self.defenses
+            if _overrides(defense, "run_guarantee")
+        ]
+        return _strongest([super().run_guarantee(setting, sampling_rate, steps), *own])
+
+    @property
+    def own_run(self) -> Exposure:
+        """That of the member whose noise is accounted for."""
+        noisy = [defense.own_run for defense in self.defenses if defense.bounded_noise(Setting()) is not None]
+        return next(iter(noisy), Exposure())
 
     @property
     def _start(self) -> int:

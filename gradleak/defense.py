@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .engine.residuals import relative_difference
-from .knowledge import Setting
+from .knowledge import BatchNorm, Setting
 from .options import Options
+from .privacy import Exposure, GaussianMechanism, Guarantee
 from .update import Update
+
+__all__ = ["Defense", "Exposure", "GaussianMechanism", "Guarantee", "Loss", "Memory", "Message", "Public", "View"]
 
 Message = dict[str, Tensor]
 """What travels: one tensor or several, as many and of whatever shape the defense likes."""
@@ -31,17 +34,6 @@ Memory = Any
 """What a client keeps from one of its messages to the next; None before its first."""
 
 
-@dataclass(frozen=True)
-class Guarantee:
-    """A differential privacy guarantee: (epsilon, delta), for what it holds, and who computed it."""
-
-    epsilon: float
-    delta: float
-    accountant: str
-    unit: str
-    """What two neighbouring inputs differ in, e.g. "one example, one message"."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Defense(Options):
     """A defense; a plugin implements `protect`, and `simulate` or `nll` so that it can be attacked adaptively.
@@ -52,7 +44,7 @@ class Defense(Options):
     """
 
     family: ClassVar[str]
-    """noise, compression, sketch, representation, data, model, aggregation, none."""
+    """noise, compression, sketch, representation, data, model, aggregation, detection, none."""
     reference: ClassVar[str]
     version: ClassVar[str] = "1"
     """Raised whenever results change, so that old cells are not taken for new ones."""
@@ -66,6 +58,8 @@ class Defense(Options):
     """Whether `simulate` may change an update."""
     has_likelihood: ClassVar[bool] = False
     """Whether `nll` is there, the defense's own matching objective."""
+    mixes: ClassVar[bool] = False
+    """Whether `encode` makes an image out of several, so that clipping gradients bounds no single example's share."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Where a class brings a method and does not say what it is, assume the least: not linear, or changing."""
@@ -73,6 +67,29 @@ class Defense(Options):
         for method, (fact, assumed) in _ASSUMED.items():
             if _rank(cls, method) < _rank(cls, fact):
                 setattr(cls, fact, assumed)
+
+    def inspect(self, module: nn.Module, template: nn.Module, images: Tensor, targets: Tensor) -> float:
+        """Return how suspicious the model looks that a client was sent; above a threshold the client sends nothing.
+
+        The threshold is what honest models reach (`false_alarms`).
+
+        Args:
+            module: as it was sent, in eval mode.
+            template: the agreed architecture, with initial weights of its own.
+            images: of the client, [B, C, H, W].
+            targets: class probabilities of the client, [B, classes].
+        """
+        return 0.0
+
+    @property
+    def false_alarms(self) -> float:
+        """Share of honest models that the threshold of `inspect` may refuse, in [0, 1)."""
+        return 0.0
+
+    @property
+    def inspectors(self) -> tuple[Defense, ...]:
+        """Itself, or members, that look at the model."""
+        return (self,) if type(self).inspect is not Defense.inspect else ()
 
     @property
     def per_example_gradients(self) -> bool:
@@ -184,9 +201,29 @@ class Defense(Options):
         """Encode a message as it travels; its length is the price in bytes. Default: dense float32."""
         return b"".join(tensor.detach().float().cpu().numpy().tobytes() for tensor in message.values())
 
-    def guarantee(self, setting: Setting) -> Guarantee | None:
-        """Return what holds for one message of a client in this setting; None for no guarantee."""
+    def bounded_noise(self, setting: Setting) -> GaussianMechanism | None:
+        """Return the Gaussian mechanism that a message is, from which guarantees are computed; None for none."""
         return None
+
+    def calibrated(self, setting: Setting, run: Exposure | None = None) -> Defense:
+        """Return the defense with the noise that a wanted guarantee over a training run takes. Default: itself."""
+        return self
+
+    @property
+    def own_run(self) -> Exposure:
+        """How often a training run exposes an example, if nobody says otherwise."""
+        return Exposure()
+
+    def guarantee(self, setting: Setting) -> Guarantee | None:
+        """Return what holds for all that an attacker of this setting sees of one example; None for no guarantee.
+
+        That is the message, or all of the setting's `rounds`; where the batch's own statistics are granted, which have
+        no noise, nothing holds.
+        """
+        mechanism = self.bounded_noise(setting)
+        if mechanism is None or setting.grants.batch_norm is BatchNorm.BATCH:
+            return None
+        return mechanism.guarantee(Exposure(setting.rounds))
 
     def run_guarantee(
         self, setting: Setting, sampling_rate: float | None = None, steps: int | None = None
@@ -198,7 +235,10 @@ class Defense(Options):
             sampling_rate: probability that an example takes part in a step; unset, the defense's own.
             steps: how many messages an example may take part in; unset, the defense's own.
         """
-        return None
+        mechanism, own = self.bounded_noise(setting), self.own_run
+        if mechanism is None:
+            return None
+        return mechanism.guarantee(Exposure(steps or own.messages, sampling_rate or own.sampling_rate))
 
     @property
     def is_adaptive_target(self) -> bool:

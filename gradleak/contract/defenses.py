@@ -25,7 +25,7 @@ from ..update import LocalTraining, Network, Update, flatten, one_hot
 from .findings import Unchecked, close, require, same
 from .victims import VICTIMS, Ask, tuning_victims
 
-DEFENSES = ("noise", "compression", "sketch", "representation", "data", "model", "aggregation", "none")
+DEFENSES = ("noise", "compression", "sketch", "representation", "data", "model", "aggregation", "detection", "none")
 """Families of defenses."""
 
 
@@ -134,9 +134,12 @@ def defense_leaves_its_input_alone(case: DefenseCase) -> None:
 
 
 def defense_changes_something(case: DefenseCase) -> None:
-    """Changes what is sent, unless its family is `none`."""
+    """Changes what is sent, unless its family is `none`, or it only looks at the model."""
     plain = same(case.decoded(), case.plain.update)
-    require(plain == (case.defense.family == "none"), "the server gets the plain update" if plain else "it is changed")
+    require(
+        plain == (case.defense.family in ("none", "detection")),
+        "the server gets the plain update" if plain else "it is changed",
+    )
 
 
 def defense_simulates_what_it_sends(case: DefenseCase) -> None:
