@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+
+from torch import Tensor
 
 from .. import seeds
 from ..board.store import CellResult
+from ..dataset import Data
 from ..federation import client, utility
 from ..mechanisms import batch_statistics
 from ..process import full_precision
 from ..seeds import Generators
 from ..suite import UTILITY, AttackCell, Cell, TrainingCell
+from ..threat import Observation
 from .answer import ask, guarded
 from .faults import MachineFault, machine_fault
 from .identity import identity, provenance
@@ -73,7 +77,24 @@ def _unheard(name: str) -> None:
     pass
 
 
-def _attack(cell: AttackCell, workshop: Workshop, progress: Progress | None, phase: Phase) -> CellResult:
+@dataclass(frozen=True)
+class Stage:
+    """All that a cell's attack plays on: what its victims sent, what of that the attacker sees, and the truth."""
+
+    data: Data
+    sent: client.Sent
+    """Of the images that the attacker is held to, after aggregation."""
+    observation: Observation
+    images: Tensor
+    """The truth, [N, B, C, H, W]."""
+    labels: Tensor
+    """[N, B]."""
+    accuracy: float
+    """That the attacked model was trained to."""
+
+
+def stage(cell: AttackCell, workshop: Workshop, progress: Progress | None = None) -> Stage:
+    """Let the clients of a cell send their messages, and build what its attacker sees."""
     defense, setting, device = cell.built_defense, cell.setting, workshop.resources.device
     data = workshop.data(cell.dataset)
     module, accuracy = workshop.network(cell)
@@ -99,21 +120,25 @@ def _attack(cell: AttackCell, workshop: Workshop, progress: Progress | None, pha
     observation = observe(cell, data, network, sent, running, labels, generator, progress)
     # An attacker who takes a sum for one client's message guesses, and is held to, the victim's images only.
     size = observation.batch_size
-    images, labels, sent = images[:, :size], labels[:, :size], sent.of_first(size)
+    return Stage(data, sent.of_first(size), observation, images[:, :size], labels[:, :size], accuracy)
+
+
+def _attack(cell: AttackCell, workshop: Workshop, progress: Progress | None, phase: Phase) -> CellResult:
+    setting, found = cell.setting, stage(cell, workshop, progress)
     # Numbers that say nothing of whose they are.
-    names = [seeds.derive(*cell.draws.attack, index) for index in range(len(images))]
-    streams = Generators(names, device, setting.dtype, seeds.derive(*cell.draws.attack))
+    names = [seeds.derive(*cell.draws.attack, index) for index in range(len(found.images))]
+    streams = Generators(names, workshop.resources.device, setting.dtype, seeds.derive(*cell.draws.attack))
     phase("attack")
-    given = ask(cell.attack.label, cell.built_attack, observation, streams)
+    given = ask(cell.attack.label, cell.built_attack, found.observation, streams)
     phase("scores")
     answer = given.reconstruction
-    rows = rows_of(cell, data, observation, sent, images, labels, given, workshop)
+    rows = rows_of(cell, found.data, found.observation, found.sent, found.images, found.labels, given, workshop)
     rows, guesses = of_victims(rows, None if answer is None else answer.images, setting.batch_size)
     return CellResult(
         key=cell.key,
         config=cell.stored(),
         error=given.error,
-        provenance=provenance(cell, sent, accuracy, answer),
+        provenance=provenance(cell, found.sent, found.accuracy, answer),
         rows=rows,
         reconstructions={} if guesses is None else dict(enumerate(guesses.float().cpu().numpy())),
         traces={} if answer is None or answer.trace is None else dict(enumerate(answer.trace.cpu().numpy())),
