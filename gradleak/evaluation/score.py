@@ -47,7 +47,7 @@ def rows_of(
     workshop: Workshop,
 ) -> list[ImageRow]:
     """One row an image: the metrics of every reconstruction against its truth; an invalid one has none."""
-    norms = _norms(sent.message)
+    norms = norms_of(sent.message)
     shared = [
         {"status": state, "seconds": given.seconds, "message_norm": norm}
         for state, norm in zip(given.status, norms, strict=True)
@@ -129,7 +129,8 @@ def _guessed(answer: Reconstruction, sent: client.Sent, network: Network, matche
     return {"mask_accuracy": (torch.cat(hits, dim=1) & live).sum(1) / live.sum(1)}
 
 
-def _norms(message: dict[str, Tensor]) -> list[float]:
+def norms_of(message: dict[str, Tensor]) -> list[float]:
+    """Return the Euclidean norm of each of N stacked messages."""
     squares = torch.stack([tensor.flatten(1).double().square().sum(1) for tensor in message.values()])
     norms: list[float] = squares.sum(0).sqrt().tolist()
     return norms

@@ -97,17 +97,22 @@ def train(
         runs.append(_Run(start, data, defense, recipe, setting, seed, lr, together).train(batches, held_out, share))
     scores = [networks.accuracy(_module(run.network), held_out) for run in runs]
     best = runs[max(range(len(runs)), key=lambda index: scores[index])]
-    participations = -(-recipe.rounds // _batches_an_epoch(data, recipe))
+    taken = participations(data, recipe)
     return Trained(
         accuracy=networks.accuracy(_module(best.network), test),
         validation=dict(zip(recipe.lr, scores, strict=True)),
         lr=best.lr,
         bytes=best.bytes / (recipe.rounds * recipe.clients),
         dense_bytes=4 * sum(tensor.numel() for tensor in start.parameters.values()),
-        participations=participations,
-        guarantee=defense.run_guarantee(setting, 1.0, participations),
+        participations=taken,
+        guarantee=defense.run_guarantee(setting, 1.0, taken),
         parameters=best.network.parameters,
     )
+
+
+def participations(data: Data, recipe: Utility) -> int:
+    """Return how many messages an example takes part in, at most."""
+    return -(-recipe.rounds // _batches_an_epoch(data, recipe))
 
 
 def check(data: Data, defense: Defense, recipe: Utility) -> None:

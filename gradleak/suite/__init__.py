@@ -15,8 +15,8 @@ from .cells import (
     unnoted,
 )
 from .expand import CORE, Digest, expand
-from .parts import DatasetPart, GivenPrior, LearnedPrior, Part
-from .read import read
+from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, plain
+from .read import read, title_of
 from .schema import KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
 
 __all__ = [
@@ -45,7 +45,9 @@ __all__ = [
     "dataset_label",
     "expand",
     "key_of",
+    "plain",
     "read",
+    "title_of",
     "unnamed",
     "unnoted",
 ]
