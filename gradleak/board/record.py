@@ -20,6 +20,8 @@ from .trust import Text
 
 SUBMITTED, RECOMPUTED, RERUN = "as submitted", "recomputed", "re-run"
 """How far a cell was checked: not at all; all of it that needs no attack; the whole cell."""
+STATES = (SUBMITTED, RECOMPUTED, RERUN)
+"""From the least to the most."""
 MOST = 2**26
 """Bytes of a record."""
 

@@ -109,10 +109,10 @@ def _computed(
     finished = {key: cell for key, cell in told.cells.items() if told.told[key]["status"] == "ok"}
     attacked = {key: cell for key, cell in finished.items() if isinstance(cell, AttackCell)}
     say("victims, rows and metrics")
-    data, found = stored.victims(store, attacked, workshop)
+    data, found = stored.truths(store, attacked, workshop)
     found += [
         stored.complete(cells, rows),
-        stored.scores(store, attacked, rows, data),
+        stored.scores(store, attacked, rows, data, workshop),
         stored.traces(store, attacked, rows),
     ]
     more, losses = messages.check(store, attacked, cells, rows, workshop, say)

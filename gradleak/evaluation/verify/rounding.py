@@ -8,6 +8,7 @@ of the model moved by at most one unit in its last place, which is what a differ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from ... import seeds
+from ...scales import METRICS
 from ...suite import Cell
 from ...update import copied
 from ..workshop import Resources, Workshop
@@ -66,16 +68,17 @@ def pixels_apart(stored: float, here: float) -> bool:
 
 
 def decibels(mse: float) -> float:
-    """Return by how much a PSNR may differ where pixels are rounded."""
-    return 1e-6 + 20 / np.log(10) * PIXEL / max(mse**0.5, PIXEL)
+    """Return by how much a PSNR may differ where pixels are rounded; what is above its cap does not show."""
+    least = 10.0 ** (-METRICS["psnr"].high / 20)
+    return 1e-6 + 20 / math.log(10) * PIXEL / max(math.sqrt(mse), least)
 
 
 def unexplained(stored: Floats, own: Ladder, units: Iterable[float] | float) -> str | None:
     """Say how stored numbers [M] differ by more than rounding from the own ones; None where they do not.
 
     Numbers within a unit of the plain computation are the same. Else the spread of the twins is measured, pooled over
-    the numbers; the stored ones must have a mean within `MEAN` standard errors of the own mean, and lie within
-    `VICTIM` standard deviations each, but for one in `ODD`.
+    the numbers; beyond a unit the stored ones must have a mean within `MEAN` standard errors of the own mean, and lie
+    within `VICTIM` standard deviations each, but for one in `ODD`.
 
     Args:
         stored: what is claimed, NaN where nothing is.
@@ -99,14 +102,12 @@ def _is_explained(stored: Floats, own: Floats, unit: Floats) -> bool:
     # What is missing on one side only is far away from everything.
     far = 1e3 * float(np.nanmax(np.abs(np.concatenate([own.ravel(), stored, unit])), initial=1.0))
     stored, own = np.nan_to_num(stored, nan=-far), np.nan_to_num(own, nan=-far)
-    centre = own.mean(0)
-    spread = np.maximum(unit, float(np.sqrt(own.var(0, ddof=1).mean())))
-    near = np.abs(stored - centre) <= VICTIM * spread
+    gaps, spread = stored - own.mean(0), float(np.sqrt(own.var(0, ddof=1).mean()))
+    near = np.abs(gaps) <= unit + VICTIM * spread
     if (~near).sum() > len(stored) // ODD:
         return False
-    drift = abs(float((stored - centre)[near].mean()))
-    error = float(np.sqrt((spread[near] ** 2).mean() * (1 + 1 / len(own)) / near.sum()))
-    return drift <= MEAN * error
+    error = spread * float(np.sqrt((1 + 1 / len(own)) / near.sum()))
+    return abs(float(gaps[near].mean())) <= float(unit[near].mean()) + MEAN * error
 
 
 def _gaps(stored: Floats, here: Floats) -> Floats:

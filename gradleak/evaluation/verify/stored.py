@@ -30,7 +30,7 @@ Attacked = Mapping[str, AttackCell]
 """Finished cells that attack, by key, as the verifier's own suite has them."""
 
 
-def victims(store: Store, attacked: Attacked, workshop: Workshop) -> tuple[dict[Part, Data], list[Finding]]:
+def truths(store: Store, attacked: Attacked, workshop: Workshop) -> tuple[dict[Part, Data], list[Finding]]:
     """Return the datasets whose victims are kept as they are, and a finding for each list of victims."""
     data: dict[Part, Data] = {}
     found = []
@@ -68,16 +68,17 @@ def complete(cells: pd.DataFrame, rows: pd.DataFrame) -> Finding:
     return judged("rows", wrong, "every victim of every cell")
 
 
-def scores(store: Store, attacked: Attacked, rows: pd.DataFrame, data: Mapping[Part, Data]) -> Finding:
+def scores(
+    store: Store, attacked: Attacked, rows: pd.DataFrame, data: Mapping[Part, Data], workshop: Workshop
+) -> Finding:
     """Compute every image metric again from the reconstructions, against the dataset's own images."""
     wrong: list[str] = []
     checked, groups = 0, {str(key): part for key, part in rows.groupby("key")}
     for key, cell in attacked.items():
         if cell.dataset not in data or key not in groups:
             continue
-        here = data[cell.dataset]
-        candidates = here.candidates(cell.candidates, cell.tuning)
-        images, labels = here.victims(cell.victims, cell.setting.batch_size, cell.tuning)
+        candidates = data[cell.dataset].candidates(cell.candidates, cell.tuning)
+        images, labels = (torch.from_numpy(each) for each in workshop.victims_of(cell))
         for number, part in groups[key].groupby("victim"):
             victim, where = int(str(number)), f"{cell.title}: victim {number}"
             try:
