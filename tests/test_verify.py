@@ -136,7 +136,7 @@ def answer_with(images: Callable[[Any], Any], attack: str = "ig", defense: str =
                 " kind = 'reconstruction'",
                 (shape, kind, content, number, row["victim"]),
             )
-            names = ("mse", "psnr", "ssim", "reidentified")
+            names = ("mse", "psnr", "ssim", "lpips_64", "reidentified")
             database.execute(
                 f"UPDATE rows SET {', '.join(f'{name} = ?' for name in names)}, loss = ? WHERE cell = ? AND victim = ?",
                 (*(float(row[name]) for name in names), float(loss[row["victim"]]), number, row["victim"]),
@@ -192,7 +192,7 @@ def fail(database: Database) -> None:
 
 def time_out(database: Database) -> None:
     number, _ = cell_of(database, "ig", "none")
-    names = ("mse", "psnr", "ssim", "reidentified", "matched", "finite")
+    names = ("mse", "psnr", "ssim", "lpips_64", "reidentified", "matched", "finite")
     cleared = ", ".join(f"{name} = NULL" for name in names)
     _change(database, f"UPDATE rows SET status = 'timeout', {cleared} WHERE cell = ?", number)
     _change(database, "DELETE FROM blobs WHERE cell = ?", number)
@@ -304,7 +304,9 @@ FORGERIES: dict[str, dict[str, tuple[str, str, Forgery]]] = {
             "psnr",
             answer_with(lambda truth: 1 - truth, "linear-leakage"),
         ),
-        "a truth that fits no better": ("losses", "loss at the truth", in_rows("loss_at_truth = loss", "ig", "noise")),
+        "a truth that fits no better": ("losses", "loss at truth", in_rows("loss_at_truth = loss", "ig", "noise")),
+        "a mean image that fits no better": ("losses", "loss at mean", in_rows("loss_at_mean = 0", "spear")),
+        "an update that tells much": ("losses", "contrast", in_rows("contrast = 1", "linear-leakage", "top-k")),
         "a message of another size": ("messages", "norm", in_rows("message_norm = message_norm / 2")),
         "a loss that fits": ("losses in doubt", "loss", in_rows("loss = 1e-9", "ig", "top-k")),
         "a loss that had settled": ("traces", "late progress", in_rows("late_progress = 0")),

@@ -16,7 +16,7 @@ from .cells import (
 )
 from .expand import CORE, Digest, expand
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, plain
-from .read import read, title_of
+from .read import outline, read, title_of
 from .schema import KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "dataset_label",
     "expand",
     "key_of",
+    "outline",
     "plain",
     "read",
     "title_of",

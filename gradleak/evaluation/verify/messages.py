@@ -21,6 +21,7 @@ from ...errors import GradleakError
 from ...federation import utility
 from ...suite import UTILITY, AttackCell, Cell, TrainingCell
 from ...update import one_hot
+from .. import landscape
 from ..evaluate import Stage, stage
 from ..identity import identity, provenance
 from ..score import norms_of
@@ -30,6 +31,8 @@ from .rounding import BYTES, LOSS, NORM, Floats, Shaken, unexplained
 
 MEASURED = ("client_seconds",)
 """Facts that no other machine repeats; they stay as submitted."""
+CONTRAST = 1e-5
+"""Rounding of a cosine distance between two updates."""
 OF_THE_ANSWER = ("backend", "backend_reason")
 """Facts of the attack's run, known where a cell is run again."""
 TRAINED = ("test_accuracy", "validation_accuracy", "lr", "bytes", "dense_bytes")
@@ -152,32 +155,61 @@ def _losses(
     store: Store, cell: AttackCell, here: Stage, lines: pd.DataFrame, workshop: Workshop
 ) -> tuple[list[str], Floats | None, bool]:
     """Return what is wrong with a cell's losses, their scale, and whether the answer's follow from its images."""
-    told = {
-        name: lines[name].to_numpy(dtype=float).reshape(cell.victims, -1)[:, 0] for name in ("loss", "loss_at_truth")
-    }
-    noted = lines["extras"].str.contains("no loss at the truth", regex=False).any()
-    grey = _loss(cell, here, torch.full_like(here.sent.images, 0.5), here.sent.targets)
-    if grey is None:
-        wrong = [] if noted or np.isnan(told["loss_at_truth"]).all() else ["a loss at the truth, none here"]
-        return wrong, None, True
-    wrong = []
+    names = ("loss", "loss_at_truth", "loss_at_mean", "contrast", "finite")
+    told = {name: lines[name].to_numpy(dtype=float).reshape(cell.victims, -1)[:, 0] for name in names}
+    wrong = [_contrast(cell, here, told, workshop)]
+    scale = _loss(cell, here, torch.full_like(here.sent.images, 0.5), here.sent.targets)
+    if scale is None:
+        unknown = ("loss_at_truth", "loss_at_mean")
+        wrong += [f"{name.replace('_', ' ')}, none here" for name in unknown if not np.isnan(told[name]).all()]
+        return [each for each in wrong if each], None, True
     if not cell.built_attack.observes_other_victim:
-
-        def own(number: int) -> Floats:
-            again = here if number == 0 else stage(cell, Shaken(workshop.resources, number))
-            found = _loss(cell, again, again.sent.images, again.sent.targets)
-            return np.full(cell.victims, math.nan) if found is None else found
-
-        answered = ~np.isnan(lines["finite"].to_numpy(dtype=float).reshape(cell.victims, -1)[:, 0])
-        expected = lambda number: np.where(answered, own(number), math.nan)  # noqa: E731
-        scale = LOSS * np.maximum(np.abs(grey), np.abs(own(0)))
-        if (difference := unexplained(told["loss_at_truth"], expected, scale)) is not None:
-            wrong.append(f"loss at the truth: {difference}")
+        wrong += [_at(name, cell, here, told, scale, workshop) for name in ("loss_at_truth", "loss_at_mean")]
+    found = [each for each in wrong if each]
     answer = _loss_at_answer(store, cell, here, lines)
     if answer is None:
-        return wrong, grey, True
-    gap = np.abs(answer - told["loss"]) > LOSS * np.maximum(np.abs(grey), np.abs(answer))
-    return wrong, grey, not bool(gap.any() or np.isnan(told["loss"]).any())
+        return found, scale, True
+    gap = np.abs(answer - told["loss"]) > LOSS * np.maximum(np.abs(scale), np.abs(answer))
+    return found, scale, not bool(gap.any() or np.isnan(told["loss"]).any())
+
+
+def _at(
+    name: str, cell: AttackCell, here: Stage, told: Mapping[str, Floats], scale: Floats, workshop: Workshop
+) -> str | None:
+    """Say what is wrong with the losses at the truth, or at the mean public image, of the victims with an answer.
+
+    Private randomness counts in them where the attack guesses it, which only its answer tells: either is right.
+    """
+    answered = ~np.isnan(told["finite"])
+    wrong = None
+    for buffers in (True, False) if here.sent.buffers else (False,):
+
+        def own(number: int, buffers: bool = buffers) -> Floats:
+            again = here if number == 0 else stage(cell, Shaken(workshop.resources, number))
+            images = (
+                again.sent.images
+                if name == "loss_at_truth"
+                else landscape.mean_of(again.data.split.train.images.mean(0), again.sent)
+            )
+            found = None if images is None else _loss(cell, again, images, again.sent.targets, buffers)
+            return np.full(cell.victims, math.nan) if found is None else np.where(answered, found, math.nan)
+
+        first = np.nan_to_num(np.abs(own(0)))
+        wrong = unexplained(told[name], own, LOSS * np.maximum(np.abs(scale), first))
+        if wrong is None:
+            return None
+    return f"{name.replace('_', ' ')}: {wrong}"
+
+
+def _contrast(cell: AttackCell, here: Stage, told: Mapping[str, Floats], workshop: Workshop) -> str | None:
+    def own(number: int) -> Floats:
+        again = here if number == 0 else stage(cell, Shaken(workshop.resources, number))
+        found = landscape.contrast(cell, again.observation, again.sent, again.data.split.train.images.mean(0))
+        values = np.full(cell.victims, math.nan) if found is None else found.cpu().numpy()
+        return np.where(np.isnan(told["finite"]), math.nan, values)
+
+    wrong = unexplained(told["contrast"], own, CONTRAST)
+    return None if wrong is None else f"contrast: {wrong}"
 
 
 def _loss_at_answer(store: Store, cell: AttackCell, here: Stage, lines: pd.DataFrame) -> Floats | None:
@@ -204,10 +236,14 @@ def _loss_at_answer(store: Store, cell: AttackCell, here: Stage, lines: pd.DataF
     return _loss(cell, here, torch.as_tensor(kept).to(here.images), targets)
 
 
-def _loss(cell: AttackCell, here: Stage, images: Tensor, targets: Tensor) -> Floats | None:
-    """Return the attack's own loss [N] at some images; None where it has none."""
+def _loss(cell: AttackCell, here: Stage, images: Tensor, targets: Tensor, buffers: bool | None = None) -> Floats | None:
+    """Return the attack's own loss [N] at some images, with or without the clients' private randomness.
+
+    Unset, an attacker has it who is told of it. None where the attack has no loss.
+    """
+    told = here.observation.private is not None if buffers is None else buffers
     try:
-        found = cell.built_attack.loss(here.observation, images, targets, here.sent.buffers)
+        found = cell.built_attack.loss(here.observation, images, targets, here.sent.buffers if told else {})
     except Exception:  # The evaluator keeps no loss either where a plugin raises.
         return None
     return None if found is None else np.asarray(found.detach().cpu().double().numpy())

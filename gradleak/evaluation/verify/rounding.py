@@ -69,7 +69,7 @@ def pixels_apart(stored: float, here: float) -> bool:
 
 def decibels(mse: float) -> float:
     """Return by how much a PSNR may differ where pixels are rounded; what is above its cap does not show."""
-    least = 10.0 ** (-METRICS["psnr"].high / 20)
+    least = math.pow(10, -METRICS["psnr"].high / 20)
     return 1e-6 + 20 / math.log(10) * PIXEL / max(math.sqrt(mse), least)
 
 

@@ -21,7 +21,7 @@ from ..workshop import Workshop
 from .findings import Finding, judged
 from .rounding import decibels, pixels_apart
 
-TOLERANCE = {"ssim": 1e-5, "ms_ssim": 1e-5, "lpips": 1e-3, "reidentified": 0.0, "finite": 0.0}
+TOLERANCE = {"ssim": 1e-5, "ms_ssim": 1e-5, "lpips": 1e-3, "lpips_64": 1e-3, "reidentified": 0.0, "finite": 0.0}
 """How far a metric may be off that is computed again from the kept float32 reconstruction."""
 UNSCORED = "invalid"
 """The status of victims whose answer has no scores though it is kept."""
@@ -109,7 +109,9 @@ def _differences(line: Mapping[str, Any], again: Mapping[str, Any]) -> Iterator[
         yield f"mse {stored:.6g}, {here:.6g} here"
     for name, limit in limits.items():
         stored, here = float(line[name]), float(again[name])
-        if (math.isnan(here) or math.isnan(stored)) and (name == "lpips" or (math.isnan(here) and math.isnan(stored))):
+        if (math.isnan(here) or math.isnan(stored)) and (
+            name.startswith("lpips") or (math.isnan(here) and math.isnan(stored))
+        ):
             continue  # LPIPS needs weights that may not be on every machine.
         if not abs(stored - here) <= limit:
             yield f"{name} {stored:.6g}, {here:.6g} here"
