@@ -86,6 +86,7 @@ def write_suite(folder: Path, **changes: Any) -> Path:
         "candidates": 10,
         "knowledge": ["oblivious"],
         "engine": {"backend": "sequential"},
+        "controls": "listed",
         "datasets": ["digits"],
         "models": [{"mlp": {"widths": [8]}}],
         "settings": [{"name": "fedsgd", "grants": {"labels": "known"}}],

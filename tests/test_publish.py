@@ -25,6 +25,7 @@ SUITE = {
     "candidates": 10,
     "engine": {"backend": "sequential"},
     "knowledge": ["oblivious"],
+    "controls": "listed",
     "datasets": ["digits"],
     "models": [{"mlp": {"widths": [8]}}],
     "settings": [{"name": "fedsgd", "grants": {"labels": "known"}}],

@@ -40,7 +40,6 @@ SUITE = {
     "candidates": 10,
     "engine": {"backend": "layerwise"},
     "knowledge": ["oblivious", "public"],
-    "controls": "all",
     "datasets": ["digits"],
     "models": [{"name": "mlp", "options": {"widths": [16]}, "label": "mlp"}],
     "settings": [{"name": "fedsgd", "grants": {"labels": "known"}}],
