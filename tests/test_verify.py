@@ -25,9 +25,9 @@ from gradleak.board.results import read
 from gradleak.board.store import Store
 from gradleak.cli.main import main
 from gradleak.evaluation import metrics
-from gradleak.evaluation.evaluate import stage
 from gradleak.evaluation.verify import Extent, Verified, verify
 from gradleak.evaluation.verify.again import sample
+from gradleak.evaluation.verify.messages import Scene
 from gradleak.evaluation.verify.rounding import Shaken, unexplained
 from gradleak.evaluation.workshop import Resources, Workshop
 from gradleak.suite import AttackCell, Cell, key_of
@@ -124,7 +124,7 @@ def answer_with(images: Callable[[Any], Any], attack: str = "ig", defense: str =
         truth, labels = data.victims(config["victims"], 1, False)
         fakes = torch.as_tensor(np.asarray(images(truth.numpy()), dtype=np.float32))
         scored = metrics.score(fakes, None, truth, labels, data.candidates(config["candidates"], False))
-        here = stage(cell, workshop)
+        (here,) = Scene(cell, workshop).heard()
         targets = torch.stack([one_hot(each, data.classes, truth.dtype) for each in labels])
         loss = cell.built_attack.loss(here.observation, fakes, targets, {})
         assert loss is not None

@@ -9,23 +9,28 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from torch import Tensor
 
 from .. import seeds
+from ..attack import Reconstruction
 from ..board.store import CellResult
 from ..dataset import Data
-from ..federation import client, utility
+from ..federation import utility
+from ..federation.serving import Round, Serving
 from ..mechanisms import batch_statistics
 from ..process import full_precision
+from ..search.generators import Generator
 from ..seeds import Generators
 from ..suite import UTILITY, AttackCell, Cell, TrainingCell
 from ..threat import Observation
-from .answer import ask, guarded
+from .answer import guarded
 from .faults import MachineFault, machine_fault
 from .identity import identity, provenance
+from .inspection import Inspection, inspection
 from .observe import observe
-from .score import of_victims, rows_of
+from .rounds import attacked, served, told_of
 from .workshop import Progress, Workshop, device_name, versions
 
 Phase = Callable[[str], None]
@@ -47,7 +52,7 @@ def evaluate(
     clock = time.perf_counter()
     full_precision()
     try:
-        cell.check_files()
+        cell.check_code(workshop.resources.data_root)
         with guarded(cell.title):
             if isinstance(cell, TrainingCell):
                 result = _train(cell, workshop, progress)
@@ -79,69 +84,87 @@ def _unheard(name: str) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """All that a cell's attack plays on: what its victims sent, what of that the attacker sees, and the truth."""
+    """All that a cell's attack plays on: rounds of clients who sent messages, and the truth."""
 
+    cell: AttackCell
     data: Data
-    sent: client.Sent
-    """Of the images that the attacker is held to, after aggregation."""
-    observation: Observation
+    serving: Serving
+    looks: Inspection | None
+    """How clients look at models, if they do."""
+    rounds: list[Round]
     images: Tensor
-    """The truth, [N, B, C, H, W]."""
+    """The truth, [N, B, C, H, W]; of sums, with the other clients' images after the victim's."""
     labels: Tensor
     """[N, B]."""
     accuracy: float
-    """That the attacked model was trained to."""
+    """That the agreed model was trained to."""
+    generator: Generator | None
+
+    def observation(self, each: Round, progress: Progress | None = None) -> Observation:
+        """Return what the attacker sees of a round."""
+        setting, device = self.cell.setting, self.serving.device
+        # Taken from the module: a network in train mode has forgotten them.
+        running = batch_statistics.running(self.serving.module)
+        known = {name: tensor.to(device, setting.dtype) for name, tensor in running.items()}
+        labels = self.labels[list(each.victims)]
+        return observe(self.cell, self.data, each.network, each.sent, known, labels, self.generator, progress)
+
+    def facts(self, answer: Reconstruction | None) -> dict[str, Any]:
+        """Return what is kept of a cell beside its rows."""
+        facts = provenance(self.cell, [each.sent for each in self.rounds], self.accuracy, answer)
+        module, looks = self.serving.module, self.looks
+        return {**facts, **served(self.cell, self.data, module, self.serving, self.rounds, looks)}
 
 
-def stage(cell: AttackCell, workshop: Workshop, progress: Progress | None = None) -> Stage:
-    """Let the clients of a cell send their messages, and build what its attacker sees."""
+def stage(cell: AttackCell, workshop: Workshop) -> Stage:
+    """Let the clients of a cell answer its server."""
     defense, setting, device = cell.built_defense, cell.setting, workshop.resources.device
     data = workshop.data(cell.dataset)
     module, accuracy = workshop.network(cell)
     images, labels = data.cohorts(cell.victims, setting.batch_size, defense.cohort, cell.tuning)
     images, labels = images.to(device, setting.dtype), labels.to(device)
-    network = client.freeze(module, defense, setting).to(device, setting.dtype)
+    looks = inspection(cell, workshop)
+    serving = Serving(
+        server=cell.built_server,
+        defense=defense,
+        setting=setting,
+        module=module,
+        auxiliary=data.split.train,
+        classes=data.classes,
+        identity=cell.draws.messages,
+        seed=cell.draws.server,
+        device=device,
+        suspicious=None if looks is None else looks.suspicious,
+    )
     with guarded(f"defense {cell.defense.label!r}"):
-        sent = client.send(
-            network,
-            images,
-            labels,
-            data.classes,
-            defense,
-            setting,
-            seeds.derive("round", *cell.draws.messages),
-            client.seeds_for(list(range(cell.victims)), *cell.draws.messages, clients=defense.cohort),
-        )
-    sent = client.aggregated(sent, defense.cohort)
+        rounds = serving.rounds(images, labels)
     images, labels = (tensor.unflatten(0, (-1, defense.cohort)).flatten(1, 2) for tensor in (images, labels))
     generator = None if cell.prior is None else workshop.generator(cell.prior, data).to(device, setting.dtype)
-    # Taken from the module: a network in train mode has forgotten them.
-    running = {name: tensor.to(device, setting.dtype) for name, tensor in batch_statistics.running(module).items()}
-    observation = observe(cell, data, network, sent, running, labels, generator, progress)
-    # An attacker who takes a sum for one client's message guesses, and is held to, the victim's images only.
-    size = observation.batch_size
-    return Stage(data, sent.of_first(size), observation, images[:, :size], labels[:, :size], accuracy)
+    return Stage(cell, data, serving, looks, rounds, images, labels, accuracy, generator)
 
 
 def _attack(cell: AttackCell, workshop: Workshop, progress: Progress | None, phase: Phase) -> CellResult:
-    setting, found = cell.setting, stage(cell, workshop, progress)
+    found = stage(cell, workshop)
+    data, images, labels = found.data, found.images, found.labels
     # Numbers that say nothing of whose they are.
-    names = [seeds.derive(*cell.draws.attack, index) for index in range(len(found.images))]
-    streams = Generators(names, workshop.resources.device, setting.dtype, seeds.derive(*cell.draws.attack))
+    names = [seeds.derive(*cell.draws.attack, index) for index in range(len(images))]
+    streams = Generators(names, workshop.resources.device, cell.setting.dtype, seeds.derive(*cell.draws.attack))
     phase("attack")
-    given = ask(cell.attack.label, cell.built_attack, found.observation, streams)
+    asked = []
+    for each in found.rounds:
+        rows = list(each.victims)
+        observation = found.observation(each, progress)
+        asked.append(attacked(cell, each, observation, streams.select(rows), data, images[rows]))
     phase("scores")
-    answer = given.reconstruction
-    rows = rows_of(cell, found.data, found.observation, found.sent, found.images, found.labels, given, workshop)
-    rows, guesses = of_victims(rows, None if answer is None else answer.images, setting.batch_size)
+    told = [told_of(cell, data, each, images, labels, workshop) for each in asked]
     return CellResult(
         key=cell.key,
         config=cell.stored(),
-        error=given.error,
-        provenance=provenance(cell, found.sent, found.accuracy, answer),
-        rows=rows,
-        reconstructions={} if guesses is None else dict(enumerate(guesses.float().cpu().numpy())),
-        traces={} if answer is None or answer.trace is None else dict(enumerate(answer.trace.cpu().numpy())),
+        error=next((each.given.error for each in asked if each.given.error), ""),
+        provenance=found.facts(asked[0].given.reconstruction),
+        rows=[row for each in told for row in each.rows],
+        reconstructions={victim: image for each in told for victim, image in each.reconstructions.items()},
+        traces={victim: trace for each in told for victim, trace in each.traces.items()},
     )
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from ... import suite
 from ...board.codec import late_progress
+from ...board.schema import REFUSED
 from ...board.store import STATUSES, CellResult, ImageRow
 from ...suite import AttackCell, Cell, TrainingCell
 from .. import evaluate
@@ -53,7 +54,9 @@ class Bundle:
     def is_failed(self, key: str) -> bool:
         """Whether a cell, or any of its victims, is said to have failed."""
         rows = self.rows.get(key)
-        return bool(self.told[key]["status"] != "ok" or (rows is not None and (rows["status"] != "ok").any()))
+        return bool(
+            self.told[key]["status"] != "ok" or (rows is not None and (~rows["status"].isin(("ok", REFUSED))).any())
+        )
 
 
 @dataclass

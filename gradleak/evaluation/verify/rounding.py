@@ -50,9 +50,9 @@ class Shaken(Workshop):
         super().__init__(resources)
         self._number = number
 
-    def network(self, cell: Cell) -> tuple[nn.Module, float]:
-        """Return the shaken model that a client is sent, and the accuracy it was trained to."""
-        module, accuracy = super().network(cell)
+    def network(self, cell: Cell, epochs: int | None = None) -> tuple[nn.Module, float]:
+        """Return the shaken model that an honest server sends, and the accuracy it was trained to."""
+        module, accuracy = super().network(cell, epochs)
         shaken, stream = copied(module), seeds.generator("twin", self._number)
         with torch.no_grad():
             for weight in shaken.parameters():

@@ -91,6 +91,9 @@ def scores(
             if {line["status"] for line in lines} == {UNSCORED}:
                 wrong += [f"{where} is invalid and has scores"] if part["psnr"].notna().any() else []
                 continue
+            if answer.shape[1:] != images[victim].shape:
+                wrong.append(f"{where} has a reconstruction {list(answer.shape[1:])}, not {list(images[victim].shape)}")
+                continue
             scored = metrics.score(answer, None, images[victim][None], labels[victim][None], candidates)
             checked += len(lines)
             for line, again in zip(lines, scored, strict=True):
