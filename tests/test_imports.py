@@ -48,6 +48,7 @@ LAYERS = [
         "board.codec",
         "board.file",
         "board.trust",
+        "board.record",
         "board.store",
         "board.left_out",
         "board.claims",

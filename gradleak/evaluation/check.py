@@ -34,7 +34,7 @@ def check(cells: Iterable[Cell], workshop: Workshop, note: Note = unnoted) -> li
             generator cannot be had or makes other images than the victims', or a client is no function.
     """
     with restored():
-        kept = _fitting(cells, workshop, note)
+        kept = fitting(cells, workshop, note)
         tried: set[Hashable] = set()
         for cell in kept:
             if isinstance(cell, AttackCell) and (mark := combinations.mark_of(cell)) not in tried:
@@ -43,8 +43,12 @@ def check(cells: Iterable[Cell], workshop: Workshop, note: Note = unnoted) -> li
     return kept
 
 
-def _fitting(cells: Iterable[Cell], workshop: Workshop, note: Note) -> list[Cell]:
-    """Compare what cells ask for with what there is; nothing is computed but networks' structure."""
+def fitting(cells: Iterable[Cell], workshop: Workshop, note: Note = unnoted) -> list[Cell]:
+    """Compare what cells ask for with what there is; nothing is computed but networks' structure.
+
+    Raises:
+        GradleakError: as `check`, but for what only trying shows.
+    """
     seen: dict[Hashable, bool] = {}
     kept: list[Cell] = []
     for cell in cells:
