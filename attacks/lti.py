@@ -69,7 +69,7 @@ class LTI(Attack):
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Collect messages, learn, and answer all victims; `details` has the last training loss."""
         assert observation.auxiliary is not None and observation.view is not None
-        hashing = _Hash(observation.message, self.features, generator.shared("hash"))
+        hashing = _Hash(observation.view.summary(observation.message), self.features, generator.shared("hash"))
         rows, images = self._collect(observation, observation.auxiliary, hashing, generator.shared("messages"))
         if images is None:
             return self._too_late(observation)
@@ -80,7 +80,7 @@ class LTI(Attack):
         if network is None:
             return self._too_late(observation)
         with torch.no_grad():
-            answer = network((hashing(observation.message) - mean) * scale)
+            answer = network((hashing(observation.view.summary(observation.message)) - mean) * scale)
         shape = (observation.victims, observation.batch_size, *observation.shape)
         return Reconstruction(
             images=answer.view(shape).to(observation.dtype),
@@ -105,7 +105,7 @@ class LTI(Attack):
             else:
                 channel = Channel(network, defense, observation.view.public, observation.training)
             message = channel.message(images, targets, stream)
-            rows.append(hashing(stack([message])))
+            rows.append(hashing(observation.view.summary(stack([message]))))
             truths.append(images.float())
         return torch.cat(rows), torch.stack(truths)
 

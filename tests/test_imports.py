@@ -28,7 +28,7 @@ LAYERS = [
     {"channel", "reconstruction"},
     {"search"},
     {"attack"},
-    {"chain", "training"},
+    {"chain", "repeated", "training"},
     {
         "suite",
         "board.schema",

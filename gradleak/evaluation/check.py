@@ -93,6 +93,8 @@ def _fits(cell: AttackCell, workshop: Workshop, note: Note) -> bool:
     reason = attack.unsuited(network.module, faced, defense)
     if defense.cohort > 1 and setting.local_batch_size is not None:
         reason = "a sum of clients with local batches is no update of one batch; leave local_batch_size out"
+    if setting.rounds > 1:
+        reason = reason or combinations.rounds(network, data, cell)
     if reason is not None and cell.optional:
         note(cell.left_out(reason))
     elif reason is not None:

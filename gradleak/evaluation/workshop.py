@@ -27,6 +27,7 @@ from ..model import Model, initialise, try_out
 from ..paths import conceal, printable
 from ..plugins import place_of, said
 from ..process import default_cache
+from ..repeated import Repeated
 from ..search.generators import Generator, load_generator
 from ..suite import AttackCell, Cell, GivenPrior, LearnedPrior, Part
 from ..threat import Setting
@@ -198,6 +199,7 @@ class _Kept(Generic[_K, _V]):
 
 def _prepares(defense: Defense) -> bool:
     """Whether a defense changes the model."""
+    defense = defense.defense if isinstance(defense, Repeated) else defense
     return type(defense).prepare_model is not Defense.prepare_model
 
 

@@ -200,6 +200,13 @@ class AttackCell(Cell):
         return LeftOut(*self.place, self.knowledge.value, reason)
 
     @cached_property
+    def built_defense(self) -> Defense:
+        """The defense, for all messages that the attacker has of a client."""
+        from ..repeated import repeated
+
+        return repeated(build_defense(self.defense.name, self.defense.options), self.setting.rounds)
+
+    @cached_property
     def built_attack(self) -> Attack:
         """The attack."""
         attack: Attack = registry.build("attacks", self.attack.name, self.attack.options)
