@@ -85,6 +85,8 @@ def _fits(cell: AttackCell, workshop: Workshop, note: Note) -> bool:
             generators.check(fitting, cell.prior.source, data)
     if attack.observes_other_victim and cell.victims < 2:
         raise GradleakError(f"attack {cell.attack.label!r} needs at least 2 victims")
+    if cell.before is not None:
+        utility.check(data, defense, cell.before.recipe)
     network = workshop.client(cell, data)
     refused = not_computable(network, data.shape, data.classes, setting, isinstance(attack, GradientMatching))
     if refused is not None:

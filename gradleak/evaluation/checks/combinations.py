@@ -27,7 +27,7 @@ _TRIED = 16
 
 def mark_of(cell: AttackCell) -> Hashable:
     """Return what a combination is told from others by: all that a client depends on, but for its weights' values."""
-    setting = replace(cell.setting, name="", epochs=0, grants=Knowledge())
+    setting = replace(cell.setting, name="", epochs=0, after_rounds=0, grants=Knowledge())
     return cell.dataset, cell.model, cell.defense, setting, cell.victims, cell.tuning
 
 
