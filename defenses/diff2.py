@@ -33,6 +33,8 @@ class Diff2(ClippedNoise):
 
     reference = "arXiv:2302.03884"
     single_round = True
+    linear = False
+    has_likelihood = True
 
     distance: Annotated[float, Gt(0)] = 0.1
     """Length |w - w'| of the model's last step."""

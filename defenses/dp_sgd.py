@@ -32,6 +32,8 @@ class DPSGD(ClippedNoise):
     """
 
     reference = "arXiv:1607.00133"
+    linear = False
+    has_likelihood = True
 
     clip: Annotated[float, Gt(0)] = 1.0
     """Largest norm of one example's gradient: Euclidean for Gaussian noise, absolute sum for Laplace."""

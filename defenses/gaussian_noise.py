@@ -24,6 +24,8 @@ class GaussianNoise(ClippedNoise):
     """
 
     reference = "arXiv:1607.00133"
+    linear = False
+    has_likelihood = True
 
     @property
     def per_example_gradients(self) -> bool:

@@ -33,6 +33,7 @@ class Sketch(ClippedNoise):
     family = "sketch"
     usual = 0.0
     reference = "arXiv:2210.08371"
+    simulates = True
 
     kind: Literal["count-sketch", "srht", "gaussian", "ams"] = "count-sketch"
     """Family of R; `gaussian` and `ams` take O(s d) time a sketch."""
@@ -44,7 +45,7 @@ class Sketch(ClippedNoise):
     """Largest norm of one example's sketch."""
 
     @property
-    def linear(self) -> bool:
+    def linear(self) -> bool:  # type: ignore[override]
         """Without the remedy."""
         return self.multiplier == 0 and self.clip is None
 
@@ -59,7 +60,7 @@ class Sketch(ClippedNoise):
         return self.clip is not None
 
     @property
-    def has_likelihood(self) -> bool:
+    def has_likelihood(self) -> bool:  # type: ignore[override]
         """The noise's; without noise the attack's own distance serves."""
         return self.multiplier > 0
 

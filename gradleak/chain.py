@@ -28,6 +28,8 @@ class Chain(Defense):
             aggregation is not the last, or follows one whose messages do not add up.
     """
 
+    simulates = True
+
     defenses: tuple[Defense, ...]
 
     def __post_init__(self) -> None:
@@ -85,7 +87,7 @@ class Chain(Defense):
         return any(defense.per_example_gradients for defense in self.defenses)
 
     @property
-    def linear(self) -> bool:
+    def linear(self) -> bool:  # type: ignore[override]
         """Whether all members are."""
         return all(defense.linear for defense in self.defenses)
 
@@ -100,7 +102,7 @@ class Chain(Defense):
         return max(defense.cohort for defense in self.defenses)
 
     @property
-    def has_likelihood(self) -> bool:
+    def has_likelihood(self) -> bool:  # type: ignore[override]
         """Whether the last member that changes messages brings one."""
         return self.defenses[self._last].has_likelihood
 
@@ -108,6 +110,11 @@ class Chain(Defense):
     def is_adaptive_target(self) -> bool:
         """Whether knowing any member changes what a matching attack does."""
         return any(defense.is_adaptive_target for defense in self.defenses)
+
+    @property
+    def inspectors(self) -> tuple[Defense, ...]:
+        """Members that look at the model; each has a threshold of its own."""
+        return tuple(each for defense in self.defenses for each in defense.inspectors)
 
     def prepare_model(self, module: nn.Module) -> nn.Module:
         """Return the model that all members have changed, in order."""
@@ -121,10 +128,10 @@ class Chain(Defense):
             images, targets = defense.encode(images, targets, generator)
         return images, targets
 
-    def soften(self, targets: Tensor) -> Tensor:
+    def soft_targets(self, targets: Tensor) -> Tensor:
         """Return what all members make of guessed labels, in order."""
         for defense in self.defenses:
-            targets = defense.soften(targets)
+            targets = defense.soft_targets(targets)
         return targets
 
     @property
@@ -306,8 +313,8 @@ def _overrides(defense: Defense, *names: str) -> bool:
 
 
 def _changes_messages(defense: Defense) -> bool:
-    changed = not defense.linear or defense.has_likelihood
-    return changed or _overrides(defense, "release", "release_next", "simulate", "decode", "pack")
+    changed = not defense.linear or defense.simulates or defense.has_likelihood
+    return changed or _overrides(defense, "release", "release_next", "decode", "pack")
 
 
 def _acts(defense: Defense) -> bool:

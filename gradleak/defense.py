@@ -36,10 +36,15 @@ Memory = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Defense(Options):
-    """A defense; a plugin implements `protect`, and `simulate` or `nll` so that it can be attacked adaptively."""
+    """A defense; a plugin implements `protect`, and `simulate` or `nll` so that it can be attacked adaptively.
+
+    What others go by (`linear`, `simulates`, `has_likelihood`, `additive`, `per_example_gradients`) a class declares
+    beside the methods that it brings, as an attribute or, where it depends on options, as a property; `gradleak check`
+    holds it to that.
+    """
 
     family: ClassVar[str]
-    """noise, compression, sketch, representation, data, model, aggregation, none."""
+    """noise, compression, sketch, representation, data, model, aggregation, detection, none."""
     reference: ClassVar[str]
     version: ClassVar[str] = "1"
     """Raised whenever results change, so that old cells are not taken for new ones."""
@@ -47,8 +52,44 @@ class Defense(Options):
     """Names of attacks made to defeat this defense."""
     single_round: ClassVar[bool] = False
     """Whether messages mean something in the attacked round only, so that no model can be trained from them."""
+    linear: ClassVar[bool] = True
+    """Whether `protect` is `simulate` and linear, so that it may act on each example before averaging."""
+    simulates: ClassVar[bool] = False
+    """Whether `simulate` may change an update."""
+    has_likelihood: ClassVar[bool] = False
+    """Whether `nll` is there, the defense's own matching objective."""
     mixes: ClassVar[bool] = False
     """Whether `encode` makes an image out of several, so that clipping gradients bounds no single example's share."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Where a class brings a method and does not say what it is, assume the least: not linear, or changing."""
+        super().__init_subclass__(**kwargs)
+        for method, (fact, assumed) in _ASSUMED.items():
+            if _rank(cls, method) < _rank(cls, fact):
+                setattr(cls, fact, assumed)
+
+    def inspect(self, module: nn.Module, template: nn.Module, images: Tensor, targets: Tensor) -> float:
+        """Return how suspicious the model looks that a client was sent; above a threshold the client sends nothing.
+
+        The threshold is what honest models reach (`false_alarms`).
+
+        Args:
+            module: as it was sent, in eval mode.
+            template: the agreed architecture, with initial weights of its own.
+            images: of the client, [B, C, H, W].
+            targets: class probabilities of the client, [B, classes].
+        """
+        return 0.0
+
+    @property
+    def false_alarms(self) -> float:
+        """Share of honest models that the threshold of `inspect` may refuse, in [0, 1)."""
+        return 0.0
+
+    @property
+    def inspectors(self) -> tuple[Defense, ...]:
+        """Itself, or members, that look at the model."""
+        return (self,) if type(self).inspect is not Defense.inspect else ()
 
     @property
     def per_example_gradients(self) -> bool:
@@ -63,7 +104,7 @@ class Defense(Options):
         """Return the images [B, C, H, W] and class probabilities [B, classes] that the client trains on."""
         return images, targets
 
-    def soften(self, targets: Tensor) -> Tensor:
+    def soft_targets(self, targets: Tensor) -> Tensor:
         """Return the class probabilities that a client trains on whose labels are `targets` [B, classes].
 
         A matching attack that knows the defense asks it. By default what `encode` makes of them if it draws nothing
@@ -89,11 +130,6 @@ class Defense(Options):
     def private_buffers(self, module: nn.Module, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw the model's private randomness for one update, as buffers [B, ...] to run it with (dropout masks)."""
         return {}
-
-    @property
-    def linear(self) -> bool:
-        """Whether `protect` is `simulate` and linear, so that it may act on each example before averaging."""
-        return type(self).protect is Defense.protect
 
     @property
     def additive(self) -> bool:
@@ -209,22 +245,24 @@ class Defense(Options):
         return mechanism.guarantee(Exposure(steps or own.messages, sampling_rate or own.sampling_rate))
 
     @property
-    def has_likelihood(self) -> bool:
-        """Whether the defense brings its own matching objective."""
-        return type(self).nll is not Defense.nll
-
-    @property
     def is_adaptive_target(self) -> bool:
         """Whether knowing the defense changes what a matching attack does."""
-        cls = type(self)
-        changed = cls.simulate is not Defense.simulate or cls.per_example is not Defense.per_example
-        return changed or self.has_likelihood or self.softens
+        return self.simulates or self.per_example_gradients or self.has_likelihood or self.softens
 
     @property
     def softens(self) -> bool:
         """Whether the client trains on other class probabilities than its labels, in a way that is known."""
         labels = torch.eye(4)
-        return not torch.equal(self.soften(labels), labels)
+        return not torch.equal(self.soft_targets(labels), labels)
+
+
+_ASSUMED = {"protect": ("linear", False), "simulate": ("simulates", True), "nll": ("has_likelihood", True)}
+"""What is assumed of a class that brings a method and declares nothing about it."""
+
+
+def _rank(cls: type, name: str) -> int:
+    """How far up a class's ancestors a name is defined."""
+    return next(index for index, parent in enumerate(cls.__mro__) if name in vars(parent))
 
 
 @dataclass(frozen=True)
@@ -239,9 +277,9 @@ class View:
         """Whether the message can be simulated."""
         return self.public is not None
 
-    def soften(self, targets: Tensor) -> Tensor:
+    def soft_targets(self, targets: Tensor) -> Tensor:
         """Return the class probabilities [B, classes] that a client with guessed labels trains on."""
-        return self.defense.soften(targets)
+        return self.defense.soft_targets(targets)
 
     def per_example(self, gradient: Update) -> Update:
         """Return one example's guessed gradient as the client changes it before averaging."""

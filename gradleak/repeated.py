@@ -66,9 +66,19 @@ class Repeated(Defense):
         return self.defense.per_example_gradients
 
     @property
-    def linear(self) -> bool:
+    def linear(self) -> bool:  # type: ignore[override]
         """As the defense."""
         return self.defense.linear
+
+    @property
+    def simulates(self) -> bool:  # type: ignore[override]
+        """Whether a message is not the update itself: of several, always."""
+        return True
+
+    @property
+    def inspectors(self) -> tuple[Defense, ...]:
+        """Those of the defense; each has a threshold of its own."""
+        return self.defense.inspectors
 
     @property
     def additive(self) -> bool:
@@ -81,7 +91,7 @@ class Repeated(Defense):
         return self.defense.cohort
 
     @property
-    def has_likelihood(self) -> bool:
+    def has_likelihood(self) -> bool:  # type: ignore[override]
         """As the defense."""
         return self.defense.has_likelihood
 
@@ -108,9 +118,9 @@ class Repeated(Defense):
         """As the defense, once for all rounds."""
         return self.defense.encode(images, targets, generator)
 
-    def soften(self, targets: Tensor) -> Tensor:
+    def soft_targets(self, targets: Tensor) -> Tensor:
         """As the defense."""
-        return self.defense.soften(targets)
+        return self.defense.soft_targets(targets)
 
     def encode_test(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """As the defense."""

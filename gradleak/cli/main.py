@@ -8,19 +8,21 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 
 from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable
-from . import check, prior
+from . import attack, catalogue, check, prior
 from . import store as store_commands
+from .asked import questions
 
 if TYPE_CHECKING:
     from ..evaluation.runner import Summary
@@ -35,11 +37,16 @@ app = typer.Typer(
     help="Which defense stops which gradient inversion attack, and at what cost.",
 )
 app.add_typer(prior.app, name="prior")
+app.command("attack")(attack.attack)
 app.command("check")(check.check)
 app.add_typer(store_commands.app, name="store")
 
 PluginFiles = Annotated[
     list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to add; may be repeated.")
+]
+
+AllCode = Annotated[
+    bool, typer.Option("--all-code", help="Also cells of older code, told apart; else each label shows its newest.")
 ]
 
 Stores = Annotated[
@@ -87,7 +94,9 @@ def _options(
 
 @app.command("list")
 def _list(
-    group: Annotated[str, typer.Argument(metavar="GROUP", help="attacks, defenses, models or datasets.")],
+    group: Annotated[
+        str, typer.Argument(metavar="[GROUP]", help="attacks, defenses, models or datasets [default: all, by name].")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
     plugin: PluginFiles = None,
     ensemble: Annotated[
@@ -97,32 +106,37 @@ def _list(
     """Show the plugins of a group: family, threat model, needs, defaults, reference."""
     from .. import registry
 
-    if group not in registry.GROUPS:
-        raise unknown("group", group, registry.GROUPS)
     for path in plugin or []:
         registry.add_file(path)
-    found = [registry.describe(group, name) for name in registry.names(group)]
+    if not group:
+        _print_names({each: registry.names(each) for each in registry.GROUPS}, as_json)
+        return
+    if group not in registry.GROUPS:
+        raise unknown("group", group, registry.GROUPS)
+    found = catalogue.describe(group)
     if ensemble:
         found = _members(ensemble, found)
     if as_json:
-        print(json.dumps(found, indent=2, default=_json))
+        print(json.dumps(found, indent=2))
     else:
         _print_plugins(found)
 
 
-def _members(ensemble: str, attacks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _members(ensemble: str, attacks: Sequence[catalogue.Facts]) -> list[catalogue.Facts]:
     """Return the attacks of an ensemble under the labels that its members have."""
-    from .. import registry
-
-    facts = {each["name"]: each for each in attacks}
-    found = [(name, label, options) for name, label, options in registry.members(ensemble) if name in facts]
+    found = []
+    for facts in attacks:
+        declared = facts.get("ensembles") or {}
+        name = facts["name"]
+        variants = (
+            declared.get(ensemble, {}) if isinstance(declared, dict) else {name: {}} if ensemble in declared else {}
+        )
+        for label, options in variants.items():
+            title = label if label == name else f"{label} = {name}"
+            found.append({**facts, "name": title, "defaults": {**facts["defaults"], **options}})
     if not found:
         raise GradleakError(f"--ensemble {ensemble}: no attack says that it is a member")
-    shown = []
-    for name, label, options in found:
-        title = label if label == name else f"{label} = {name}"
-        shown.append({**facts[name], "name": title, "defaults": {**facts[name]["defaults"], **options}})
-    return shown
+    return found
 
 
 @app.command("run")
@@ -160,6 +174,9 @@ def _run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the cells.")] = False,
 ) -> None:
     """Run the cells of a suite that the store lacks; the same command goes on where it was interrupted."""
+    from ..suite import outline
+
+    outline(suite, added=[path.stem.replace("_", "-") for path in plugin or ()])
     from ..evaluation import executors, runner
     from ..evaluation.workshop import Resources
 
@@ -187,6 +204,14 @@ def _leaderboard(
         str | None,
         typer.Option(metavar="A,B,…", help="Columns to show, e.g. rank,defense,psnr-db [default: what fits]."),
     ] = None,
+    suite: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Show the cells of this suite, and no other.")
+    ] = None,
+    all_code: AllCode = False,
+    plugin: PluginFiles = None,
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", metavar="DIR", help="Where the suite's data is.")
+    ] = None,
 ) -> None:
     """Print the defense board and the attack board of stores and bundles, merged."""
     wanted = [part.strip() for part in (columns or "").split(",") if part.strip()]
@@ -199,8 +224,9 @@ def _leaderboard(
             raise unknown("board", name, BOARDS)
     if format not in report.FORMATS:
         raise unknown("format", format, report.FORMATS)
+    asked = None if suite is None else questions(suite, data_root, plugin or ())
     with open_all(stores) as opened:
-        found = results.read(*opened)
+        found = results.read(*opened, all_code=all_code, asked=asked)
     defenses, attacks = leaderboard.landing_board(found), leaderboard.attack_board(found)
     made = {
         "defenses": lambda: defenses,
@@ -228,6 +254,7 @@ def _report(
             help="A suite whose description heads the page and whose `reported` numbers are compared; may be repeated.",
         ),
     ] = None,
+    all_code: AllCode = False,
 ) -> None:
     """Write a page that shows everything (DIR/index.html), and tables, rows and figures beside it."""
     from ..board import results
@@ -237,7 +264,7 @@ def _report(
     reported = [item for path in suite or [] for item in reproduction.read_reported(path)]
     about = " ".join(filter(None, map(reproduction.read_description, suite or [])))
     with open_all(stores) as opened:
-        written = folder.write(results.read(*opened), opened, out, reported, about)
+        written = folder.write(results.read(*opened, all_code=all_code), opened, out, reported, about)
     _say(f"{len(written)} files in {out}; see {out / folder.PAGE}")
 
 
@@ -249,6 +276,7 @@ def _compare(
         float, typer.Option(min=0.0, metavar="DB", help="Exit with 1 if a change in mean PSNR is surely above.")
     ] = 1.0,
     format: Annotated[str, typer.Option(help="table, markdown, csv, json or latex.")] = "table",
+    all_code: AllCode = False,
 ) -> None:
     """Print what changed from one store to another, paired by victim, with intervals."""
     from .. import report
@@ -257,7 +285,7 @@ def _compare(
     from ..board.compare import compare, past
 
     with open_all([before, after]) as (first, second):
-        board = compare(results.read(first), results.read(second))
+        board = compare(*(results.read(store, all_code=all_code) for store in (first, second)))
     print(report.render([board], format), end="")
     changed = len(past(board, threshold))
     _say(f"{changed} changes above {threshold:g} dB" if changed else f"no change above {threshold:g} dB")
@@ -366,12 +394,18 @@ def _say(text: str) -> None:
     print(f"gradleak: {printable(text)}", file=sys.stderr)
 
 
-def _json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple | set | frozenset) else str(value)
-
-
 def _short(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=_json)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _print_names(names: Mapping[str, Sequence[str]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(names, indent=2))
+        return
+    console = Console(highlight=False, markup=False, emoji=False)
+    for group, found in names.items():
+        console.print(f"{group} ({len(found)}): gradleak list {group}", style="bold", soft_wrap=True)
+        console.print(Padding(", ".join(found), (0, 0, 0, 4)))
 
 
 def _print_plugins(found: Sequence[dict[str, Any]]) -> None:
@@ -395,6 +429,8 @@ def _print_plugins(found: Sequence[dict[str, Any]]) -> None:
 def _print_plan(plan: Any) -> None:
     for cell in plan.cells:
         print(printable(f"{cell.key[:12]}  {plan.statuses.get(cell.key, 'to run'):6}  {cell.title}"))
+    for line in plan.anew:
+        _say(line)
     counts = {state: sum(value == state for value in plan.statuses.values()) for state in ("ok", "failed")}
     to_run = len(plan.cells) - sum(counts.values())
     _say(f"{len(plan.cells)} cells: {to_run} to run, {counts['ok']} stored already, {counts['failed']} failed")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from ..attack import Reconstruction
 from ..chain import Chain
 from ..defense import Defense
 from ..federation import client
+from ..reconstruction import threat_model
 from ..repeated import Repeated
 from ..suite import AttackCell
 from ..threat import Level
@@ -31,21 +33,27 @@ def identity(cell: AttackCell) -> dict[str, Any]:
     return {
         "attack_family": attack.family,
         "adaptive": attack.adaptive and level is not Level.OBLIVIOUS and adapts,
-        "threat_model": attack.threat_model,
+        "threat_model": threat_model(cell.setting.server.surface),
         "defense_family": defense.family,
     }
 
 
-def provenance(cell: AttackCell, sent: client.Sent, accuracy: float, answer: Reconstruction | None) -> dict[str, Any]:
-    """What a finished cell was computed with: code, versions, machine, times."""
-    guarantee = cell.built_defense.guarantee(cell.setting)
+def provenance(
+    cell: AttackCell, rounds: Sequence[client.Sent], accuracy: float, answer: Reconstruction | None, queries: int = 1
+) -> dict[str, Any]:
+    """What a finished cell was computed with: code, versions, machine, times.
+
+    The guarantee is of all that was seen of a client which the server asked up to `queries` times.
+    """
+    asked = replace(cell.setting, rounds=cell.setting.rounds * queries)
+    guarantee = cell.built_defense.guarantee(asked)
     return {
         **identity(cell),
-        "stochastic": sent.drew,
-        "bytes": float(np.mean(sent.bytes)),
-        "dense_bytes": sent.dense_bytes,
+        "stochastic": any(sent.drew for sent in rounds),
+        "bytes": float(np.mean([size for sent in rounds for size in sent.bytes])),
+        "dense_bytes": rounds[0].dense_bytes,
         "epsilon": None if guarantee is None else asdict(guarantee),
-        "client_seconds": sent.seconds,
+        "client_seconds": float(np.mean([sent.seconds for sent in rounds])),
         "model_accuracy": accuracy,
         "backend": "" if answer is None else answer.backend,
         "backend_reason": "" if answer is None else answer.backend_reason,

@@ -11,12 +11,13 @@ from .cells import (
     build_defense,
     dataset_label,
     key_of,
+    question_of,
     unnamed,
     unnoted,
 )
 from .expand import CORE, Digest, expand
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part
-from .read import read
+from .read import outline, read
 from .schema import HELD_OUT, KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     "dataset_label",
     "expand",
     "key_of",
+    "outline",
+    "question_of",
     "read",
     "unnamed",
     "unnoted",

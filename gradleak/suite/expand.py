@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from .. import registry
+from .. import code, registry
 from ..errors import GradleakError
 from ..privacy import Exposure
 from ..scales import METRICS
@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # What needs torch; suites are read without it.
 _P = TypeVar("_P")
 
 CORE = "1"
-"""Raised whenever the engine, the client or the label rules change results."""
+"""Version of the numbers of all that plugins share; raised by hand whenever engine, search, mechanisms, clients or
+label rules change a result. Their code is no part of a cell's identity: it can be rewritten without losing boards."""
 
 
 Digest = Callable[[str, Mapping[str, Any]], tuple[str, str] | tuple[str, str, int]]
@@ -54,7 +55,7 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
     Raises:
         GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
     """
-    axes, definitions = _Axes.of(suite, digest), _definitions()
+    axes, definitions = _Axes.of(suite, digest, root), _definitions()
     cells: dict[str, Cell] = {}
     guessed: set[tuple[object, ...]] = set()
     for (data_entry, dataset), (model_entry, model), setting, seed, guard, attack in axes.grid(suite.seeds):
@@ -160,31 +161,34 @@ class _Axes:
     utility: Utility | None
     images: dict[str, int]
     """By title of a dataset, how many images there are to train on."""
+    root: Path | None
+    """The data root, where files are that options name."""
     known: dict[tuple[str, str, str], _Plugged[Defense]] = dataclasses.field(default_factory=dict)
     """Defenses with the noise that a wanted guarantee takes, by what it depends on."""
 
     @classmethod
-    def of(cls, suite: Suite, digest: Digest) -> _Axes:
-        datasets = [(entry, *_dataset(entry, digest)) for entry in suite.datasets]
+    def of(cls, suite: Suite, digest: Digest, root: Path | None) -> _Axes:
+        datasets = [(entry, *_dataset(entry, digest, root)) for entry in suite.datasets]
         return cls(
             datasets=[(entry, part) for entry, part, _ in datasets],
             models=[
-                (entry, _part("models", entry, registry.build("models", entry.name, entry.options)))
+                (entry, _part("models", entry, registry.build("models", entry.name, entry.options), root))
                 for entry in suite.models
             ],
             settings=[build_setting(values) for values in suite.settings],
             defenses=[
-                _Plugged(entry, defense, _guard(entry, defense))
+                _Plugged(entry, defense, _guard(entry, defense, root))
                 for entry in suite.defenses
                 for defense in [build_defense(entry.name, entry.options)]
             ],
             attacks=[
-                _Plugged(entry, attack, _part("attacks", entry, attack))
+                _Plugged(entry, attack, _part("attacks", entry, attack, root))
                 for entry in suite.attacks
                 for attack in [registry.build("attacks", entry.name, entry.options)]
             ],
             utility=suite.utility,
             images={entry.title: count for entry, _, count in datasets},
+            root=root,
         )
 
     def grid(self, seeds: Sequence[int]) -> Iterator[_Point]:
@@ -209,7 +213,7 @@ class _Axes:
             if self.utility is not None and not guard.plugin.single_round:
                 exposure = Exposure(self.utility.at(setting).participations(self.images[data.title]))
             defense = guard.plugin.calibrated(setting, exposure)
-            part = guard.part if defense == guard.plugin else _guard(guard.entry, defense)
+            part = guard.part if defense == guard.plugin else _guard(guard.entry, defense, self.root)
             self.known[place] = _Plugged(guard.entry, defense, part)
         return self.known[place]
 
@@ -239,14 +243,14 @@ def _utilities(suite: Suite, axes: _Axes) -> Iterator[TrainingCell]:
         )
 
 
-def _guard(entry: Entry, defense: Defense) -> Part:
+def _guard(entry: Entry, defense: Defense, root: Path | None) -> Part:
     names, chained = members(entry.name), getattr(defense, "defenses", None)
     options = (
         _options(defense)
         if chained is None
         else {name: _options(part) for name, part in zip(names, chained, strict=True)}
     )
-    return Part(entry.name, entry.title, options, defense.version, code_of("defenses", entry.name))
+    return Part(entry.name, entry.title, options, defense.version, code_of("defenses", entry.name, options, root))
 
 
 def _wanted(entry: Entry, here: Mapping[str, str]) -> bool:
@@ -262,8 +266,9 @@ def _reason(entry: Entry, here: Mapping[str, str]) -> tuple[str, bool] | None:
     return None
 
 
-def _part(group: str, entry: Entry, plugin: Any) -> Part:
-    return Part(entry.name, entry.title, _options(plugin), plugin.version, code_of(group, entry.name))
+def _part(group: str, entry: Entry, plugin: Any, root: Path | None) -> Part:
+    options = _options(plugin)
+    return Part(entry.name, entry.title, options, plugin.version, code_of(group, entry.name, options, root))
 
 
 def _options(plugin: Any) -> dict[str, Any]:
@@ -282,15 +287,15 @@ def _definitions() -> dict[str, Any]:
     return {"core": CORE, "training": RECIPE, "metrics": sorted(metric.id for metric in METRICS.values())}
 
 
-def _dataset(entry: Entry, digest: Digest) -> tuple[DatasetPart, int]:
+def _dataset(entry: Entry, digest: Digest, root: Path | None) -> tuple[DatasetPart, int]:
     """Return a dataset, and how many images there are to train on, as far as `digest` says so."""
-    part = _part("datasets", entry, registry.build("datasets", entry.name, entry.options))
+    part = _part("datasets", entry, registry.build("datasets", entry.name, entry.options), root)
     version, value, *counted = digest(entry.name, part.options)
     return DatasetPart(part.name, part.label, part.options, version, part.code, value), int(next(iter(counted), 0))
 
 
 def _prior(prior: Prior, dataset: DatasetPart, digest: Digest, root: Path | None) -> LearnedPrior | GivenPrior:
-    """Everything that decides a generator; of a user's, the hash of its weights."""
+    """Everything that decides a generator; of a user's, the hashes of its weights and of its code."""
     if prior.source is not None:
         content, weights = b"", None
         if prior.weights is not None:
@@ -299,8 +304,9 @@ def _prior(prior: Prior, dataset: DatasetPart, digest: Digest, root: Path | None
                 content, weights = path.read_bytes(), str(prior.weights)
             except OSError as error:
                 raise GradleakError(f"prior: weights: no file {path} ({error.strerror}); see --data-root") from error
-        return GivenPrior(prior.source, weights, hashlib.sha256(content).hexdigest())
+        module = code.of_module(prior.source.partition(":")[0])
+        return GivenPrior(prior.source, weights, hashlib.sha256(content).hexdigest(), module)
     from ..training.priors import Recipe
 
     recipe = plain(dataclasses.asdict(Recipe(**prior.options)))
-    return LearnedPrior(dataset if prior.dataset is None else _dataset(prior.dataset, digest)[0], recipe)
+    return LearnedPrior(dataset if prior.dataset is None else _dataset(prior.dataset, digest, root)[0], recipe)
