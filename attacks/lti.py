@@ -68,7 +68,8 @@ class LTI(Attack):
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Collect messages, learn, and answer all victims; `details` has the last training loss."""
         assert observation.auxiliary is not None and observation.view is not None
-        hashing = Hashing(observation.message, self.features, generator.shared("hash"), torch.float32)
+        sent = observation.view.summary(observation.message)
+        hashing = Hashing(sent, self.features, generator.shared("hash"), torch.float32)
         rows, images = self._collect(observation, observation.auxiliary, hashing, generator.shared("messages"))
         if images is None:
             return self._too_late(observation)
@@ -79,7 +80,7 @@ class LTI(Attack):
         if network is None:
             return self._too_late(observation)
         with torch.no_grad():
-            answer = network((hashing.shorten(hashing.flat(observation.message)) - mean) * scale)
+            answer = network((hashing.shorten(hashing.flat(sent)) - mean) * scale)
         shape = (observation.victims, observation.batch_size, *observation.shape)
         return Reconstruction(
             images=answer.view(shape).to(observation.dtype),
@@ -90,6 +91,7 @@ class LTI(Attack):
         self, observation: Observation, public: Images, hashing: Hashing, stream: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
         """Hashed messages [M, features] of random batches, and their images [M, B, C, H, W]; None if time ran out."""
+        assert observation.view is not None
         size = observation.batch_size
         rows, truths = [], []
         for _ in range(self.messages):
@@ -99,7 +101,7 @@ class LTI(Attack):
             images = public.images[index].to(observation.device, observation.dtype)
             targets = one_hot(public.labels[index].to(images.device), observation.classes, images.dtype)
             message = channel_of(observation, size, stream).message(images, targets, stream)
-            rows.append(hashing.shorten(hashing.flat(stack([message]))))
+            rows.append(hashing.shorten(hashing.flat(observation.view.summary(stack([message])))))
             truths.append(images.float())
         return torch.cat(rows), torch.stack(truths)
 

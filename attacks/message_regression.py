@@ -57,12 +57,17 @@ class MessageRegression(Attack):
         seen = None if asked is None else asked[0]
         shape = (observation.victims, observation.batch_size, *observation.shape)
         images, errors = class_prior(observation, seen), (math.nan, math.nan)
-        hashing = Hashing(observation.message, self.features, generator.shared("hash"), torch.float64)
+        assert observation.view is not None
+        summary = observation.view.summary
+        sent = summary(observation.message)
+        hashing = Hashing(sent, self.features, generator.shared("hash"), torch.float64)
         read = partial(_views, hashing=hashing)
-        known = imitate(observation, self.messages, generator.shared("messages"), read)
+        known = imitate(
+            observation, self.messages, generator.shared("messages"), lambda message: read(summary(message))
+        )
         if known is not None:
             learner = self._learn(known, observation, labelled=seen is not None)
-            images = images + learner.answer(read(observation.message), seen).view(shape).to(images)
+            images = images + learner.answer(read(sent), seen).view(shape).to(images)
             errors = learner.error, learner.prior_error
         if asked is not None:
             images = images.gather(1, asked[1].view(*shape[:2], 1, 1, 1).expand_as(images))
