@@ -23,8 +23,8 @@ from gradleak.board import results
 from gradleak.board.results import HEADLINE, Results
 from gradleak.board.store import Store
 from gradleak.cli.main import app
+from gradleak.pictures import Picture
 from gradleak.report.figures import DOTS, SMALL, STYLE, WIDTH
-from gradleak.report.gallery import Picture as Picture
 from gradleak.report.gallery import Pictures
 
 SIDE = 32

@@ -214,22 +214,22 @@ def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
         part["grants"] = {name: value for name, value in part.get("grants", {}).items() if name != "defense"}
     flat: dict[str, str] = {}
     for name, value in part.items():
+        value = _asked(value)
         if isinstance(value, Mapping):
-            value = _asked(value)
             flat |= {inner: json.dumps(item, sort_keys=True) for inner, item in value.items()}
         else:
             flat[name] = value[:8] if name in ("digest", "code") else json.dumps(value, sort_keys=True)
     return flat
 
 
-def _asked(options: Mapping[str, Any]) -> dict[str, Any]:
+def _asked(options: Any) -> Any:
     """Leave out the noise that was found for a wanted epsilon: it differs from context to context by right."""
+    if isinstance(options, list):  # the options of a chain's members
+        return [_asked(each) for each in options]
+    if not isinstance(options, Mapping):
+        return options
     found = options.get("epsilon") is not None
-    return {
-        name: _asked(value) if isinstance(value, Mapping) else value
-        for name, value in options.items()
-        if not (found and name == "sigma")
-    }
+    return {name: _asked(value) for name, value in options.items() if not (found and name == "sigma")}
 
 
 def _families(cells: pd.DataFrame, group: str) -> pd.Series[str]:

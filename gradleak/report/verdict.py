@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import pandas as pd
 
 from ..board.leaderboard import FLOOR, Board
 from ..board.results import KNOWLEDGE
+from ..scales import CAP
 
 PRICE = 0.05
 """Share of accuracy that a defense may lose and still be called cheap."""
@@ -66,7 +68,9 @@ def _bare(table: pd.DataFrame) -> list[str]:
     bare = table[table["family"] == "none"]
     if len(bare) != 1 or bare["success_psnr_20"].isna().any():
         return []
-    return [f"Without a defense {100 * bare['success_psnr_20'].iloc[0]:.0f} % of images are recovered."]
+    shares = [float(bare[f"success_psnr_{line}"].iloc[0]) for line in ("20", f"{CAP:g}")]
+    exact = "" if math.isnan(shares[1]) else f", {100 * shares[1]:.0f} % pixel-exact"
+    return [f"Without a defense {100 * shares[0]:.0f} % of images are recovered{exact}."]
 
 
 def of_attacks(board: Board) -> list[str]:
