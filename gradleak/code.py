@@ -86,7 +86,7 @@ def of_module(name: str) -> str:
 
 
 def of_files_named(values: object, folders: Iterable[Path]) -> str:
-    """Return the digest of the content of every file, or folder, that options name; empty if they name none.
+    """Return the digest of the content of every file that options name; empty if they name none.
 
     Args:
         values: plain data.
@@ -136,9 +136,8 @@ def _content(base: Path, text: str) -> str:
         return ""
     path = base / text
     try:
-        if path.is_file():
-            return _scan(path).digest
-        return combined(_of_folder(path)) if "/" in text and path.is_dir() else ""
+        # No folder: it may be one that is written to.
+        return _scan(path).digest if path.is_file() else ""
     except OSError:
         return ""
 

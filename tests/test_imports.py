@@ -17,7 +17,19 @@ HALL = {"", "__main__"}
 """What opens the package; it has no layer."""
 
 LAYERS = [
-    {"code", "errors", "options", "plugins", "paths", "seeds", "scales", "state", "process", "board.statistics"},
+    {
+        "code",
+        "secret",
+        "errors",
+        "options",
+        "plugins",
+        "paths",
+        "seeds",
+        "scales",
+        "state",
+        "process",
+        "board.statistics",
+    },
     {"registry", "structure"},
     {"dataset", "datasets", "model", "models"},
     {"update"},

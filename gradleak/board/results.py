@@ -176,18 +176,21 @@ def _distinct_labels(cells: pd.DataFrame, group: str) -> pd.Series[str]:
 def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
     """Flatten a part of a configuration to comparable text; what is an axis of its own is left out.
 
-    What applies to every cell alike (candidates of re-identification, the engine) counts as the setting's.
+    What applies to every cell alike (candidates of re-identification, the engine, the secret that clients draw from)
+    counts as the setting's.
     """
     part = {name: value for name, value in config[group].items() if name != "label"}
     if group == "setting":
-        part |= {"candidates": config.get("candidates"), **config.get("engine", {})}
+        part |= {"candidates": config.get("candidates"), **config.get("engine", {}), "secret": config.get("secret")}
         part["grants"] = {name: value for name, value in part.get("grants", {}).items() if name != "defense"}
     flat: dict[str, str] = {}
     for name, value in part.items():
         if isinstance(value, Mapping):
             flat |= {inner: json.dumps(item, sort_keys=True) for inner, item in value.items()}
         else:
-            flat[name] = value[:8] if name in ("digest", "code") else json.dumps(value, sort_keys=True)
+            flat[name] = (
+                value[:8] if name in ("digest", "code", "secret") and value else json.dumps(value, sort_keys=True)
+            )
     return flat
 
 

@@ -89,7 +89,7 @@ def _attack(cell: AttackCell, workshop: Workshop, progress: Progress | None, pha
             defense,
             setting,
             seeds.derive("round", *cell.draws.messages),
-            client.seeds_for(list(range(cell.victims)), *cell.draws.messages, clients=defense.cohort),
+            client.seeds_for(list(range(cell.victims)), *cell.draws.clients, clients=defense.cohort),
         )
     sent = client.aggregated(sent, defense.cohort)
     images, labels = (tensor.unflatten(0, (-1, defense.cohort)).flatten(1, 2) for tensor in (images, labels))

@@ -19,6 +19,7 @@ from ..board.bundle import open_bundle
 from ..board.store import Store, victim_list
 from ..dataset import Data
 from ..errors import GradleakError
+from ..secret import Secret
 from ..suite import UTILITY, AttackCell, Cell, GivenPrior, Part, TrainingCell, key_of
 from . import evaluate, identity, metrics
 from .workshop import Resources, Workshop, versions
@@ -74,7 +75,7 @@ def verify(bundle: Path, resources: Resources, sample: int = 3, seed: int = 0) -
         found += [*victims, _complete(attacks, rows), _metrics(store, attacks, rows, data)]
         known = finished[[_runnable(config, data) for config in finished["config"]]]
         picked = sorted(random.Random(seed).sample(range(len(known)), min(sample, len(known))))
-        return [*found, *(_again(cell, rows, workshop) for cell in known.iloc[picked].to_dict("records"))]
+        return [*found, *(_again(cell, rows, workshop, store.secret) for cell in known.iloc[picked].to_dict("records"))]
 
 
 def _versions(cells: pd.DataFrame) -> Finding:
@@ -210,9 +211,9 @@ def _differences(row: dict[str, Any], again: dict[str, Any]) -> Iterator[tuple[s
         yield name, abs(stored - here) if math.isfinite(stored) else math.inf
 
 
-def _again(cell: dict[Any, Any], rows: pd.DataFrame, workshop: Workshop) -> Finding:
+def _again(cell: dict[Any, Any], rows: pd.DataFrame, workshop: Workshop, secret: Secret | None) -> Finding:
     """Run a cell again and compare the scores of its images."""
-    ran = Cell.of(cell["config"])
+    ran = Cell.of(cell["config"], secret=secret)
     name = f"run again {cell['key'][:12]}"
     result = evaluate.evaluate(ran, workshop)
     if result.status != "ok":
