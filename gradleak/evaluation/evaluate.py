@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 
 from .. import seeds
 from ..board.store import CellResult
@@ -18,6 +19,7 @@ from ..process import full_precision
 from ..seeds import Generators
 from ..suite import UTILITY, AttackCell, Cell, TrainingCell
 from .answer import ask, guarded
+from .apart import Apart
 from .faults import MachineFault, machine_fault
 from .identity import identity, provenance
 from .observe import observe
@@ -29,9 +31,15 @@ Phase = Callable[[str], None]
 
 
 def evaluate(
-    cell: Cell, workshop: Workshop, progress: Progress | None = None, phase: Phase | None = None
+    cell: Cell,
+    workshop: Workshop,
+    progress: Progress | None = None,
+    phase: Phase | None = None,
+    apart: Apart | None = None,
 ) -> CellResult:
     """Run one cell and return all that is kept of it.
+
+    With `apart` its attack runs in a process where no victim is; else in this one.
 
     An attack that raises makes a failed cell that carries the error; running out of memory or time marks the
     victims concerned.
@@ -49,7 +57,9 @@ def evaluate(
                 result = _train(cell, workshop, progress)
             else:
                 assert isinstance(cell, AttackCell)
-                result = _attack(cell, workshop, progress, phase or _unheard)
+                result = _attack(cell, workshop, progress, phase or _unheard, apart)
+    except MachineFault:
+        raise
     except (Exception, SystemExit) as error:  # A plugin that exits ends its cell, and no more.
         if isinstance(error, Exception) and (fault := machine_fault(error)):
             raise MachineFault(fault) from error
@@ -73,7 +83,9 @@ def _unheard(name: str) -> None:
     pass
 
 
-def _attack(cell: AttackCell, workshop: Workshop, progress: Progress | None, phase: Phase) -> CellResult:
+def _attack(
+    cell: AttackCell, workshop: Workshop, progress: Progress | None, phase: Phase, apart: Apart | None
+) -> CellResult:
     defense, setting, device = cell.built_defense, cell.setting, workshop.resources.device
     data = workshop.data(cell.dataset)
     module, accuracy = workshop.network(cell)
@@ -104,7 +116,9 @@ def _attack(cell: AttackCell, workshop: Workshop, progress: Progress | None, pha
     names = [seeds.derive(*cell.draws.attack, index) for index in range(len(images))]
     streams = Generators(names, device, setting.dtype, seeds.derive(*cell.draws.attack))
     phase("attack")
-    given = ask(cell.attack.label, cell.built_attack, observation, streams)
+    part = cell.attack
+    respond = None if apart is None else partial(apart, part.name, part.options, part.label, observation, streams)
+    given = ask(part.label, cell.built_attack, observation, streams, respond)
     phase("scores")
     answer = given.reconstruction
     rows = rows_of(cell, data, observation, sent, images, labels, given, workshop)
