@@ -275,3 +275,19 @@ def test_processes_end_with_whoever_wanted_them(tmp_path: Path) -> None:
             return
         time.sleep(0.1)
     pytest.fail("it still computes")
+
+
+@pytest.mark.parametrize("where", ["here", "apart"])
+def test_a_width_that_memory_halved_is_told_in_row_and_cell(tmp_path: Path, apart: Apart, where: str) -> None:
+    body = """
+        for width in self.out.split():
+            observation.compute.widths.halved["some problem", width] = int(width)
+        return Reconstruction(images=grey)
+    """
+    registry.add_file(odd(tmp_path, body))
+    (full,) = cells(tmp_path)
+    (less,) = cells(tmp_path, attacks=[{"odd": {"out": "8 4"}}])
+    for cell, width in ((full, None), (less, 4)):
+        found = evaluate(cell, Workshop(), apart=apart if where == "apart" else None)
+        assert found.provenance.get("width") == width
+        assert [row.extras.get("width") for row in found.rows] == [width] * 2

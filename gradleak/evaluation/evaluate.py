@@ -127,7 +127,10 @@ def _attack(
         key=cell.key,
         config=cell.stored(),
         error=given.error,
-        provenance=provenance(cell, sent, accuracy, answer),
+        provenance={
+            **provenance(cell, sent, accuracy, answer),
+            **({} if given.width is None else {"width": given.width}),
+        },
         rows=rows,
         reconstructions={} if guesses is None else dict(enumerate(guesses.float().cpu().numpy())),
         traces={} if answer is None or answer.trace is None else dict(enumerate(answer.trace.cpu().numpy())),
