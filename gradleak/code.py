@@ -21,7 +21,7 @@ from pathlib import Path
 
 LONGEST = 255
 """Characters of a literal that may name a file."""
-_ROOMS = ("attacks", "defenses", "models", "datasets")
+_ROOMS = ("attacks", "defenses", "models", "datasets", "servers")
 _SHARED = frozenset(
     "PIL lpips matplotlib numpy opacus pandas pennylane safetensors scipy skimage sklearn timm torch torchmetrics"
     " torchvision".split()
@@ -143,7 +143,7 @@ def _content(base: Path, text: str) -> str:
         return ""
     path = base / text
     try:
-        # No folder: it may be one that is written to.
+        # Not of folders: an option may name one that the plugin writes to.
         return _scan(path).digest if path.is_file() else ""
     except OSError:
         return ""

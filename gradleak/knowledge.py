@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt
@@ -44,6 +45,18 @@ class Level(StrEnum):
     ORACLE = "oracle"
 
 
+class Power(StrEnum):
+    """What the server may do to the model that it sends.
+
+    honest: sends the agreed model as training left it. parameters: chooses its parameters. architecture: also adds
+    layers.
+    """
+
+    HONEST = "honest"
+    PARAMETERS = "parameters"
+    ARCHITECTURE = "architecture"
+
+
 _RANKS: dict[type[StrEnum], dict[StrEnum, int]] = {
     Labels: {
         Labels.NONE: 0,
@@ -54,6 +67,7 @@ _RANKS: dict[type[StrEnum], dict[StrEnum, int]] = {
     },
     BatchNorm: {BatchNorm.NONE: 0, BatchNorm.RUNNING: 1, BatchNorm.BATCH: 2},
     Level: {level: rank for rank, level in enumerate(Level)},
+    Power: {power: rank for rank, power in enumerate(Power)},
 }
 
 
@@ -75,6 +89,8 @@ class Knowledge:
     """Public labelled images, disjoint from every victim."""
     local_training: bool = False
     """Number, size and rate of the client's local steps."""
+    server: Power = Power.HONEST
+    """What the server may do to the model; the setting's `server` grants it."""
 
     def missing(self, granted: Knowledge) -> list[str]:
         """Name what is needed here but not granted, e.g. `["labels: known"]`; empty when all is there."""
@@ -87,6 +103,20 @@ class Knowledge:
             elif need and not grant:
                 lacking.append(f"{item.name}: true")
         return lacking
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tampering:
+    """Who sends the model: a server by its name, with every option."""
+
+    name: str = "honest"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Plain values."""
+    version: str = ""
+    file: str = ""
+    """Hash of the plugin file that brought it; empty for others."""
+    surface: Power = Power.HONEST
+    """What it changes of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +139,13 @@ class Setting:
     trainable: Literal["all", "head"] | tuple[str, ...] = field(default="all", metadata={"later": True})
     """What the client trains and sends: all that the model lets train, its last layer, or parameters and modules by
     name; the rest stays as the server sent it."""
+    rounds: Annotated[int, Ge(1)] = field(default=1, metadata={"later": True})
+    """Messages that the attacker has of each client: of the same images and the same model, each with private and
+    public randomness of its own."""
     precision: Literal["float32", "float64"] = "float32"
     grants: Knowledge = field(default_factory=Knowledge)
+    server: Tampering = field(default=Tampering(), metadata={"later": True})
+    """Who sends the model: an honest server by default."""
 
     @property
     def dtype(self) -> torch.dtype:

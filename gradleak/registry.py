@@ -1,4 +1,4 @@
-"""Names to plugin classes: the files of the four folders, entry points of other packages, and single files.
+"""Names to plugin classes: the files of the five folders, entry points of other packages, and single files.
 
 A plugin is a frozen dataclass whose fields are its hyper-parameters. Its name is the stem of its file, with
 hyphens for underscores; a file holds exactly one public class. Nothing is imported before it is asked for.
@@ -30,7 +30,13 @@ from .plugins import at, place_of_hook
 
 log = logging.getLogger(__name__)
 
-GROUPS = {"attacks": "attack", "datasets": "dataset", "defenses": "defense", "models": "model"}
+GROUPS = {
+    "attacks": "attack",
+    "datasets": "dataset",
+    "defenses": "defense",
+    "models": "model",
+    "servers": "server",
+}
 """Registry groups and the noun of one member."""
 
 _files: dict[tuple[str, str], Path] = {}
@@ -42,6 +48,16 @@ _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 def names(group: str) -> list[str]:
     """Return every known name of a group, sorted. Imports no plugin."""
     return sorted(_sources(group))
+
+
+def built_in(group: str) -> list[str]:
+    """Return the names of a group that come with gradleak, sorted. Imports no plugin."""
+    return sorted(_name(module) for module in _modules(group))
+
+
+def folders(group: str) -> list[str]:
+    """Return the folders that hold the files of a group's built-ins."""
+    return list(importlib.import_module(f"gradleak.{group}").__path__)
 
 
 def load(group: str, name: str, where: str = "") -> type[Any]:
@@ -117,9 +133,12 @@ def describe(group: str, name: str) -> dict[str, Any]:
         # Of whatever kind: one broken plugin must not hide the others.
         return {**facts, "error": plugins.said(error)}
     facts["summary"] = (inspect.getdoc(cls) or "").partition("\n")[0]
-    for fact in ("family", "threat_model", "adaptive", "counter_attacks", "reference", "version"):
-        if hasattr(plugin, fact):
+    for fact in ("family", "threat_model", "surface", "adaptive", "counter_attacks", "queries", "reference", "version"):
+        # Of a class without an instance a property has no value.
+        if hasattr(plugin, fact) and not isinstance(getattr(plugin, fact), property):
             facts[fact] = getattr(plugin, fact)
+    if declared := vars(cls).get("ensembles"):
+        facts["ensembles"] = declared
     if hasattr(plugin, "needs"):
         needs, unneeded = options_of(plugin.needs), options_of(type(plugin.needs)())
         facts["needs"] = {key: value for key, value in needs.items() if value != unneeded[key]}
@@ -206,18 +225,20 @@ def _sources(group: str) -> dict[str, _Source]:
     return found
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=10)
 def _shipped(group: str, path: tuple[str, ...]) -> Mapping[str, _Source]:
     """Built-ins and what is installed on the path; a suite asks for names thousands of times."""
-    package = importlib.import_module(f"gradleak.{group}")
     found: dict[str, _Source] = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):
-            full = f"gradleak.{group}.{module.name}"
-            found[_name(module.name)] = lambda full=full: _import_module(full)  # type: ignore[misc]
+    for module in _modules(group):
+        full = f"gradleak.{group}.{module}"
+        found[_name(module)] = lambda full=full: _import_module(full)  # type: ignore[misc]
     for name, entry in _entries(group, frozenset(found)).items():
         found[name] = lambda entry=entry: _import_entry(group, entry)  # type: ignore[misc]
     return found
+
+
+def _modules(group: str) -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(folders(group)) if not module.name.startswith("_")]
 
 
 def _entries(group: str, taken: frozenset[str]) -> dict[str, EntryPoint | str]:

@@ -28,18 +28,20 @@ LAYERS = [
         "scales",
         "state",
         "process",
+        "pictures",
         "board.statistics",
     },
     {"registry", "structure"},
-    {"dataset", "datasets", "model", "models"},
+    {"dataset", "datasets", "model", "models", "sources"},
     {"update"},
-    {"knowledge", "engine.residuals"},
+    {"knowledge", "intake", "engine.residuals", "privacy"},
     {"defense"},
     {"threat", "mechanisms"},
     {"engine"},
     {"channel", "reconstruction"},
     {"search"},
-    {"attack"},
+    {"captured"},
+    {"attack", "server"},
     {"chain", "training"},
     {
         "suite",
@@ -57,15 +59,13 @@ LAYERS = [
     {"board.bundle", "board.compare", "board"},
     {"federation"},
     {"contract", "report"},
+    {"reading"},
     {"evaluation"},
     {"cli", "testing"},
 ]
 """Lowest first. A room, or a module of its own; it imports its own layer and those below, through whatever others."""
 
-CIRCLE = {"search.gradient_matching", "search.refinements"}
-"""One matching attack in two files, the second of which names the first in its types."""
-
-TORCH_FREE = ["errors", "registry", "scales", "suite", "board.bundle", "board.compare", "report", "cli.main"]
+TORCH_FREE = ["errors", "registry", "scales", "suite", "board.bundle", "board.compare", "report", "reading", "cli.main"]
 
 
 def _plugins(folder: str) -> list[Path]:
@@ -100,7 +100,7 @@ def test_no_circle_hides_behind_the_type_checker() -> None:
     known = graph(types=True)
     for name in known.keys() - HALL:
         circle = {other for other in reachable(known[name] - {name}, known) if name in reachable(known[other], known)}
-        assert circle - HALL <= CIRCLE, f"{name} is in a circle with {circle - HALL}"
+        assert not circle - HALL, f"{name} is in a circle with {circle - HALL}"
 
 
 def test_the_core_knows_no_attack_and_no_defense() -> None:

@@ -422,6 +422,10 @@ def test_prices_and_guarantees(results_of: Fixture) -> None:
     assert (noise["bytes"], noise["epsilon"], noise["accountant"]) == (200, 8, "rdp")
     assert noise["test_accuracy"] == pytest.approx(0.6)
     assert math.isnan(line(found.table, defense="none")["epsilon"])
+    assert any("delta 1e-05, rdp, neighbours: one example" in note for note in found.notes)
+    # Where one context has no guarantee, there is none for all of them together.
+    cells[1] = cell(about(20), epsilon=None, dataset="photos")
+    assert math.isnan(line(defense_board(results_of(cells)).table, defense="noise")["epsilon"])
 
 
 def test_equal_labels_with_other_options_are_told_apart(results_of: Fixture) -> None:
@@ -659,6 +663,22 @@ def test_an_attack_that_did_not_fit_is_flagged(results_of: Fixture) -> None:
     assert raised(results_of([floor(), cell(about(25), row=stuck)])) == set()
     assert raised(results_of([floor(), cell(about(11), row={"loss": -1.0, "loss_at_truth": -9.0})])) == set()
     assert raised(results_of([floor(), cell(about(11), row={"loss": 9.0, "loss_at_truth": -9.0})])) != set()
+
+
+def test_a_network_that_does_not_look_is_flagged(results_of: Fixture) -> None:
+    (flag,) = flags.flags(results_of([floor(), cell(about(20), row={"contrast": 7e-4})]))
+    assert flag.flag == "flat landscape" and "0.0007" in flag.why and "mlp · digits · default" in flag.where
+    assert raised(results_of([floor(), cell(about(20), row={"contrast": 0.1})])) == set()
+
+
+def test_rows_say_how_far_a_loss_fell(results_of: Fixture) -> None:
+    half = {"loss": 3.0, "loss_at_truth": 1.0, "loss_at_mean": 5.0, "contrast": 0.2}
+    (found,) = defense_board(results_of([floor(), cell(about(20), row=half)])).table.to_dict("records")
+    assert (found["fit"], found["contrast"]) == (pytest.approx(0.5), pytest.approx(0.2))
+    (found,) = defense_board(results_of([floor(), cell(about(20), row={**half, "loss_at_mean": 0.5})])).table.to_dict(
+        "records"
+    )
+    assert math.isnan(found["fit"])
 
 
 def test_an_attack_that_models_another_update_is_flagged(results_of: Fixture) -> None:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..scales import CAP, METRICS
 from .attack_board import attack_board, compute_board
-from .cost import accuracies, price, trainings, utility
+from .cost import accuracies, guarantees, price, trainings, utility
 from .evidence import Evidence, at_floor, legend
 from .results import (
     AXES,
@@ -103,6 +103,7 @@ def defense_board(results: Results) -> Board:
         *protocol(results, resamples),
         *detectable([mean_over_known(panel.profiles(worst[HEADLINE].winners)) for _, worst in found], panel.overlaps),
         *trainings(results),
+        *guarantees(results),
         *_warnings(results, table),
     ]
     return Board("defenses", f"Defenses: {where_label(results)}", table, tuple(notes), separably_first(table))
@@ -134,6 +135,7 @@ def _defense(
     gain = _gain(resamples, worst_case(panel, resamples, faced, HEADLINE), floor[HEADLINE])
     line |= ends("above", Interval(*(max(0.0, end) for end in (gain.estimate, gain.low, gain.high))))
     line |= _quantiles(results, worst[HEADLINE].winners)
+    line |= _landscape(results, worst[HEADLINE].winners)
     line |= _ladder(panel, resamples, faced, defense)
     line |= price(results.cells.loc[results.cells["defense"] == defense, "provenance"])
     line |= utility(trained, defense)
@@ -282,6 +284,14 @@ def _quantiles(results: Results, winners: tuple[int, ...]) -> dict[str, float]:
         f"{HEADLINE}_{name}": float(images.quantile(share)) if len(images) else math.nan
         for name, share in shares.items()
     }
+
+
+def _landscape(results: Results, winners: tuple[int, ...]) -> dict[str, float]:
+    """Return how far the worst attacks' losses fell from the mean image's towards the truth's, and the contrast."""
+    rows = results.rows.loc[np.isin(results.panel.entry_of_row, winners)]
+    whole = rows["loss_at_mean"] - rows["loss_at_truth"]
+    fit = ((rows["loss_at_mean"] - rows["loss"]) / whole).where(whole > 0)
+    return {"fit": float(fit.median()), "contrast": float(rows["contrast"].median())}
 
 
 def _extent(results: Results, faced: pd.DataFrame, floors: int) -> dict[str, int]:

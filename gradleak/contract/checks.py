@@ -37,6 +37,7 @@ from .defenses import (
     defense_changes_something,
     defense_decides_by_more_than_rounding,
     defense_declares_itself,
+    defense_is_what_it_declares,
     defense_leaves_its_input_alone,
     defense_packs_its_messages,
     defense_sends_what_decodes,
@@ -167,6 +168,7 @@ CHECKS: dict[str, tuple[Callable[[Any], None], ...]] = {
         defense_leaves_its_input_alone,
         defense_changes_something,
         defense_simulates_what_it_sends,
+        defense_is_what_it_declares,
         defense_decides_by_more_than_rounding,
         defense_can_be_attacked_adaptively,
     ),
@@ -180,8 +182,8 @@ ABOUT: dict[Callable[[Any], None], tuple[str, ...]] = {
     for hooks, checks in {
         ("reconstruct",): CHECKS["attacks"][1:],
         ("protect", "release", "encode", "prepare_model"): CHECKS["defenses"][1:5],
-        ("simulate", "protect"): CHECKS["defenses"][5:6],
-        ("nll", "simulate", "per_example"): CHECKS["defenses"][6:],
+        ("simulate", "protect"): CHECKS["defenses"][5:7],
+        ("nll", "simulate", "per_example"): CHECKS["defenses"][7:],
         ("build",): CHECKS["models"][1:],
         ("read",): CHECKS["datasets"][1:],
     }.items()

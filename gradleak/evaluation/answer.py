@@ -49,6 +49,8 @@ class Mistake(str):
     """What is wrong with an answer as a whole, found where it was given."""
 
 
+Asker = Callable[[str, Attack, Observation, Generators], Answer]
+"""Asks an attack, as `ask` does."""
 Respond = Callable[[], tuple[object, int | None]]
 """Runs an attack; returns its answer, or a `Mistake`, and the width if it was halved."""
 

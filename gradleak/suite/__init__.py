@@ -17,11 +17,12 @@ from .cells import (
 )
 from .expand import CORE, Digest, expand
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part
-from .read import read
-from .schema import KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
+from .read import outline, read
+from .schema import HELD_OUT, KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
 
 __all__ = [
     "CORE",
+    "HELD_OUT",
     "KNOWLEDGE",
     "UTILITY",
     "AttackCell",
@@ -46,6 +47,7 @@ __all__ = [
     "dataset_label",
     "expand",
     "key_of",
+    "outline",
     "question_of",
     "read",
     "unnamed",

@@ -20,6 +20,7 @@ from .schema import UTILITY, Engine, Utility, build_setting, stored_setting
 if TYPE_CHECKING:  # What needs torch; suites are read without it.
     from ..attack import Attack
     from ..defense import Defense
+    from ..server import Server
     from ..threat import Level, Setting
 
 
@@ -36,6 +37,8 @@ class Draws:
     """Of each client's private randomness: those and the secret, where there is one."""
     attack: tuple[object, ...]
     """Of the attack's streams; without the defense."""
+    server: tuple[object, ...]
+    """Of the model that the server sends; without attack and defense, which all face the same model."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,12 +103,20 @@ class Cell(ABC):
         """The defense."""
         return build_defense(self.defense.name, self.defense.options)
 
+    @cached_property
+    def built_server(self) -> Server:
+        """The server."""
+        server: Server = registry.build("servers", self.setting.server.name, self.setting.server.options)
+        return server
+
     def check_code(self, root: Path | None = None) -> None:
         """Refuse to compute it by other code than it was made of; `root` is the data root.
 
         Raises:
             GradleakError: something was changed, or is another here.
         """
+        sender = self.setting.server
+        Part(sender.name, options=sender.options, code=sender.file).check_code("servers", root)
         for group, part in (("defenses", self.defense), ("models", self.model), ("datasets", self.dataset)):
             part.check_code(group, root)
 
@@ -208,6 +219,7 @@ class AttackCell(Cell):
             messages=messages,
             clients=messages if self.secret is None else (self.secret.value, *messages),
             attack=(self.seed, "attack", self.attack.name, dataset, model, setting),
+            server=(self.seed, "server", dataset, model, setting),
         )
 
     @property
