@@ -19,6 +19,7 @@ HALL = {"", "__main__"}
 LAYERS = [
     {
         "code",
+        "secret",
         "errors",
         "options",
         "plugins",

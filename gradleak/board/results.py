@@ -200,17 +200,20 @@ def _named(label: str, place: int, variants: list[dict[str, str]]) -> str:
 def _part(config: Mapping[str, Any], group: str) -> Any:
     """Return all that `_options` reads."""
     part = config[group]
-    return (part, config.get("candidates"), config.get("engine")) if group == "setting" else part
+    if group != "setting":
+        return part
+    return part, config.get("candidates"), config.get("engine"), config.get("secret")
 
 
 def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
     """Flatten a part of a configuration to comparable text; what is an axis of its own is left out.
 
-    What applies to every cell alike (candidates of re-identification, the engine) counts as the setting's.
+    What applies to every cell alike (candidates of re-identification, the engine, the secret that clients draw from)
+    counts as the setting's.
     """
     part = {name: value for name, value in config[group].items() if name != "label"}
     if group == "setting":
-        part |= {"candidates": config.get("candidates"), **config.get("engine", {})}
+        part |= {"candidates": config.get("candidates"), **config.get("engine", {}), "secret": config.get("secret")}
         part["grants"] = {name: value for name, value in part.get("grants", {}).items() if name != "defense"}
     flat: dict[str, str] = {}
     for name, value in part.items():
@@ -218,7 +221,9 @@ def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= {inner: json.dumps(item, sort_keys=True) for inner, item in value.items()}
         else:
-            flat[name] = value[:8] if name in ("digest", "code") else json.dumps(value, sort_keys=True)
+            flat[name] = (
+                value[:8] if name in ("digest", "code", "secret") and value else json.dumps(value, sort_keys=True)
+            )
     return flat
 
 

@@ -20,6 +20,7 @@ from rich.padding import Padding
 from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable
+from ..secret import Secret, is_secret
 from . import attack, catalogue, check, prior, verify
 from . import store as store_commands
 from .asked import questions
@@ -172,6 +173,14 @@ def _run(
         ),
     ] = None,
     plugin: PluginFiles = None,
+    secret: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEX|FILE",
+            help="What clients draw their noise from: 32 digits, or a store or bundle whose table is to be made again"
+            " [default: the store's own; a new store draws one].",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the cells.")] = False,
 ) -> None:
     """Run the cells of a suite that the store lacks; the same command goes on where it was interrupted."""
@@ -186,12 +195,25 @@ def _run(
     engine = executors.build(executor, workers, ray_address, executors.Limits(cell_timeout, memory))
     resources = Resources(data_root=data_root, download=download, device=device)
     plugins = tuple(plugin or ())
+    chosen = None if secret is None else _secret(secret)
     if dry_run:
-        _print_plan(runner.plan(suite, target, resources, plugins))
+        _print_plan(runner.plan(suite, target, resources, plugins, chosen))
         return
     console = Console(stderr=True)
-    summary = runner.run(suite, target, engine, resources, plugins, retry_failed, console)
+    summary = runner.run(suite, target, engine, resources, plugins, retry_failed, console, chosen)
     _conclude(summary, target)
+
+
+def _secret(given: str) -> Secret:
+    """Return a secret by its value, or by a store or bundle that has it."""
+    from ..board.bundle import open_all
+
+    if is_secret(given) or not Path(given).exists():
+        return Secret.of(given, "--secret")
+    with open_all([Path(given)]) as (store,):
+        if store.secret is None:
+            raise GradleakError(f"--secret {given}: has none; it is of a version before there were secrets")
+        return store.secret
 
 
 @app.command("leaderboard")

@@ -6,15 +6,16 @@ Only this module and `client` may hold a victim's images; the attack gets an `Ob
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from .. import seeds
-from ..attack import Reconstruction
+from ..attack import Attack, Reconstruction
 from ..board.store import CellResult
 from ..dataset import Data
 from ..federation import utility
@@ -25,12 +26,13 @@ from ..search.generators import Generator
 from ..seeds import Generators
 from ..suite import UTILITY, AttackCell, Cell, TrainingCell
 from ..threat import Observation
-from .answer import guarded
+from .answer import Answer, Asker, ask, guarded
+from .apart import Apart
 from .faults import MachineFault, machine_fault
 from .identity import identity, provenance
 from .inspection import Inspection, inspection
 from .observe import observe
-from .rounds import attacked, served, told_of
+from .rounds import Attacked, attacked, served, told_of
 from .workshop import Progress, Workshop, device_name, versions
 
 Phase = Callable[[str], None]
@@ -38,9 +40,15 @@ Phase = Callable[[str], None]
 
 
 def evaluate(
-    cell: Cell, workshop: Workshop, progress: Progress | None = None, phase: Phase | None = None
+    cell: Cell,
+    workshop: Workshop,
+    progress: Progress | None = None,
+    phase: Phase | None = None,
+    apart: Apart | None = None,
 ) -> CellResult:
     """Run one cell and return all that is kept of it.
+
+    With `apart` its attack runs in a process where no victim is; else in this one.
 
     An attack that raises makes a failed cell that carries the error; running out of memory or time marks the
     victims concerned.
@@ -58,7 +66,9 @@ def evaluate(
                 result = _train(cell, workshop, progress)
             else:
                 assert isinstance(cell, AttackCell)
-                result = _attack(cell, workshop, progress, phase or _unheard)
+                result = _attack(cell, workshop, progress, phase or _unheard, apart)
+    except MachineFault:
+        raise
     except (Exception, SystemExit) as error:  # A plugin that exits ends its cell, and no more.
         if isinstance(error, Exception) and (fault := machine_fault(error)):
             raise MachineFault(fault) from error
@@ -133,6 +143,7 @@ def stage(cell: AttackCell, workshop: Workshop) -> Stage:
         auxiliary=data.split.train,
         classes=data.classes,
         identity=cell.draws.messages,
+        private=cell.draws.clients,
         seed=cell.draws.server,
         device=device,
         suspicious=None if looks is None else looks.suspicious,
@@ -144,29 +155,50 @@ def stage(cell: AttackCell, workshop: Workshop) -> Stage:
     return Stage(cell, data, serving, looks, rounds, images, labels, accuracy, generator)
 
 
-def _attack(cell: AttackCell, workshop: Workshop, progress: Progress | None, phase: Phase) -> CellResult:
+def _attack(
+    cell: AttackCell, workshop: Workshop, progress: Progress | None, phase: Phase, apart: Apart | None
+) -> CellResult:
     found = stage(cell, workshop)
     data, images, labels = found.data, found.images, found.labels
     # Numbers that say nothing of whose they are.
     names = [seeds.derive(*cell.draws.attack, index) for index in range(len(images))]
     streams = Generators(names, workshop.resources.device, cell.setting.dtype, seeds.derive(*cell.draws.attack))
     phase("attack")
-    asked = []
+    asked, asker = [], _asker(cell, apart)
     for each in found.rounds:
         rows = list(each.victims)
         observation = found.observation(each, progress)
-        asked.append(attacked(cell, each, observation, streams.select(rows), data, images[rows]))
+        asked.append(attacked(cell, each, observation, streams.select(rows), data, images[rows], asker))
     phase("scores")
     told = [told_of(cell, data, each, images, labels, workshop) for each in asked]
     return CellResult(
         key=cell.key,
         config=cell.stored(),
         error=next((each.given.error for each in asked if each.given.error), ""),
-        provenance=found.facts(asked[0].given.reconstruction),
+        provenance={**found.facts(asked[0].given.reconstruction), **_width(asked)},
         rows=[row for each in told for row in each.rows],
         reconstructions={victim: image for each in told for victim, image in each.reconstructions.items()},
         traces={victim: trace for each in told for victim, trace in each.traces.items()},
     )
+
+
+def _asker(cell: AttackCell, apart: Apart | None) -> Asker:
+    """Return what asks the attack of a cell."""
+    if apart is None:
+        return ask
+    part = cell.attack
+
+    def asked(label: str, attack: Attack, observation: Observation, streams: Generators) -> Answer:
+        respond = partial(apart, part.name, part.options, label, observation, streams)
+        return ask(label, attack, observation, streams, respond)
+
+    return asked
+
+
+def _width(asked: Sequence[Attacked]) -> dict[str, int]:
+    """Return the least width that memory held, if it was not the one that was asked for."""
+    widths = [each.given.width for each in asked if each.given.width is not None]
+    return {"width": min(widths)} if widths else {}
 
 
 def _train(cell: TrainingCell, workshop: Workshop, progress: Progress | None) -> CellResult:

@@ -51,6 +51,7 @@ def rows_of(
     norms = norms_of(sent.message)
     shared = [
         {"status": state, "seconds": given.seconds, "message_norm": norm}
+        | ({} if given.width is None else {"width": given.width})
         for state, norm in zip(given.status, norms, strict=True)
     ]
     answer = given.reconstruction

@@ -87,10 +87,7 @@ class Workshop:
 
     def described(self, error: BaseException) -> str:
         """Say what was raised and where, without the folders of this machine: stores are published."""
-        text = printable(said(error))
-        if not isinstance(error, GradleakError) and not place_of(error):
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{text} ({Path(last.filename).name}:{last.lineno})"
+        text = described(error)
         folders = {"<cache>": self.resources.cache or default_cache(), "<data root>": self.resources.data_root}
         return conceal(text, folders)
 
@@ -212,6 +209,15 @@ class Workshop:
     def _learned(self, prior: LearnedPrior) -> Generator:
         recipe = priors.Recipe(**prior.options)
         return priors.train_prior(self.data(prior.dataset), recipe, self.resources.cache, self.resources.device)
+
+
+def described(error: BaseException) -> str:
+    """Say what was raised and where, in one line."""
+    text = printable(said(error))
+    if not isinstance(error, GradleakError) and not place_of(error):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{text} ({Path(last.filename).name}:{last.lineno})"
+    return text
 
 
 class _Kept(Generic[_K, _V]):

@@ -14,6 +14,7 @@ from .. import code, registry
 from ..errors import GradleakError
 from ..privacy import Exposure
 from ..scales import METRICS
+from ..secret import Secret
 from .cells import AttackCell, Before, Cell, LeftOut, Note, TrainingCell, build_defense, dataset_label, unnoted
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, code_of, members, plain
 from .read import levels_enough, levels_of
@@ -41,7 +42,9 @@ _Point: TypeAlias = (
 """One point of a grid: dataset, model, setting, seed, defense, attack."""
 
 
-def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = unnoted) -> list[Cell]:
+def expand(
+    suite: Suite, digest: Digest, root: Path | None = None, note: Note = unnoted, secret: Secret | None = None
+) -> list[Cell]:
     """Return every cell of the grid once, in a stable order, then the cells that measure utility.
 
     Levels of knowledge that make no difference (the attack or the defense ignores them) are one cell.
@@ -51,6 +54,7 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
         digest: reads the datasets.
         root: the data root, where a prior's weights are.
         note: told what of the grid is left out, and why.
+        secret: of the store that the cells are for (`gradleak.secret`); part of their keys by its digest.
 
     Raises:
         GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
@@ -102,6 +106,7 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
                 definitions=definitions,
                 suite=(suite.name, suite.version),
                 optional=attack.entry.optional,
+                secret=secret,
             )
             cells.setdefault(cell.key, cell)
     for training in _utilities(suite, axes):

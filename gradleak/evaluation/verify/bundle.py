@@ -86,7 +86,7 @@ def verify(
         paths, found = grid.chosen(cells, grid.named(suites))
         found = [first, _versions(cells), *found]
         try:
-            wanted = grid.expanded(paths, workshop)
+            wanted = grid.expanded(paths, workshop, store.secret)
         except GradleakError as error:
             return Verified([*found, Finding("cells", False, f"the suite cannot be expanded here: {error}")], seed, {})
         found += grid.compared(store, cells, wanted)

@@ -14,6 +14,7 @@ from ... import suite
 from ...board import left_out
 from ...board.store import Store
 from ...errors import GradleakError
+from ...secret import Secret
 from ...suite import AttackCell, Cell, LeftOut, TrainingCell, key_of
 from ..check import fitting
 from ..workshop import Workshop
@@ -52,8 +53,8 @@ def named(paths: Sequence[Path]) -> Suites:
     return {suite.title_of(path): path for path in paths}
 
 
-def expanded(paths: Sequence[Path], workshop: Workshop) -> Grid:
-    """Return the grid of suites: the same that `run` computes.
+def expanded(paths: Sequence[Path], workshop: Workshop, secret: Secret | None) -> Grid:
+    """Return the grid of suites: the same that `run` computes with a store's secret.
 
     Raises:
         GradleakError: a suite cannot be expanded here.
@@ -62,7 +63,9 @@ def expanded(paths: Sequence[Path], workshop: Workshop) -> Grid:
     notes: list[LeftOut] = []
     for path in paths:
         try:
-            planned = suite.expand(suite.read(path), workshop.digest, workshop.resources.data_root, notes.append)
+            planned = suite.expand(
+                suite.read(path), workshop.digest, workshop.resources.data_root, notes.append, secret
+            )
             for cell in fitting(planned, workshop, notes.append):
                 named.setdefault(cell.key, []).append(cell)
         except GradleakError as error:
