@@ -84,9 +84,10 @@ def _searched(inputs: Tensor, layer: str, observation: Observation) -> Tensor:
     def loss() -> Tensor:
         search.zero_grad()
         away: Tensor = (inputs_at(network.module, layer, code.sigmoid()) - flat).square().sum()
-        away.backward()  # type: ignore[no-untyped-call]
+        away.backward()
         return away
 
     with torch.enable_grad():
-        search.step(loss)  # type: ignore[arg-type]
-    return code.detach().sigmoid().unflatten(0, inputs.shape[:2])
+        search.step(loss)
+    found: Tensor = code.detach().sigmoid().unflatten(0, inputs.shape[:2])
+    return found

@@ -114,6 +114,11 @@ def of_setting(setting: Mapping[str, Any], knowledge: Sequence[str]) -> str:
     network = f"a network trained for {_count(epochs, 'epoch')}" if epochs else "an untrained network"
     known = ", ".join(_grants(setting.get("grants") or {}, knowledge))
     client = f"A client {trained} {_count(images, 'image')} with {network}"
+    server = setting.get("server") or {}
+    if server:
+        what = "the model's parameters" if server.get("surface") == "parameters" else "the model's layers"
+        sent = f"A malicious server ({server.get('name')}) changes {what} before it sends them."
+        return f"{client}. {sent} It sees what the client sends, and is given {known}."
     return f"{client} and sends the result once. The attacker sees this message and the model, and is given {known}."
 
 
