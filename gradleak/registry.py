@@ -49,6 +49,16 @@ def names(group: str) -> list[str]:
     return sorted(_sources(group))
 
 
+def built_in(group: str) -> list[str]:
+    """Return the names of a group that come with gradleak, sorted. Imports no plugin."""
+    return sorted(_name(module) for module in _modules(group))
+
+
+def folders(group: str) -> list[str]:
+    """Return the folders that hold the files of a group's built-ins."""
+    return list(importlib.import_module(f"gradleak.{group}").__path__)
+
+
 def load(group: str, name: str, where: str = "") -> type[Any]:
     """Return the class behind a name; `where` opens the line of an error.
 
@@ -126,6 +136,8 @@ def describe(group: str, name: str) -> dict[str, Any]:
         # Of a class without an instance a property has no value.
         if hasattr(plugin, fact) and not isinstance(getattr(plugin, fact), property):
             facts[fact] = getattr(plugin, fact)
+    if declared := vars(cls).get("ensembles"):
+        facts["ensembles"] = declared
     if hasattr(plugin, "needs"):
         needs, unneeded = options_of(plugin.needs), options_of(type(plugin.needs)())
         facts["needs"] = {key: value for key, value in needs.items() if value != unneeded[key]}
@@ -188,15 +200,17 @@ def _sources(group: str) -> dict[str, _Source]:
 @functools.lru_cache(maxsize=10)
 def _shipped(group: str, path: tuple[str, ...]) -> Mapping[str, _Source]:
     """Built-ins and what is installed on the path; a suite asks for names thousands of times."""
-    package = importlib.import_module(f"gradleak.{group}")
     found: dict[str, _Source] = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        if not module.name.startswith("_"):
-            full = f"gradleak.{group}.{module.name}"
-            found[_name(module.name)] = lambda full=full: _import_module(full)  # type: ignore[misc]
+    for module in _modules(group):
+        full = f"gradleak.{group}.{module}"
+        found[_name(module)] = lambda full=full: _import_module(full)  # type: ignore[misc]
     for name, entry in _entries(group, frozenset(found)).items():
         found[name] = lambda entry=entry: _import_entry(group, entry)  # type: ignore[misc]
     return found
+
+
+def _modules(group: str) -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(folders(group)) if not module.name.startswith("_")]
 
 
 def _entries(group: str, taken: frozenset[str]) -> dict[str, EntryPoint | str]:

@@ -117,6 +117,15 @@ METRICS = {
             description="learned perceptual distance, AlexNet, version 0.1, from 31 pixels",
         ),
         Metric(
+            name="lpips_64",
+            id="lpips-64-alex-0.1",
+            unit="",
+            higher_is_better=False,
+            low=0.0,
+            high=1.0,
+            description="the same on images enlarged to 64 pixels (bilinear), so that small ones have it too",
+        ),
+        Metric(
             name="reidentified",
             id="reidentified-1",
             unit="",

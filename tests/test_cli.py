@@ -20,6 +20,7 @@ import yaml
 
 from gradleak import __version__, registry
 from gradleak.board.store import Store
+from gradleak.cli import catalogue
 from gradleak.cli.main import main
 
 SMOKE = Path(__file__).parents[1] / "benchmarks" / "smoke.yaml"
@@ -286,6 +287,46 @@ def test_list_keeps_broken_plugins_visible(
     assert main(["list", "attacks", "--json"]) == 0
     facts = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
     assert "boom" in facts["broken"]["error"] and not facts["dlg"]["error"]
+
+
+def test_list_remembers_built_ins_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRADLEAK_CACHE", str(tmp_path))
+    live = catalogue.describe("defenses")
+    assert [each["name"] for each in live] == registry.names("defenses")
+    monkeypatch.setattr(registry, "describe", lambda group, name: pytest.fail(f"{name} was imported again"))
+    assert catalogue.describe("defenses") == live
+    (kept,) = (tmp_path / "catalogue").glob("defenses-*.json")
+    kept.rename(kept.with_name("defenses-0000.json"))
+    with pytest.raises(pytest.fail.Exception, match="imported again"):
+        catalogue.describe("defenses")
+
+
+def test_list_of_all_groups_and_of_an_ensemble(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {group: registry.names(group) for group in registry.GROUPS}
+    assert main(["list"]) == 0
+    assert "inverting-gradients" in capsys.readouterr().out
+    assert main(["list", "attacks", "--ensemble", "auto-v2", "--json"]) == 0
+    names = [each["name"].rpartition(" = ")[2] for each in json.loads(capsys.readouterr().out)]
+    assert names == [name for name, _, _ in registry.members("auto-v2")]
+
+
+def test_a_suite_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    suites = {"typo": "attacks: [gifdd]\n", "syntax": "attacks: [dlg\n", "key": "atacks: [dlg]\n"}
+    program = (
+        "import sys\nfrom gradleak.cli.main import main\n"
+        "codes = [main(['run', path]) for path in sys.argv[1:]]\n"
+        "assert 'torch' not in sys.modules and codes == [2] * len(codes), codes\n"
+    )
+    paths = [tmp_path / f"{name}.yaml" for name in suites]
+    for path, text in zip(paths, suites.values(), strict=True):
+        path.write_text("name: x\nmodels: [mlp]\ndatasets: [digits]\ndefenses: [none]\n" + text)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "nosuch.yaml", *map(str, paths)], capture_output=True, text=True, check=True
+    )
+    said = done.stderr.splitlines()
+    assert len(said) == 4 and "did you mean 'gifd'" in said[1] and "did you mean 'attacks'" in said[3]
 
 
 def test_version_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:

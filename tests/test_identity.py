@@ -306,6 +306,48 @@ def test_a_diagnostic_that_fails_costs_no_result(tmp_path: Path) -> None:
     assert re.fullmatch(r"no loss at the truth: ValueError: no loss in <data root> \(grey\.py:\d+\)", note)
 
 
+def test_the_loss_at_the_truth_is_the_attackers_own(tmp_path: Path) -> None:
+    guessing = {"name": "dropout-inversion", "options": {"iterations": 1, "masks": "joint"}}
+    told = {"name": "dropout-inversion", "label": "told", "options": {"iterations": 1, "masks": "informed"}}
+    blind = {"name": "idlg", "options": {"iterations": 1}}
+    path = write_suite(
+        tmp_path,
+        attacks=[blind, guessing, told],
+        defenses=["dropout"],
+        models=[{"name": "mlp", "options": {"widths": [64]}}],
+        knowledge=["oblivious", "parameters", "public", "oracle"],
+    )
+    assert runner.run(path, tmp_path / "s.sqlite", Local(), Resources()).failed == {}
+    with Store(tmp_path / "s.sqlite") as store:
+        rows = store.rows()
+    rows["attack"] = rows["attack"].str.partition("(")[0]
+    by_attack = rows.groupby("attack")["loss_at_truth"]
+    least, most = by_attack.min().to_dict(), by_attack.max().to_dict()
+    # Who runs the model without dropout finds no image that explains the message, the true one neither.
+    assert least["idlg"] > 1e-3
+    assert most["dropout-inversion"] < 1e-9 and most["told"] < 1e-9
+    assert (rows["loss_at_mean"] > rows["loss_at_truth"]).all()
+
+
+def test_contrast_is_the_cosine_distance_to_the_mean_image(tmp_path: Path) -> None:
+    path = write_suite(tmp_path, attacks=["mean-image"], models=[{"name": "linear"}])
+    assert runner.run(path, tmp_path / "s.sqlite", Local(), Resources()).failed == {}
+    with Store(tmp_path / "s.sqlite") as store:
+        rows = store.rows()
+        (config,) = store.cells()["config"]
+    data = Data(registry.build("datasets", "digits"), "digits")
+    model, _ = Workshop(Resources()).network(AttackCell.of(config))
+    for row, image, label in zip(rows.to_dict("records"), *data.victims(len(rows), 1), strict=True):
+        gradients = []
+        for batch in (image, data.split.train.images.mean(0, keepdim=True)):
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(batch), label).backward()
+            slopes = [parameter.grad for parameter in model.parameters()]
+            gradients.append(torch.cat([slope.flatten() for slope in slopes if slope is not None]).double())
+        expected = 1 - torch.cosine_similarity(gradients[0], gradients[1], dim=0)
+        assert row["contrast"] == pytest.approx(float(expected), abs=1e-6)
+
+
 def test_masks_are_counted_where_they_matter() -> None:
     setting = Setting(batch_size=2, precision="float64")
     defense = registry.build("defenses", "dropout", {"rate": 0.5})

@@ -661,6 +661,22 @@ def test_an_attack_that_did_not_fit_is_flagged(results_of: Fixture) -> None:
     assert raised(results_of([floor(), cell(about(11), row={"loss": 9.0, "loss_at_truth": -9.0})])) != set()
 
 
+def test_a_network_that_does_not_look_is_flagged(results_of: Fixture) -> None:
+    (flag,) = flags.flags(results_of([floor(), cell(about(20), row={"contrast": 7e-4})]))
+    assert flag.flag == "flat landscape" and "0.0007" in flag.why and "mlp · digits · default" in flag.where
+    assert raised(results_of([floor(), cell(about(20), row={"contrast": 0.1})])) == set()
+
+
+def test_rows_say_how_far_a_loss_fell(results_of: Fixture) -> None:
+    half = {"loss": 3.0, "loss_at_truth": 1.0, "loss_at_mean": 5.0, "contrast": 0.2}
+    (found,) = defense_board(results_of([floor(), cell(about(20), row=half)])).table.to_dict("records")
+    assert (found["fit"], found["contrast"]) == (pytest.approx(0.5), pytest.approx(0.2))
+    (found,) = defense_board(results_of([floor(), cell(about(20), row={**half, "loss_at_mean": 0.5})])).table.to_dict(
+        "records"
+    )
+    assert math.isnan(found["fit"])
+
+
 def test_an_attack_that_models_another_update_is_flagged(results_of: Fixture) -> None:
     wrong = {"loss": 0.1, "loss_at_truth": 5.0}
     assert raised(results_of([floor(), cell(about(15), row=wrong)])) == {"truth is no minimum"}

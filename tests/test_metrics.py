@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import zoom
 from skimage.data import astronaut
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
@@ -356,6 +357,14 @@ def test_lpips_is_torchmetrics_on_the_same_backbone(fresh_lpips: Path, monkeypat
     grey = metrics.lpips(image[:, :1], truth[:, :1])
     repeated = metrics.lpips(image[:, :1].expand(-1, 3, -1, -1), truth[:, :1].expand(-1, 3, -1, -1))
     torch.testing.assert_close(grey, repeated)
+    # Small images are measured enlarged; scipy's splines of order 1 are another bilinear, aligned at pixel centres.
+    small, wanted = metrics.lpips_64(image[:1, :, :8, :8], truth[:1, :, :8, :8]), []
+    for pixels in (image, truth):
+        zoomed = zoom(pixels[0, :, :8, :8], (1, 8, 8), order=1, mode="nearest", grid_mode=True)
+        wanted.append(torch.from_numpy(zoomed)[None])
+    torch.testing.assert_close(small, metrics.lpips(*wanted), rtol=1e-4, atol=1e-6)
+    large = uniform(1, 3, 64, 80).double()
+    assert metrics.lpips_64(large.flip(2), large).equal(metrics.lpips(large.flip(2), large))
 
 
 GOLDEN = {"alex": (0.3048, 0.4421), "vgg": (0.2046, 0.6479)}

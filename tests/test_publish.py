@@ -189,7 +189,7 @@ def test_forged_reconstructions_are_found_by_running_again(forged: Callable[...,
     )
     path = forged(statement, leaky, weak)
     with contextlib.closing(sqlite3.connect(path.with_name("forged.sqlite"))) as database, database:
-        for name in ("matched", "mse", "psnr", "ssim", "reidentified"):
+        for name in ("matched", "mse", "psnr", "ssim", "lpips_64", "reidentified"):
             database.execute(
                 f"UPDATE rows SET {name} = (SELECT r.{name} FROM rows r WHERE r.cell = ? AND r.victim = rows.victim)"
                 " WHERE cell = ?",

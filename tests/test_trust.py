@@ -23,7 +23,7 @@ import pytest
 from gradleak.board import leaderboard, trust
 from gradleak.board.bundle import MANIFEST, STORE, open_all, publish
 from gradleak.board.results import read
-from gradleak.board.schema import CLAIMS
+from gradleak.board.schema import CLAIMS, SCHEMA
 from gradleak.board.store import CellResult, ImageRow, Store, victim_list
 from gradleak.cli.main import main
 from gradleak.errors import GradleakError
@@ -191,7 +191,7 @@ def test_a_strangers_bundle_is_refused(honest: Path, tmp_path: Path) -> None:
         "holds ": [(MANIFEST, manifest), (STORE, store), (STORE, store)],
         "cannot be read": [(MANIFEST, b"[" * 200000), (STORE, store)],
         "cannot be read ": [(MANIFEST, b"\xff\xfe"), (STORE, store)],
-        "field required": [(MANIFEST, b'{"format": 1, "schema": 1}'), (STORE, store)],
+        "field required": [(MANIFEST, f'{{"format": 1, "schema": {SCHEMA}}}'.encode()), (STORE, store)],
         "valid integer": [(MANIFEST, stating(cells="x")), (STORE, store)],
         "states 5 cells": [(MANIFEST, stating(cells=5)), (STORE, store)],
         "states 9 images": [(MANIFEST, stating(images=9)), (STORE, store)],

@@ -46,7 +46,7 @@ class _Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     format: Literal[1]
-    schema_: Annotated[Literal[1], Field(alias="schema")]
+    schema_: Annotated[int, Field(alias="schema")]
     gradleak: Text
     cells: Count
     failed: Count

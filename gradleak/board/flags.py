@@ -28,6 +28,10 @@ BUDGET = ("iterations", "restarts")
 """Options of attacks that only buy more computation."""
 LADDER = (*KNOWLEDGE, "oracle")
 
+FLAT = 0.01
+"""Cosine distance below which an update hardly depends on its image: .0007 on an untrained convnet, .1 on lenet with
+tanh, 1 on an mlp (CIFAR-10)."""
+
 Entry = Mapping[Any, Any]
 
 
@@ -139,6 +143,18 @@ def flag_degenerate_message(results: Results) -> list[Flag]:
     return found
 
 
+def flag_flat_landscape(results: Results) -> list[Flag]:
+    """Flag contexts where another image gives nearly the same update: matching gradients tells little there."""
+    found = []
+    rows = results.rows[results.rows["contrast"].notna()]
+    for labels, group in rows.groupby(list(CONTEXT)):
+        contrast = float(group["contrast"].median())
+        if contrast < FLAT:
+            why = f"the updates of a victim and of the mean image differ by {contrast:.1g} in cosine distance (median)"
+            found.append(Flag("flat landscape", f"all cells on {' · '.join(map(str, labels))}", why))
+    return found
+
+
 def flag_budget(results: Results) -> list[Flag]:
     """Flag attacks that more computation still helps: their leakage is a lower bound.
 
@@ -171,6 +187,7 @@ FLAGS: tuple[Callable[[Results], list[Flag]], ...] = (
     flag_knowledge_inversion,
     flag_failed_optimisation,
     flag_degenerate_message,
+    flag_flat_landscape,
     flag_budget,
 )
 

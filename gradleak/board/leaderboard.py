@@ -134,6 +134,7 @@ def _defense(
     gain = _gain(resamples, worst_case(panel, resamples, faced, HEADLINE), floor[HEADLINE])
     line |= ends("above", Interval(*(max(0.0, end) for end in (gain.estimate, gain.low, gain.high))))
     line |= _quantiles(results, worst[HEADLINE].winners)
+    line |= _landscape(results, worst[HEADLINE].winners)
     line |= _ladder(panel, resamples, faced, defense)
     line |= price(results.cells.loc[results.cells["defense"] == defense, "provenance"])
     line |= utility(trained, defense)
@@ -282,6 +283,14 @@ def _quantiles(results: Results, winners: tuple[int, ...]) -> dict[str, float]:
         f"{HEADLINE}_{name}": float(images.quantile(share)) if len(images) else math.nan
         for name, share in shares.items()
     }
+
+
+def _landscape(results: Results, winners: tuple[int, ...]) -> dict[str, float]:
+    """Return how far the worst attacks' losses fell from the mean image's towards the truth's, and the contrast."""
+    rows = results.rows.loc[np.isin(results.panel.entry_of_row, winners)]
+    whole = rows["loss_at_mean"] - rows["loss_at_truth"]
+    fit = ((rows["loss_at_mean"] - rows["loss"]) / whole).where(whole > 0)
+    return {"fit": float(fit.median()), "contrast": float(rows["contrast"].median())}
 
 
 def _extent(results: Results, faced: pd.DataFrame, floors: int) -> dict[str, int]:

@@ -37,7 +37,7 @@ CONTROL = "control"
 """The family of attacks that make the floor."""
 UNDEFENDED = "none"
 """The family of defenses that do nothing."""
-AXES = ("psnr", "ssim", "ms_ssim", "lpips", "reidentified", "label_correct")
+AXES = ("psnr", "ssim", "ms_ssim", "lpips", "lpips_64", "reidentified", "label_correct")
 """The measures of leakage. Each has its own worst case, rank and interval; they are never averaged."""
 HEADLINE = "psnr"
 """The axis that boards are sorted by."""

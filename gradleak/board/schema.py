@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..suite import dataset_label
 
-SCHEMA = 1
+SCHEMA = 2
 """Raised whenever the tables of results change; a store of another schema is refused, never converted in place."""
 
 REFUSED = "refused"
@@ -40,6 +40,7 @@ class ImageRow:
     ssim: float | None = None
     ms_ssim: float | None = None
     lpips: float | None = None
+    lpips_64: float | None = None
     reidentified: bool | None = None
     label_correct: bool | None = None
     label_found: bool | None = None
@@ -49,6 +50,10 @@ class ImageRow:
     """The attacker's loss at its answer, of the whole victim."""
     loss_at_truth: float | None = None
     """The attacker's loss at the true images, of the whole victim."""
+    loss_at_mean: float | None = None
+    """The attacker's loss at the mean public image, of the whole victim."""
+    contrast: float | None = None
+    """Cosine distance, in [0, 2], between the victim's undefended update and that of the mean public image."""
     message_norm: float | None = None
     """Euclidean norm of the victim's message."""
     late_progress: float | None = None

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, sparse, special
+from scipy import special
 
 from ..scales import CAP
 
@@ -370,7 +370,12 @@ def bradley_terry(values: Floats, resamples: int = 200, seed: int = 0, overlaps:
 
 def _joined(overlaps: Pairs, known: Bools) -> tuple[int, npt.NDArray[np.int_]]:
     """Number of groups of known clusters that share images, and the group of each."""
+    if not len(overlaps):
+        return int(known.sum()), np.arange(int(known.sum()))
+    from scipy import sparse
+
     clusters = len(known)
+
     linked = sparse.coo_array((np.ones(len(overlaps)), overlaps.T), shape=(clusters, clusters)).tocsr()
     count, member = sparse.csgraph.connected_components(linked[known][:, known], directed=False)
     return int(count), np.asarray(member, dtype=int)
@@ -386,6 +391,8 @@ def _ratings(wins: Floats) -> Floats:
         value = (wins * np.logaddexp(0, -gap)).sum()
         slope = wins * (1 - chance)
         return float(value), slope.sum(axis=0) - slope.sum(axis=1)
+
+    from scipy import optimize
 
     found: Any = optimize.minimize(loss, np.zeros(items), jac=True, method="L-BFGS-B")
     strength: Floats = found.x - found.x.mean()

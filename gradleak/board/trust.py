@@ -42,6 +42,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "ssim": (-2, 2),
     "ms_ssim": (-2, 2),
     "lpips": (-1e-3, 1e6),
+    "lpips_64": (-1e-3, 1e6),
+    "contrast": (-1e-6, 2.000001),
     "reidentified": (0, 1),
     "label_correct": (0, 1),
     "label_found": (0, 1),

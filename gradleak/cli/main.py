@@ -8,18 +8,19 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 
 from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable
-from . import check, prior
+from . import catalogue, check, prior
 from . import store as store_commands
 
 if TYPE_CHECKING:
@@ -87,7 +88,12 @@ def _options(
 
 @app.command("list")
 def _list(
-    group: Annotated[str, typer.Argument(metavar="GROUP", help="attacks, defenses, models, datasets or servers.")],
+    group: Annotated[
+        str,
+        typer.Argument(
+            metavar="[GROUP]", help="attacks, defenses, models, datasets or servers [default: all, by name]."
+        ),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
     plugin: PluginFiles = None,
     ensemble: Annotated[
@@ -97,32 +103,37 @@ def _list(
     """Show the plugins of a group: family, threat model, needs, defaults, reference."""
     from .. import registry
 
-    if group not in registry.GROUPS:
-        raise unknown("group", group, registry.GROUPS)
     for path in plugin or []:
         registry.add_file(path)
-    found = [registry.describe(group, name) for name in registry.names(group)]
+    if not group:
+        _print_names({each: registry.names(each) for each in registry.GROUPS}, as_json)
+        return
+    if group not in registry.GROUPS:
+        raise unknown("group", group, registry.GROUPS)
+    found = catalogue.describe(group)
     if ensemble:
         found = _members(ensemble, found)
     if as_json:
-        print(json.dumps(found, indent=2, default=_json))
+        print(json.dumps(found, indent=2))
     else:
         _print_plugins(found)
 
 
-def _members(ensemble: str, attacks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _members(ensemble: str, attacks: Sequence[catalogue.Facts]) -> list[catalogue.Facts]:
     """Return the attacks of an ensemble under the labels that its members have."""
-    from .. import registry
-
-    facts = {each["name"]: each for each in attacks}
-    found = [(name, label, options) for name, label, options in registry.members(ensemble) if name in facts]
+    found = []
+    for facts in attacks:
+        declared = facts.get("ensembles") or {}
+        name = facts["name"]
+        variants = (
+            declared.get(ensemble, {}) if isinstance(declared, dict) else {name: {}} if ensemble in declared else {}
+        )
+        for label, options in variants.items():
+            title = label if label == name else f"{label} = {name}"
+            found.append({**facts, "name": title, "defaults": {**facts["defaults"], **options}})
     if not found:
         raise GradleakError(f"--ensemble {ensemble}: no attack says that it is a member")
-    shown = []
-    for name, label, options in found:
-        title = label if label == name else f"{label} = {name}"
-        shown.append({**facts[name], "name": title, "defaults": {**facts[name]["defaults"], **options}})
-    return shown
+    return found
 
 
 @app.command("run")
@@ -160,6 +171,9 @@ def _run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the cells.")] = False,
 ) -> None:
     """Run the cells of a suite that the store lacks; the same command goes on where it was interrupted."""
+    from ..suite import outline
+
+    outline(suite, added=[path.stem.replace("_", "-") for path in plugin or ()])
     from ..evaluation import executors, runner
     from ..evaluation.workshop import Resources
 
@@ -369,12 +383,18 @@ def _say(text: str) -> None:
     print(f"gradleak: {printable(text)}", file=sys.stderr)
 
 
-def _json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple | set | frozenset) else str(value)
-
-
 def _short(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=_json)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _print_names(names: Mapping[str, Sequence[str]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(names, indent=2))
+        return
+    console = Console(highlight=False, markup=False, emoji=False)
+    for group, found in names.items():
+        console.print(f"{group} ({len(found)}): gradleak list {group}", style="bold", soft_wrap=True)
+        console.print(Padding(", ".join(found), (0, 0, 0, 4)))
 
 
 def _print_plugins(found: Sequence[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.image import (
     multiscale_structural_similarity_index_measure,
     peak_signal_noise_ratio,
@@ -25,6 +25,7 @@ _SIGMA, _RADIUS = 1.5, 5  # of the Gaussian window of SSIM, 11 pixels wide
 _TRUNCATE = 3.5  # torchmetrics cuts its windows at this many sigmas, rounded to whole pixels
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang, Simoncelli and Bovik 2003
 _SMALLEST_FOR_SCALES = {5: 176, 4: 99, 3: 44, 2: 22}  # the coarsest scale still holds a whole window
+_ENLARGED = 64  # pixels of the shorter side for lpips_64
 _SMALLEST_FOR_LPIPS = 31  # below it, AlexNet's second pooling has nothing left
 
 
@@ -95,7 +96,6 @@ def ms_ssim(reconstruction: Tensor, truth: Tensor) -> Tensor:
     return value.reshape(len(truth))
 
 
-@torch.no_grad()
 def lpips(reconstruction: Tensor, truth: Tensor) -> Tensor:
     """Learned perceptual distance of each image, AlexNet, version 0.1 (Zhang et al. 2018, arXiv:1801.03924).
 
@@ -103,10 +103,27 @@ def lpips(reconstruction: Tensor, truth: Tensor) -> Tensor:
     warning a process says which file to put where; nothing is downloaded), below 31 pixels, and for other
     channel counts.
     """
-    channels, height, width = truth.shape[1:]
-    if min(height, width) < _SMALLEST_FOR_LPIPS or channels not in (1, 3):
-        return _missing(truth)
-    network = perceptual.network("alex")
+    return _missing(truth) if min(truth.shape[-2:]) < _SMALLEST_FOR_LPIPS else _perceptual(reconstruction, truth)
+
+
+def lpips_64(reconstruction: Tensor, truth: Tensor) -> Tensor:
+    """`lpips` of both images enlarged so that their shorter side has 64 pixels; larger ones stay as they are.
+
+    Bilinear, pixel centres aligned, without antialiasing. Values do not compare with `lpips` of the same images.
+    """
+    shorter = min(truth.shape[-2:])
+    if shorter < _ENLARGED:
+        size = [round(side * _ENLARGED / shorter) for side in truth.shape[-2:]]
+        reconstruction, truth = (
+            nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
+            for images in (reconstruction, truth)
+        )
+    return _perceptual(reconstruction, truth)
+
+
+@torch.no_grad()
+def _perceptual(reconstruction: Tensor, truth: Tensor) -> Tensor:
+    network = perceptual.network("alex") if truth.shape[1] in (1, 3) else None
     if network is None:
         return _missing(truth)
     pair = (2 * images.float().expand(-1, 3, -1, -1) - 1 for images in (reconstruction, truth))
@@ -193,6 +210,7 @@ def score(
             "ssim": ssim(reconstruction, truth),
             "ms_ssim": ms_ssim(reconstruction, truth),
             "lpips": lpips(reconstruction, truth),
+            "lpips_64": lpips_64(reconstruction, truth),
             "reidentified": reidentified(reconstruction, truth, rivals),
         }
         if labels is not None:

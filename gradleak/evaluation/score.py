@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 import torch
@@ -16,11 +15,9 @@ from ..federation import client
 from ..suite import AttackCell
 from ..threat import Observation
 from ..update import Network
-from . import metrics
+from . import landscape, metrics
 from .answer import Answer
 from .workshop import Workshop
-
-log = logging.getLogger(__name__)
 
 
 def of_victims(rows: list[ImageRow], guesses: Tensor | None, size: int) -> tuple[list[ImageRow], Tensor | None]:
@@ -65,19 +62,14 @@ def rows_of(
         ]
     candidates = data.candidates(cell.candidates, cell.tuning)
     scored = metrics.score(answer.images, answer.labels, images, labels, candidates)
-    truth, notes, attack = None, {}, cell.built_attack
-    if not (attack.observes_other_victim or isolated):
-        try:
-            truth = attack.loss(observation, sent.images, sent.targets, sent.buffers)
-        except Exception as error:
-            # A diagnostic: without it the answer still counts, so the rows say what is missing, and why.
-            notes["note"] = f"no loss at the truth: {workshop.described(error)}"
-            log.warning("%s: %s", cell.attack.label, notes["note"])
+    mean = data.split.train.images.mean(0)
+    marks, notes = landscape.marks(cell, observation, sent, answer, mean, workshop) if not isolated else ({}, {})
     oracle = _oracle(answer, images)
     matched = torch.tensor([row["matched"] for row in scored]).view(len(images), -1)
     columns = {
         "loss": answer.loss,
-        "loss_at_truth": truth,
+        **marks,
+        "contrast": landscape.contrast(cell, observation, sent, mean),
         "iterations": answer.iterations,
         "gradient_evaluations": answer.gradient_evaluations,
         **answer.details,

@@ -81,6 +81,12 @@ _FACTS: Mapping[str, tuple[str, str]] = {
     "finite": ("true or false", "whether the reconstruction held only finite pixels"),
     "loss": ("", "the attacker's loss at its answer"),
     "loss_at_truth": ("", "the attacker's loss at the true images"),
+    "loss_at_mean": ("", "the attacker's loss at the mean public image"),
+    "fit": (
+        "share",
+        "how far the loss fell from that at the mean image (0) towards that at the truth (1), median over images",
+    ),
+    "contrast": ("", "cosine distance between the undefended updates of the mean public image and of the victim"),
     "message_norm": ("", "Euclidean norm of the message"),
     "late_progress": ("share, 0 to 1", "share of the loss's fall in the last tenth of the iterations"),
     "iterations": ("count", "iterations of the attack"),

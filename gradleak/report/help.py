@@ -38,6 +38,11 @@ HELP: Mapping[str, str] = {
     "SSIM": "Structural similarity under its own worst attack, at most 1. " + _LEAKS,
     "MS-SSIM": "Structural similarity over several scales, at most 1. " + _LEAKS,
     "LPIPS": "Learned perceptual distance, from 0. Lower leaks more.",
+    "LPIPS at 64": "The same of images enlarged to 64 pixels, which small ones have too. Lower leaks more.",
+    "fit, %": "How far the worst attack's loss fell, from that at the mean image (0) to the truth's (100), median. "
+    "Low: the attack may have failed.",
+    "contrast": "How much an undefended update depends on its image: cosine distance, 0 to 2, from that of the mean "
+    "image. Near 0 matching gradients tells nothing.",
     "re-identified, %": "Share of images nearer to their reconstruction than any other candidate. " + _LEAKS,
     "labels, %": "Share of images whose label was recovered. " + _LEAKS,
     "images ≥ 30 dB, %": "Share of images with a PSNR of 30 dB or more. " + _LEAKS,

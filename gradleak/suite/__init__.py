@@ -16,7 +16,7 @@ from .cells import (
 )
 from .expand import CORE, Digest, expand
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part
-from .read import read
+from .read import outline, read
 from .schema import KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "dataset_label",
     "expand",
     "key_of",
+    "outline",
     "read",
     "unnamed",
     "unnoted",

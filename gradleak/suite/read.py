@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..defense import Defense
 from .cells import build_defense
 from .document import load
+from .parts import members
 from .schema import AXES, KNOWLEDGE, Counter, Entry, Prior, Suite, build_setting, first_mistake
 
 
@@ -26,6 +28,22 @@ def read(path: Path) -> Suite:
 
     Raises:
         GradleakError: one line with the file, the path in it, what was found and what is allowed.
+    """
+    suite = outline(path)
+    suite = suite.model_copy(update={"attacks": _members(suite)})
+    if suite.controls == "all":
+        suite = suite.model_copy(update={"attacks": _controlled(suite.attacks)})
+    _check(suite, f"suite {path}")
+    return suite
+
+
+def outline(path: Path, added: Collection[str] = ()) -> Suite:
+    """Return the suite of a YAML file with what can be checked before any plugin, and torch with it, is imported.
+
+    That is its syntax, keys and types, and the names of its plugins; `added` are names that plugin files will bring.
+
+    Raises:
+        GradleakError: as `read`.
     """
     content = load(path, f"suite {path}")
     if not isinstance(content, dict):
@@ -37,10 +55,12 @@ def read(path: Path) -> Suite:
         suite = Suite.model_validate(content)
     except ValidationError as error:
         raise GradleakError(f"suite {path}: {first_mistake(error)}") from error
-    suite = suite.model_copy(update={"attacks": _members(suite)})
-    if suite.controls == "all":
-        suite = suite.model_copy(update={"attacks": _controlled(suite.attacks)})
-    _check(suite, f"suite {path}")
+    for axis in registry.GROUPS:
+        known = {*registry.names(axis), *added}
+        for index, entry in enumerate(getattr(suite, axis)):
+            for name in members(entry.name) if axis == "defenses" else [entry.name]:
+                if name not in known and not name.startswith("auto-"):
+                    raise unknown(registry.GROUPS[axis], name, known, f"suite {path}: {axis}[{index}]")
     return suite
 
 
@@ -104,7 +124,7 @@ def _members(suite: Suite) -> list[Entry]:
             found.append(entry)
             continue
         names = {name for name, _, _ in variants}
-        members = [
+        joined = [
             Entry(name=name, label=label, options=dict(options), only=entry.only, optional=True)
             for name, label, options in variants
         ]
@@ -114,9 +134,9 @@ def _members(suite: Suite) -> list[Entry]:
                 counters.setdefault(name, []).append(guard.title)
         for name, titles in counters.items():
             if name not in names and name in registry.names("attacks"):
-                members.append(Counter(name=name, only=entry.only, optional=True, against=tuple(titles)))
-        found += [member for member in members if member.title not in listed]
-        listed |= {member.title for member in members}
+                joined.append(Counter(name=name, only=entry.only, optional=True, against=tuple(titles)))
+        found += [member for member in joined if member.title not in listed]
+        listed |= {member.title for member in joined}
     return found
 
 
