@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("folder", ["attacks", "defenses"])
+@pytest.mark.parametrize("folder", ["attacks", "defenses", "servers"])
 def test_plugin_folders_are_flat_and_linked(folder: str) -> None:
     link = ROOT / "gradleak" / folder
     assert link.is_symlink() and link.readlink() == Path("..") / folder
@@ -25,7 +25,7 @@ def test_plugin_folders_are_flat_and_linked(folder: str) -> None:
 def test_every_package_is_installed() -> None:
     packages = {path.parent.relative_to(ROOT / "gradleak") for path in (ROOT / "gradleak").rglob("__init__.py")}
     names = {".".join(("gradleak", *package.parts)) for package in packages}
-    names |= {"gradleak.attacks", "gradleak.defenses"}
+    names |= {"gradleak.attacks", "gradleak.defenses", "gradleak.servers"}
     assert names == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
