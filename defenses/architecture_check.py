@@ -14,8 +14,7 @@ class ArchitectureCheck(Detection):
     """Refuses a model whose parameters or buffers have other names, shapes or kinds of layer than agreed.
 
     What loading weights into one's own model does anyway. It sees added layers (Fowl et al., ICLR 2022,
-    arXiv:2110.13057; Zhao et al., S&P 2024, arXiv:2303.12233) for certain, and nothing else; no honest
-    model is refused.
+    arXiv:2110.13057; Zhao et al., S&P 2024, arXiv:2303.12233) for certain, and nothing else; no honest model fails.
     """
 
     reference = "arXiv:2110.13057"

@@ -139,6 +139,9 @@ class Setting:
     trainable: Literal["all", "head"] | tuple[str, ...] = field(default="all", metadata={"later": True})
     """What the client trains and sends: all that the model lets train, its last layer, or parameters and modules by
     name; the rest stays as the server sent it."""
+    rounds: Annotated[int, Ge(1)] = field(default=1, metadata={"later": True})
+    """Messages that the attacker has of each client: of the same images and the same model, each with private and
+    public randomness of its own."""
     precision: Literal["float32", "float64"] = "float32"
     grants: Knowledge = field(default_factory=Knowledge)
     server: Tampering = field(default=Tampering(), metadata={"later": True})

@@ -53,6 +53,19 @@ class Reconstruction:
     details: dict[str, Tensor] = field(default_factory=dict)
     """Further numbers of the attack's own, [N] each, shown with its rows."""
 
+    def _repr_html_(self) -> str:
+        """Show the images of every victim, as notebooks do."""
+        from .pictures import row
+
+        lines = []
+        for victim, images in enumerate(self.images.detach().float().cpu().numpy()):
+            parts = [f"victim {victim}", self.status[victim] if self.status else Status.OK.value]
+            if self.loss is not None:
+                parts.append(f"own loss {float(self.loss[victim]):.3g}")
+            named = [] if self.labels is None else [f"label {label}" for label in self.labels[victim].tolist()]
+            lines.append(f"<p>{', '.join(parts)}</p>{row(images, named)}")
+        return "".join(lines)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(Options, ABC):

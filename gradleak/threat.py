@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import structure
+from . import intake, structure
 from .dataset import Images
-from .defense import Message, View
+from .defense import Defense, Message, View
+from .errors import GradleakError
 from .knowledge import BatchNorm, Knowledge, Labels, Level, Power, Setting, Tampering, rank
+from .mechanisms import batch_statistics
 from .update import LocalTraining, Network, Update
 
 __all__ = [
@@ -106,8 +108,87 @@ class Observation:
     compute: Compute = field(default_factory=Compute)
 
     def __post_init__(self) -> None:
-        """Note on the network which images it takes, for `gradleak.structure`."""
+        """Note on the network which images it takes, for `gradleak.structure`.
+
+        Raises:
+            GradleakError: the network is a bare module, the update is not one of its parameters with a row a victim, or
+                labels are not [N, B]; `Observation.of` builds one from what people hold.
+        """
+        if not isinstance(self.network, Network):
+            raise GradleakError(f"network: {type(self.network).__name__}; build it by Observation.of(model, update, …)")
         structure.mark(self.network.module, self.shape)
+        intake.refuse_misfits(self.update, self.network)
+        if self.labels is not None:
+            intake.refuse_labels(self.labels, self.victims, self.batch_size)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module | Network,
+        update: Mapping[str, Tensor] | Sequence[Tensor],
+        shape: tuple[int, int, int],
+        *,
+        batch_size: int = 1,
+        labels: Tensor | Sequence[int] | int | None = None,
+        local: LocalTraining | None = None,
+        weight_difference: bool | None = None,
+        mode: Literal["train", "eval"] | None = None,
+        defense: Defense | None = None,
+        auxiliary: Images | None = None,
+        compute: Compute | None = None,
+    ) -> Self:
+        """Return what an attacker sees who has captured an update of this model.
+
+        Args:
+            model: as the server sent it, images [B, C, H, W] in [0, 1] to logits; what needs no gradient is not sent.
+            update: of one client, tensors by parameter name or in the order of `model.parameters()`; of N clients
+                with an axis in front.
+            shape: of an image, (C, H, W).
+            batch_size: images of a client, B.
+            labels: [B] or [N, B] where they are known, in any order of the images; else attacks infer them.
+            local: the client's local steps where they are known; the update is a weight difference then.
+            weight_difference: whether it is one (weights after local training minus before); by default, if `local` has
+                a rate, and then its sign is looked at.
+            mode: whether batch normalisation used the batch (train) or its running statistics (eval); by default as
+                the module is.
+            defense: what is known of the client's defense, for one whose messages are updates (noise, clipping).
+            auxiliary: public labelled images of the victims' kind.
+            compute: how attacks may compute.
+
+        Raises:
+            GradleakError: model, update, shape or labels do not fit each other; the line says which and how.
+        """
+        network = intake.network_of(model, shape, mode)
+        rows = intake.stacked(update, network)
+        if batch_size < 1:
+            raise GradleakError(f"batch_size: {batch_size} (allowed: 1 or more)")
+        training = local or LocalTraining()
+        if local is not None and local.lr is None and (local.steps > 1 or weight_difference):
+            raise GradleakError(
+                "local: steps need their rate, as LocalTraining(steps=4, lr=0.01); leave it out if unknown"
+            )
+        difference = training.lr is not None if weight_difference is None else weight_difference
+        if defense is None and weight_difference is None:
+            intake.refuse_other_kind(rows, network, batch_size, difference)
+        victims, classes = len(next(iter(rows.values()))), structure.of(network.module).classes
+        like = next(iter(rows.values()))
+        known = None if labels is None else intake.label_rows(labels, victims, batch_size, classes).to(like.device)
+        return cls(
+            network=network,
+            message=rows,
+            update=rows,
+            view=None if defense is None else View(defense, {}),
+            shape=shape,
+            classes=classes,
+            batch_size=batch_size,
+            training=training,
+            weight_difference=difference,
+            labels=known,
+            running_statistics=batch_statistics.running(model if isinstance(model, nn.Module) else network.module)
+            or None,
+            auxiliary=auxiliary,
+            compute=compute or Compute(),
+        )
 
     @property
     def victims(self) -> int:

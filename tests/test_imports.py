@@ -17,17 +17,30 @@ HALL = {"", "__main__"}
 """What opens the package; it has no layer."""
 
 LAYERS = [
-    {"errors", "options", "plugins", "paths", "seeds", "scales", "state", "process", "board.statistics"},
+    {
+        "code",
+        "errors",
+        "options",
+        "plugins",
+        "paths",
+        "seeds",
+        "scales",
+        "state",
+        "process",
+        "pictures",
+        "board.statistics",
+    },
     {"registry", "structure"},
-    {"dataset", "datasets", "model", "models"},
+    {"dataset", "datasets", "model", "models", "sources"},
     {"update"},
-    {"knowledge", "engine.residuals"},
+    {"knowledge", "intake", "engine.residuals", "privacy"},
     {"defense"},
     {"threat", "mechanisms"},
     {"engine"},
     {"channel", "reconstruction", "server"},
     {"search"},
-    {"attack"},
+    {"captured"},
+    {"attack", "server"},
     {"chain", "training"},
     {
         "suite",
@@ -39,21 +52,19 @@ LAYERS = [
         "board.left_out",
         "board.claims",
     },
-    {"board.results"},
+    {"board.newest", "board.results"},
     {"board.evidence", "board.cost", "board.tables"},
     {"board.attack_board", "board.leaderboard", "board.flags", "board.malicious"},
     {"board.bundle", "board.compare", "board"},
     {"federation"},
     {"contract", "report"},
+    {"reading"},
     {"evaluation"},
     {"cli", "testing"},
 ]
 """Lowest first. A room, or a module of its own; it imports its own layer and those below, through whatever others."""
 
-CIRCLE = {"search.gradient_matching", "search.refinements"}
-"""One matching attack in two files, the second of which names the first in its types."""
-
-TORCH_FREE = ["errors", "registry", "scales", "suite", "board.bundle", "board.compare", "report", "cli.main"]
+TORCH_FREE = ["errors", "registry", "scales", "suite", "board.bundle", "board.compare", "report", "reading", "cli.main"]
 
 
 def _plugins(folder: str) -> list[Path]:
@@ -88,7 +99,7 @@ def test_no_circle_hides_behind_the_type_checker() -> None:
     known = graph(types=True)
     for name in known.keys() - HALL:
         circle = {other for other in reachable(known[name] - {name}, known) if name in reachable(known[other], known)}
-        assert circle - HALL <= CIRCLE, f"{name} is in a circle with {circle - HALL}"
+        assert not circle - HALL, f"{name} is in a circle with {circle - HALL}"
 
 
 def test_the_core_knows_no_attack_and_no_defense() -> None:

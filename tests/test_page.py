@@ -26,9 +26,10 @@ from gradleak.board.results import read
 from gradleak.board.store import CellResult, ImageRow, Store, victim_list
 from gradleak.cli.main import main
 from gradleak.errors import GradleakError
+from gradleak.pictures import picture
 from gradleak.report import figures, folder, page, verdict
 from gradleak.report.columns import interval, number
-from gradleak.report.gallery import QUANTILES, Pictures, picks, picture
+from gradleak.report.gallery import QUANTILES, Pictures, picks
 from gradleak.report.reproduction import Reported, read_reported, reproduction_board
 
 VICTIMS = 10

@@ -29,7 +29,7 @@ from gradleak.suite import AttackCell, Cell, Suite, build_setting, expand
 from gradleak.threat import Knowledge, Level, Observation, Power, Setting, Tampering
 
 WORKSHOP = Workshop()
-MODELS = {"mlp": {"widths": (64,)}, "lenet": {}, "convnet": {"width": 4}}
+MODELS: dict[str, dict[str, Any]] = {"mlp": {"widths": (64,)}, "lenet": {}, "convnet": {"width": 4}}
 
 
 def data(name: str = "digits") -> Data:

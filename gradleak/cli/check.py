@@ -6,12 +6,12 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
-from ..errors import GradleakError, unknown
+from ..errors import unknown
+from . import values
 
 
 def check(
@@ -49,7 +49,9 @@ def check(
     if group and group not in registry.GROUPS:
         raise unknown("group", group, registry.GROUPS)
     root = None if data_root is None else str(data_root)
-    job = process.Job(plugin, group, _options(options or []), dataset, model, _shape(shape), root)
+    job = process.Job(
+        plugin, group, values.options(options or []), dataset, model, values.shape(shape) if shape else None, root
+    )
     found = []
     for each in process.findings(job, timeout):
         found.append(each)
@@ -62,27 +64,3 @@ def check(
     if broken:
         print(f"gradleak: {plugin}: {broken} of {len(found)} promises are broken", file=sys.stderr)
         raise typer.Exit(1)
-
-
-def _options(given: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for text in given:
-        try:
-            name, equals, value = text.partition("=")
-            parsed = {name: yaml.safe_load(value)} if equals and name.isidentifier() else yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise GradleakError(f"--options {text}: no YAML ({' '.join(str(error).split())})") from error
-        if not isinstance(parsed, dict):
-            raise GradleakError(f"--options {text}: write '{{name: value}}' or name=value")
-        found |= parsed
-    return found
-
-
-def _shape(text: str) -> tuple[int, int, int] | None:
-    if not text:
-        return None
-    parts = text.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise GradleakError(f"--shape {text}: write channels, height and width, as 3,32,32")
-    channels, height, width = (int(part) for part in parts)
-    return channels, height, width

@@ -45,7 +45,7 @@ def evaluate(
     clock = time.perf_counter()
     full_precision()
     try:
-        cell.check_files()
+        cell.check_code(workshop.resources.data_root)
         with guarded(cell.title):
             if isinstance(cell, TrainingCell):
                 result = _train(cell, workshop, progress)

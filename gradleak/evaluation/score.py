@@ -63,7 +63,7 @@ def rows_of(
     candidates = data.candidates(cell.candidates, cell.tuning)
     scored = metrics.score(answer.images, answer.labels, images, labels, candidates)
     mean = data.split.train.images.mean(0)
-    marks, notes = landscape.marks(cell, observation, sent, answer, mean, workshop) if not isolated else ({}, {})
+    marks, notes = ({}, {}) if isolated else landscape.marks(cell, observation, sent, answer, mean, workshop)
     oracle = _oracle(answer, images)
     matched = torch.tensor([row["matched"] for row in scored]).view(len(images), -1)
     columns = {

@@ -77,10 +77,10 @@ class Workshop:
         self._networks = _Kept[tuple[Part, Part, Part | None, int, int], tuple[nn.Module, float]](24)
         self._generators = _Kept[LearnedPrior, Generator](4)
 
-    def digest(self, name: str, options: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the version and the digest of a dataset by its name and options."""
+    def digest(self, name: str, options: Mapping[str, Any]) -> tuple[str, str, int]:
+        """Return version, digest and number of train images of a dataset by its name and options."""
         data = self.data(Part(name, options=options))
-        return data.version, data.digest
+        return data.version, data.digest, len(data.split.train)
 
     def described(self, error: BaseException) -> str:
         """Say what was raised and where, without the folders of this machine: stores are published."""
@@ -158,7 +158,8 @@ class Workshop:
                 weights = networks.initial_seed(plugin, cell.model.name, data, seed)
                 plugin = _Changed(model=plugin, defense=cell.built_defense, weights=weights)
             cache, device = self.resources.cache, self.resources.device
-            return networks.prepare(plugin, cell.model.name, data, epochs, seed, cache, device)
+            code = cell.model.code + ("" if changed is None else changed.code)
+            return networks.prepare(plugin, cell.model.name, data, epochs, seed, cache, device, code=code)
 
         return self._networks.get((cell.model, cell.dataset, changed, epochs, seed), make)
 

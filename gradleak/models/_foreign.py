@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import GradleakError
+from ..sources import tensors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's colours: what these networks are trained to be given."""
@@ -39,7 +36,7 @@ def load(network: nn.Module, weights: str, where: str) -> None:
     Raises:
         GradleakError: the file is neither, or its tensors are not those of the network.
     """
-    state, own = _read(weights, where), network.state_dict()
+    state, own = tensors(weights, f"{where}: weights:"), network.state_dict()
     head = list(own)[-1].rpartition(".")[0] + "."
     kept = {
         name: tensor
@@ -51,19 +48,6 @@ def load(network: nn.Module, weights: str, where: str) -> None:
     if wrong:
         raise GradleakError(f"{where}: weights: {weights} is not of this network: {wrong[0]!r} is missing or differs")
     network.load_state_dict(kept, strict=False)
-
-
-def _read(weights: str, where: str) -> Mapping[str, Tensor]:
-    try:
-        if Path(weights).suffix == ".safetensors":
-            return load_file(weights)
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, UnpicklingError, EOFError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise GradleakError(f"{where}: weights: {weights} cannot be read: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise GradleakError(f"{where}: weights: {weights} holds no state dict (torch.save(model.state_dict(), FILE))")
-    return state
 
 
 def quieten(network: nn.Module) -> nn.Module:

@@ -20,9 +20,10 @@ from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, Null
 from ..board.leaderboard import FLOOR, Board
 from ..board.results import CONTEXT, HEADLINE, KNOWLEDGE, Results
 from ..paths import printable, written_whole
+from ..pictures import Picture
 from ..scales import CAP
 from .columns import number
-from .gallery import QUANTILES, Picture, Pictures, picks
+from .gallery import QUANTILES, Pictures, picks
 
 CAPTIONS = "captions.md"
 DOTS = 200

@@ -12,12 +12,10 @@ import pandas as pd
 from ..board.results import HEADLINE, Results
 from ..board.store import Store, victim_list
 from ..errors import GradleakError
+from ..pictures import Picture, picture
 
 QUANTILES = (0.1, 0.5, 0.9)
 """Where in the order of their PSNR the shown images stand; the nearest image is taken."""
-
-Picture = npt.NDArray[np.uint8]
-"""[H, W, 3]."""
 
 
 def picks(rows: pd.DataFrame, by: str | Sequence[str] = "key") -> pd.DataFrame:
@@ -85,14 +83,6 @@ class Pictures:
             return np.zeros(0)
         losses = np.ma.masked_invalid(np.array(kept))
         return np.ma.median(losses, axis=0).filled(np.nan)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def picture(image: npt.NDArray[Any]) -> Picture:
-    """Return an image [C, H, W] as colours; what is not finite is mid-grey, channels other than 1 or 3 are averaged."""
-    values = np.where(np.isfinite(image), image, 0.5).clip(0, 1)
-    if len(values) != 3:
-        values = np.repeat(values.mean(axis=0, keepdims=True), 3, axis=0)
-    return np.round(values * 255).astype(np.uint8).transpose(1, 2, 0)
 
 
 def _there(images: npt.NDArray[Any] | None) -> bool:

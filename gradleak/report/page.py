@@ -26,10 +26,11 @@ from .. import __version__
 from ..board.leaderboard import Board
 from ..board.malicious import one_kind
 from ..board.results import CONTEXT, HEADLINE, KNOWLEDGE, Results
+from ..pictures import Picture
 from ..scales import CAP, METRICS, THRESHOLDS
 from . import papers
 from .columns import Shown, number, shown
-from .gallery import QUANTILES, Picture, Pictures, picks
+from .gallery import QUANTILES, Pictures, picks
 from .method import METHOD
 from .verdict import of_attacks, of_defenses, of_setting
 

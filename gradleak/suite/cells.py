@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import registry
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # What needs torch; suites are read without it.
 class Draws:
     """What random numbers of an attacked cell may depend on: equal choices, equal draws.
 
-    Names, labels, what is granted and the wording of a plugin file are no part of it.
+    Names, labels, what is granted and the wording of code are no part of it.
     """
 
     messages: tuple[object, ...]
@@ -98,16 +99,16 @@ class Cell(ABC):
         server: Server = registry.build("servers", self.setting.server.name, self.setting.server.options)
         return server
 
-    def check_files(self) -> None:
-        """Refuse to compute it with other plugin files than those that it was made of.
+    def check_code(self, root: Path | None = None) -> None:
+        """Refuse to compute it by other code than it was made of; `root` is the data root.
 
         Raises:
-            GradleakError: a file was changed, or another of the same name was given.
+            GradleakError: something was changed, or is another here.
         """
         sender = self.setting.server
-        Part(sender.name, code=sender.file).check_file("servers")
+        Part(sender.name, options=sender.options, code=sender.file).check_code("servers", root)
         for group, part in (("defenses", self.defense), ("models", self.model), ("datasets", self.dataset)):
-            part.check_file(group)
+            part.check_code(group, root)
 
     def _stored_suite(self) -> dict[str, Any]:
         return {"name": self.suite[0], "version": self.suite[1]}
@@ -190,7 +191,7 @@ class AttackCell(Cell):
         bare = unnamed(self.stored())
         bare["setting"].pop("grants")
         for name in ("dataset", "model", "defense"):
-            bare[name].pop("file", None)
+            bare[name].pop("code", None)
         # The text is what seeds have been derived from ever since; it must not change.
         dataset, model, setting, defense = (
             json.dumps(bare[name], sort_keys=True) for name in ("dataset", "model", "setting", "defense")
@@ -217,16 +218,16 @@ class AttackCell(Cell):
         attack: Attack = registry.build("attacks", self.attack.name, self.attack.options)
         return attack
 
-    def check_files(self) -> None:
-        """Refuse to compute it with other plugin files than those that it was made of.
+    def check_code(self, root: Path | None = None) -> None:
+        """Refuse to compute it by other code than it was made of; `root` is the data root.
 
         Raises:
-            GradleakError: a file was changed, or another of the same name was given.
+            GradleakError: something was changed, or is another here.
         """
-        self.attack.check_file("attacks")
-        super().check_files()
+        self.attack.check_code("attacks", root)
+        super().check_code(root)
         if isinstance(self.prior, LearnedPrior):
-            self.prior.dataset.check_file("datasets")
+            self.prior.dataset.check_code("datasets", root)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -317,3 +318,13 @@ def unnamed(stored: Mapping[str, Any]) -> dict[str, Any]:
     for part, title in (*((axis, "label") for axis in ("attack", "defense", "model", "dataset")), ("setting", "name")):
         kept[part] = {key: value for key, value in kept[part].items() if key != title}
     return kept
+
+
+def question_of(stored: Mapping[str, Any]) -> str:
+    """Hash of what a stored form asks, whatever code answers: without codes, versions and definitions too."""
+    asked = {key: value for key, value in unnamed(stored).items() if key != "definitions"}
+    for part in ("attack", "defense", "model", "dataset"):
+        asked[part] = {key: value for key, value in asked[part].items() if key not in ("code", "version")}
+    if "prior" in asked:
+        asked["prior"] = {key: value for key, value in asked["prior"].items() if key not in ("code", "dataset")}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]

@@ -32,6 +32,9 @@ from .parts import code_of, plain
 UTILITY = "utility"
 """What stands for the attack in a cell that trains a model under a defense, and attacks nobody."""
 
+HELD_OUT = 10
+"""One in so many images of the train split is no client's: it chooses the rate of a training under a defense."""
+
 KNOWLEDGE = ("oblivious", "parameters", "public", "oracle")
 """Levels of knowledge of the defense, weakest first (`gradleak.threat.Level`)."""
 
@@ -218,6 +221,18 @@ class Utility(_Strict):
                 raise GradleakError(f"{place}{key}: is the setting's, as batch_size is; give batch_size a number")
         return self.model_copy(update={key: getattr(setting, key) for key in self._CLIENT})
 
+    def part_size(self, images: int) -> int:
+        """Return how many of a train split's images each client has."""
+        return (images - images // HELD_OUT) // self.clients
+
+    def batches_an_epoch(self, images: int) -> int:
+        """Return in how many batches a client passes through its part of a train split."""
+        return self.part_size(images) // self.batch
+
+    def participations(self, images: int) -> int:
+        """Return how many messages an example of a train split takes part in, at most."""
+        return -(-self.rounds // max(1, self.batches_an_epoch(images)))
+
     def setting(self, where: str = "") -> Setting:
         """Return how the clients train.
 
@@ -350,7 +365,7 @@ def tampering(given: Any, where: str = "") -> Tampering:
         name=entry.name,
         options=plain(options),
         version=server.version,
-        file=code_of("servers", entry.name),
+        file=code_of("servers", entry.name, options),
         surface=server.surface,
     )
 
