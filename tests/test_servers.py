@@ -460,3 +460,17 @@ def test_defenses_run_unchanged_against_every_server(server: str, defense: str) 
             attack = {"imprint": "imprint-readout", "loki": "loki-readout", "trap-weights": "trap-readout"}
             answer = testing.reconstruct(attack.get(server, "linear-leakage"), shown)
             assert answer.images.isfinite().all()
+
+
+def test_the_wording_of_a_server_moves_no_draw_and_no_question() -> None:
+    from dataclasses import replace
+
+    from gradleak.suite.cells import question_of
+
+    cell = next(cell for cell in cells(SUITE) if cell.setting.server.name == "imprint")
+    setting = replace(cell.setting, server=replace(cell.setting.server, code="other"))
+    other = replace(cell, setting=setting)
+    assert other.key != cell.key and other.draws == cell.draws
+    assert question_of(other.stored()) == question_of(cell.stored())
+    with pytest.raises(GradleakError, match="server 'imprint'"):
+        other.check_code()
