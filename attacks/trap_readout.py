@@ -39,7 +39,9 @@ class TrapReadout(LinearLeakage):
             return super().unsuited(module, setting, defense)
         rows = module.get_parameter(layer.weight).detach().double()
         balances = (rows.clamp(min=0).sum(1) / rows.clamp(max=0).sum(1).neg().clamp(min=1e-300)).log()
-        trapped = bool(balances.std() < _SAME) and not bool((rows[0] == rows[1]).all())
+        # Rows that only differ in size are an imprint's.
+        alike = torch.nn.functional.cosine_similarity(rows[:1], rows[1:2])
+        trapped = bool(balances.std() < _SAME) and bool(alike < 1 - _SAME)
         return super().unsuited(module, setting, defense) if trapped else "needs a server that sets trap weights"
 
     def _compared(self, ratios: Tensor, observation: Observation) -> tuple[Tensor, Tensor]:
