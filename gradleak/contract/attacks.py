@@ -76,10 +76,10 @@ class AttackCase:
     def __init__(self, name: str, cases: Sequence[Case] = USUAL, ask: Ask | None = None):
         """Take the attack of a name, and cases of which the first that suits it counts."""
         self._ask = ask or Ask()
-        if cases is USUAL and registry.load("attacks", name).needs.server is not Power.HONEST:
-            cases = SERVED
         self.name, self._cases = name, [Case(self._ask.model)] if self._ask.model else cases
         self.attack = self._build(self._cases[0])
+        if self._cases is USUAL and self.attack.needs.server is not Power.HONEST:
+            self._cases = SERVED
         self.changed: list[str] = []
         """What its runs changed that is not theirs."""
 
