@@ -113,8 +113,8 @@ class Tampering:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Plain values."""
     version: str = ""
-    file: str = ""
-    """Hash of the plugin file that brought it; empty for others."""
+    code: str = ""
+    """Digest of what it computes by."""
     surface: Power = Power.HONEST
     """What it changes of the model."""
 

@@ -23,6 +23,7 @@ from ..scales import CAP, METRICS, THRESHOLDS
 from ..suite import UTILITY
 from . import newest
 from .record import STATES
+from .schema import HONEST, REFUSED
 from .statistics import APART, Floats, Pairs, Resamples, mean_over_known
 from .store import Store
 
@@ -62,7 +63,8 @@ class Results:
     cells: pd.DataFrame
     """The attacks."""
     rows: pd.DataFrame
-    """As `Store.rows`, with `adaptive`, `stochastic`, `failed`, `stratum` (the victim list) and `SUCCESSES`."""
+    """As `Store.rows`, with `adaptive`, `stochastic`, `failed`, `refused` (by a client that looked at the model),
+    `stratum` (the victim list) and `SUCCESSES`."""
     utility: pd.DataFrame
     """Cells of models trained under a defense; their `setting` is that training's."""
     unsuited: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(UNSUITED), dtype=str))
@@ -89,6 +91,25 @@ class Results:
                 unsuited = unsuited[unsuited[name].isin(wanted)]
         cells, rows, utility, unsuited = (part.reset_index(drop=True) for part in (cells, rows, utility, unsuited))
         return Results(cells, rows, utility, unsuited, self.checked)
+
+    @cached_property
+    def honest(self) -> Results:
+        """The part in which the server sends the model as training left it."""
+        return self._of_servers(False)
+
+    @cached_property
+    def malicious(self) -> Results:
+        """The part in which the server changes the model. No worst case is ever taken over both parts."""
+        return self._of_servers(True)
+
+    def _of_servers(self, malicious: bool) -> Results:
+        chosen = self.cells["server"].ne(HONEST) == malicious
+        if chosen.all():
+            return self
+        cells, rows = self.cells[chosen], self.rows[self.rows["server"].ne(HONEST) == malicious]
+        unsuited = self.unsuited[self.unsuited["setting"].isin(cells["setting"])]
+        parts = [part.reset_index(drop=True) for part in (cells, rows, self.utility, unsuited)]
+        return Results(*parts, self.checked)
 
     @cached_property
     def contexts(self) -> list[tuple[str, ...]]:
@@ -142,7 +163,8 @@ def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None =
     rows["adaptive"] = rows["key"].map(known).astype(bool) & rows["knowledge"].isin(ADAPTIVE)
     rows["stochastic"] = rows["key"].map({key: fact.get("stochastic", False) for key, fact in facts.items()})
     rows["stochastic"] = rows["stochastic"].astype(bool)
-    rows["failed"] = rows["status"] != "ok"
+    rows["refused"] = rows["status"] == REFUSED
+    rows["failed"] = (rows["status"] != "ok") & ~rows["refused"]
     rows["stratum"] = rows["dataset"] + "/" + rows["batch_size"].astype(str)
     rows = _score_failures(rows)
     for name, line in SUCCESSES.items():
@@ -215,6 +237,8 @@ def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
     if group == "setting":
         part |= {"candidates": config.get("candidates"), **config.get("engine", {}), "secret": config.get("secret")}
         part["grants"] = {name: value for name, value in part.get("grants", {}).items() if name != "defense"}
+        if "server" in part:
+            part["server"] = json.dumps(part["server"], sort_keys=True)
     flat: dict[str, str] = {}
     for name, value in part.items():
         value = _asked(value)
@@ -265,8 +289,8 @@ def _with_failed_cells(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _score_failures(rows: pd.DataFrame) -> pd.DataFrame:
-    """Give failed trials the score of the best control on the same image, else the nearest thing to it."""
-    failed = rows["failed"]
+    """Give failed and refused trials the score of the best control on the same image, else the nearest to it."""
+    failed = rows["failed"] | rows["refused"]
     if not failed.any():
         return rows
     measured = [name for name in METRICS if rows[name].notna().any()]
@@ -318,6 +342,7 @@ class Panel:
             stochastic=("stochastic", "any"),
             images=("image", "size"),
             failed=("failed", "sum"),
+            refused=("refused", "sum"),
             seeds=("seed", "nunique"),
             seconds=("seconds", "mean"),
             gradient_evaluations=("gradient_evaluations", "mean"),

@@ -28,8 +28,8 @@ from .asked import questions
 if TYPE_CHECKING:
     from ..evaluation.runner import Summary
 
-BOARDS = ("defenses", "attacks", "pareto", "compute")
-"""Boards that `gradleak leaderboard` can show; both of the first two by default."""
+BOARDS = ("defenses", "attacks", "pareto", "compute", "malicious", "detection")
+"""Boards that `gradleak leaderboard` can show; by default the first two, and the last two where there is anything."""
 
 app = typer.Typer(
     add_completion=False,
@@ -97,7 +97,10 @@ def _options(
 @app.command("list")
 def _list(
     group: Annotated[
-        str, typer.Argument(metavar="[GROUP]", help="attacks, defenses, models or datasets [default: all, by name].")
+        str,
+        typer.Argument(
+            metavar="[GROUP]", help="attacks, defenses, models, datasets or servers [default: all, by name]."
+        ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
     plugin: PluginFiles = None,
@@ -239,7 +242,7 @@ def _leaderboard(
     """Print the defense board and the attack board of stores and bundles, merged."""
     wanted = [part.strip() for part in (columns or "").split(",") if part.strip()]
     from .. import report
-    from ..board import leaderboard, results
+    from ..board import leaderboard, malicious, results
     from ..board.bundle import open_all
 
     for name in board or []:
@@ -250,14 +253,17 @@ def _leaderboard(
     asked = None if suite is None else questions(suite, data_root, plugin or ())
     with open_all(stores) as opened:
         found = results.read(*opened, all_code=all_code, asked=asked)
-    defenses, attacks = leaderboard.landing_board(found), leaderboard.attack_board(found)
+    honest = malicious.one_kind(found)
+    defenses, attacks = leaderboard.landing_board(honest), leaderboard.attack_board(honest)
     made = {
         "defenses": lambda: defenses,
         "attacks": lambda: attacks,
         "pareto": lambda: leaderboard.pareto_board(defenses),
         "compute": lambda: leaderboard.compute_board(attacks),
+        "malicious": lambda: malicious.malicious_board(found),
+        "detection": lambda: malicious.detection_board(found),
     }
-    chosen = [made[name]() for name in board or BOARDS[:2]]
+    chosen = [made[name]() for name in board or BOARDS[:2]] + ([] if board else malicious.server_boards(found))
     if format == "table" and sys.stdout.isatty():
         report.check_columns(chosen, wanted)
         width, colour = Console().width, "NO_COLOR" not in os.environ
@@ -405,7 +411,7 @@ def _print_plugins(found: Sequence[dict[str, Any]]) -> None:
     """One paragraph a plugin, so that nothing is cut off on a narrow screen."""
     console = Console(highlight=False, markup=False, emoji=False)
     for facts in found:
-        kind = [facts[key] for key in ("family", "threat_model") if facts.get(key)]
+        kind = [str(facts[key]) for key in ("family", "threat_model", "surface") if facts.get(key)]
         title = f"{facts['name']}  ({', '.join(kind)})" if kind else facts["name"]
         console.print(title, style="bold", soft_wrap=True)
         if facts["error"]:

@@ -68,7 +68,8 @@ def residue(shown: Observation, images: Tensor) -> tuple[float, int]:
     targets = one_hot(shown.labels[0, :1], shown.classes, images.dtype)
 
     def gradient(image: Tensor) -> Update:
-        return grad(lambda at: shown.network.loss(image[None], targets, at))(shown.network.parameters)
+        found: Update = grad(lambda at: shown.network.loss(image[None], targets, at))(shown.network.parameters)
+        return found
 
     gradients = vmap(gradient)(images)
     away = torch.stack([(rows - shown.update[name]).square().flatten(1).sum(1) for name, rows in gradients.items()])

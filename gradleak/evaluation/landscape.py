@@ -64,6 +64,8 @@ def contrast(cell: AttackCell, observation: Observation, sent: Sent, mean: Tenso
         pairs = [
             (update[name].flatten(), sent.update[name][victim].flatten()) for name in update if name in sent.update
         ]
+        if not pairs:  # What each example sent is not in the space of the parameters.
+            return None
         ours, theirs = (torch.cat(part).double() for part in zip(*pairs, strict=True))
         found.append(1 - ours @ theirs / (ours.norm() * theirs.norm()).clamp(min=1e-300))
     return torch.stack(found).detach()

@@ -122,6 +122,11 @@ def of_setting(setting: Mapping[str, Any], knowledge: Sequence[str]) -> str:
     known = ", ".join(_grants(setting.get("grants") or {}, knowledge))
     client = f"A client {trained} {_count(images, 'image')} with {network}"
     sent, seen = ("once", "this message") if rounds == 1 else (f"{rounds} times, with new randomness", "these messages")
+    server = setting.get("server") or {}
+    if server:
+        what = "the model's parameters" if server.get("surface") == "parameters" else "the model's layers"
+        before = f"A malicious server ({server.get('name')}) changes {what} before it sends them."
+        return f"{client}. {before} It sees what the client sends, and is given {known}."
     return f"{client} and sends the result {sent}. The attacker sees {seen} and the model, and is given {known}."
 
 

@@ -116,7 +116,7 @@ class Cell(ABC):
             GradleakError: something was changed, or is another here.
         """
         sender = self.setting.server
-        Part(sender.name, options=sender.options, code=sender.file).check_code("servers", root)
+        Part(sender.name, options=sender.options, code=sender.code).check_code("servers", root)
         for group, part in (("defenses", self.defense), ("models", self.model), ("datasets", self.dataset)):
             part.check_code(group, root)
 
@@ -237,6 +237,7 @@ class AttackCell(Cell):
         bare["setting"].pop("grants")
         for name in ("dataset", "model", "defense"):
             bare[name].pop("code", None)
+        bare["setting"].get("server", {}).pop("code", None)
         # The text is what seeds have been derived from ever since; it must not change.
         dataset, model, setting, defense = (
             json.dumps(bare[name], sort_keys=True) for name in ("dataset", "model", "setting", "defense")
@@ -382,6 +383,9 @@ def question_of(stored: Mapping[str, Any]) -> str:
     asked = {key: value for key, value in unnamed(stored).items() if key not in ("definitions", "secret")}
     for part in ("attack", "defense", "model", "dataset"):
         asked[part] = {key: value for key, value in asked[part].items() if key not in ("code", "version")}
+    if "server" in asked["setting"]:
+        server = {key: value for key, value in asked["setting"]["server"].items() if key not in ("code", "version")}
+        asked["setting"] = {**asked["setting"], "server": server}
     if "prior" in asked:
         asked["prior"] = {key: value for key, value in asked["prior"].items() if key not in ("code", "dataset")}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]

@@ -366,7 +366,7 @@ def tampering(given: Any, where: str = "") -> Tampering:
         name=entry.name,
         options=plain(options),
         version=server.version,
-        file=code_of("servers", entry.name, options),
+        code=code_of("servers", entry.name, options),
         surface=server.surface,
     )
 
