@@ -41,7 +41,7 @@ LAYERS = [
     {"search"},
     {"captured"},
     {"attack", "server"},
-    {"chain", "training"},
+    {"chain", "repeated", "training"},
     {
         "suite",
         "board.schema",

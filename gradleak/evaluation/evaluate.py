@@ -111,7 +111,8 @@ class Stage:
 
     def facts(self, answer: Reconstruction | None) -> dict[str, Any]:
         """Return what is kept of a cell beside its rows."""
-        facts = provenance(self.cell, [each.sent for each in self.rounds], self.accuracy, answer)
+        queries = max(len(each.queries) or 1 for each in self.rounds)
+        facts = provenance(self.cell, [each.sent for each in self.rounds], self.accuracy, answer, queries)
         module, looks = self.serving.module, self.looks
         return {**facts, **served(self.cell, self.data, module, self.serving, self.rounds, looks)}
 
