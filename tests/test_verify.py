@@ -336,7 +336,7 @@ FORGERIES: dict[str, dict[str, tuple[str, str, Forgery]]] = {
         "better metrics": ("metrics", "psnr", in_rows("psnr = psnr + 0.01", "mean-image")),
         "a lower epsilon": ("facts", "epsilon", in_facts("ig", "noise", epsilon={"epsilon": 0.1})),
         "a lower epsilon of training": (
-            "trainings",
+            "recipes",
             "epsilon",
             in_facts("utility", "noise", training_epsilon={"epsilon": 1.0}),
         ),

@@ -142,6 +142,9 @@ class Reruns:
         for name, unit in _units(result.rows, scale).items():
             stored = rows[name].map(STATUSES.index) if name == "status" else rows[name]
             wrong = unexplained(stored.to_numpy(dtype=float), own(_reader(name)), unit)
+            if wrong is not None and name == "status":
+                ended = ({*rows["status"]}, {row.status for row in result.rows})
+                wrong = ", here ".join("/".join(sorted(each)) for each in ended)
             if wrong is not None:
                 yield f"{name.replace('_', ' ')}: {wrong}"
         for name in OF_THE_ANSWER[:1]:

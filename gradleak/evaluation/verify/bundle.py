@@ -143,7 +143,8 @@ def _promises(told: Bundle, workshop: Workshop) -> Finding:
             wrong += [f"{cell.title}: {each}" for each in messages.facts_of_failed(cell, facts)]
         elif isinstance(cell, TrainingCell):
             wrong += [f"{cell.title}: {each}" for each in messages.promises(cell, facts, workshop)]
-    return judged("trainings", wrong, "guarantees, participations and rates follow from their recipes")
+    right = "guarantees, participations and rates of trainings follow from their recipes"
+    return judged("recipes", wrong, right)
 
 
 def _said_of(odd: int, ran: int) -> str:

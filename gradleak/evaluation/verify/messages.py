@@ -38,7 +38,7 @@ MEASURED = ("client_seconds",)
 """Facts that no other machine repeats; they stay as submitted."""
 CONTRAST = 1e-5
 """Rounding of a cosine distance between two updates."""
-OF_THE_ANSWER = ("backend", "backend_reason")
+OF_THE_ANSWER = ("backend", "backend_reason", "width")
 """Facts of the attack's run, known where a cell is run again."""
 TRAINED = ("test_accuracy", "validation_accuracy", "lr", "bytes", "dense_bytes")
 """Facts that only training again shows."""
