@@ -1,4 +1,4 @@
-"""Names to plugin classes: the files of the four folders, entry points of other packages, and single files.
+"""Names to plugin classes: the files of the five folders, entry points of other packages, and single files.
 
 A plugin is a frozen dataclass whose fields are its hyper-parameters. Its name is the stem of its file, with
 hyphens for underscores; a file holds exactly one public class. Nothing is imported before it is asked for.
@@ -29,7 +29,13 @@ from .plugins import at, place_of_hook
 
 log = logging.getLogger(__name__)
 
-GROUPS = {"attacks": "attack", "datasets": "dataset", "defenses": "defense", "models": "model"}
+GROUPS = {
+    "attacks": "attack",
+    "clients": "client",
+    "datasets": "dataset",
+    "defenses": "defense",
+    "models": "model",
+}
 """Registry groups and the noun of one member."""
 
 _files: dict[tuple[str, str], Path] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import intake, structure
+from .client import PLAIN, Client
 from .dataset import Images
 from .defense import Defense, Message, View
 from .errors import GradleakError
@@ -131,6 +133,7 @@ class Observation:
         local: LocalTraining | None = None,
         weight_difference: bool | None = None,
         mode: Literal["train", "eval"] | None = None,
+        client: Client = PLAIN,
         defense: Defense | None = None,
         auxiliary: Images | None = None,
         compute: Compute | None = None,
@@ -149,6 +152,7 @@ class Observation:
                 a rate, and then its sign is looked at.
             mode: whether batch normalisation used the batch (train) or its running statistics (eval); by default as
                 the module is.
+            client: its loss and arithmetic, and the optimiser of its local steps.
             defense: what is known of the client's defense, for one whose messages are updates (noise, clipping).
             auxiliary: public labelled images of the victims' kind.
             compute: how attacks may compute.
@@ -156,17 +160,17 @@ class Observation:
         Raises:
             GradleakError: model, update, shape or labels do not fit each other; the line says which and how.
         """
-        network = intake.network_of(model, shape, mode)
+        network = intake.network_of(model, shape, mode, client)
         rows = intake.stacked(update, network)
         if batch_size < 1:
             raise GradleakError(f"batch_size: {batch_size} (allowed: 1 or more)")
-        training = local or LocalTraining()
+        training = dataclasses.replace(local or LocalTraining(), client=client)
         if local is not None and local.lr is None and (local.steps > 1 or weight_difference):
             raise GradleakError(
                 "local: steps need their rate, as LocalTraining(steps=4, lr=0.01); leave it out if unknown"
             )
         difference = training.lr is not None if weight_difference is None else weight_difference
-        if defense is None and weight_difference is None:
+        if defense is None and weight_difference is None and client.shows_labels:
             intake.refuse_other_kind(rows, network, batch_size, difference)
         victims, classes = len(next(iter(rows.values()))), structure.of(network.module).classes
         like = next(iter(rows.values()))

@@ -20,6 +20,7 @@ LAYERS = [
     {"errors", "options", "plugins", "paths", "seeds", "scales", "state", "process", "pictures", "board.statistics"},
     {"registry", "structure"},
     {"dataset", "datasets", "model", "models", "sources"},
+    {"client", "clients"},
     {"update"},
     {"knowledge", "intake", "engine.residuals"},
     {"defense"},

@@ -95,8 +95,11 @@ class Cell(ABC):
         Raises:
             GradleakError: a file was changed, or another of the same name was given.
         """
+        client = Part(self.setting.client.name, code=self.setting.client.file)
         for group, part in (("defenses", self.defense), ("models", self.model), ("datasets", self.dataset)):
             part.check_file(group)
+        if client.name:
+            client.check_file("clients")
 
     def _stored_suite(self) -> dict[str, Any]:
         return {"name": self.suite[0], "version": self.suite[1]}
@@ -178,8 +181,8 @@ class AttackCell(Cell):
         """What random numbers may depend on."""
         bare = unnamed(self.stored())
         bare["setting"].pop("grants")
-        for name in ("dataset", "model", "defense"):
-            bare[name].pop("file", None)
+        for part in (*(bare[name] for name in ("dataset", "model", "defense")), bare["setting"].get("client", {})):
+            part.pop("file", None)
         # The text is what seeds have been derived from ever since; it must not change.
         dataset, model, setting, defense = (
             json.dumps(bare[name], sort_keys=True) for name in ("dataset", "model", "setting", "defense")

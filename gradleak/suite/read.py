@@ -55,7 +55,7 @@ def outline(path: Path, added: Collection[str] = ()) -> Suite:
         suite = Suite.model_validate(content)
     except ValidationError as error:
         raise GradleakError(f"suite {path}: {first_mistake(error)}") from error
-    for axis in registry.GROUPS:
+    for axis in (axis for axis in registry.GROUPS if axis in Suite.model_fields):
         known = {*registry.names(axis), *added}
         for index, entry in enumerate(getattr(suite, axis)):
             for name in members(entry.name) if axis == "defenses" else [entry.name]:
