@@ -19,7 +19,7 @@ from gradleak.engine.comparison import disagreement
 from gradleak.engine.layerwise import Layerwise
 from gradleak.suite import build_setting
 from gradleak.suite.schema import stored_setting
-from gradleak.testing import Scene, model, reconstruct
+from gradleak.testing import Scene, check, check_file, model, reconstruct
 from gradleak.update import LocalTraining, Network, by_transform, local_update, one_hot
 
 CLASSES, SIZE = 10, 4
@@ -327,6 +327,11 @@ def test_labels_are_not_inferred_from_losses_that_do_not_show_them() -> None:
         assert (reason is not None) == refused, reason
 
 
+@pytest.mark.parametrize("name", registry.names("clients"))
+def test_built_in_clients_keep_their_promises(name: str) -> None:
+    assert [found for found in check("clients", name) if found.ok is False] == []
+
+
 def test_a_plugin_brings_a_client(tmp_path: Path) -> None:
     file = tmp_path / "sign_sgd.py"
     file.write_text(
@@ -344,3 +349,6 @@ def test_a_plugin_brings_a_client(tmp_path: Path) -> None:
     moved = torch.cat([tensor.flatten() for tensor in scene.sent.update.values()])
     assert set(moved.abs().unique().tolist()) <= {0.0, 0.1} or torch.allclose(moved.abs().max(), moved.new_tensor(0.1))
     assert len(stored_setting(setting)["client"]["file"]) == 64
+    broken = tmp_path / "broken.py"
+    broken.write_text(file.read_text().replace("SignSGD", "Broken").replace(".sign()", ".sign()[None]"))
+    assert any(found.ok is False and "broken.py" in found.detail for found in check_file(broken))

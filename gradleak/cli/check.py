@@ -19,7 +19,9 @@ def check(
         str,
         typer.Argument(metavar="PLUGIN", help="A file with an attack, defense, model or dataset, or the name of one."),
     ],
-    group: Annotated[str, typer.Option(metavar="GROUP", help="Of a name: attacks, defenses, models or datasets.")] = "",
+    group: Annotated[
+        str, typer.Option(metavar="GROUP", help="Of a name: attacks, clients, defenses, models, datasets.")
+    ] = "",
     options: Annotated[
         list[str] | None,
         typer.Option(metavar="OPTIONS", help="Its options, as '{lr: 0.1}' or lr=0.1; may be repeated."),

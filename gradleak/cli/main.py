@@ -90,7 +90,7 @@ def _options(
 @app.command("list")
 def _list(
     group: Annotated[
-        str, typer.Argument(metavar="[GROUP]", help="attacks, defenses, models or datasets [default: all, by name].")
+        str, typer.Argument(metavar="[GROUP]", help="attacks, clients, defenses, models, datasets [default: all].")
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
     plugin: PluginFiles = None,

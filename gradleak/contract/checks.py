@@ -25,6 +25,7 @@ from .attacks import (
     attack_treats_victims_apart,
 )
 from .behaviour import Watch
+from .clients import client_can_be_imitated, client_declares_itself, client_gives_an_update
 from .datasets import (
     dataset_declares_itself,
     dataset_holds_images,
@@ -121,6 +122,7 @@ def steps(group: str, name: str, ask: Ask) -> Iterator[Step]:
 def _case(group: str, name: str, ask: Ask) -> Any:
     prepare: dict[str, Callable[[], Any]] = {
         "attacks": lambda: AttackCase(name, ask=ask),
+        "clients": lambda: registry.build("clients", name, ask.options),
         "defenses": lambda: DefenseCase(registry.build("defenses", name, ask.options), ask),
         "models": lambda: ModelCase(registry.build("models", name, ask.options), ask.shape),
         "datasets": lambda: (registry.build("datasets", name, ask.options), name, ask.root),
@@ -149,7 +151,13 @@ def _promise(check: Callable[..., None]) -> str:
     return first[:1].lower() + first[1:]
 
 
-MAIN = {"attacks": ("reconstruct",), "defenses": ("protect",), "models": ("build",), "datasets": ("read",)}
+MAIN = {
+    "attacks": ("reconstruct",),
+    "clients": ("step",),
+    "defenses": ("protect",),
+    "models": ("build",),
+    "datasets": ("read",),
+}
 """The method that a group's plugins are made of."""
 
 CHECKS: dict[str, tuple[Callable[[Any], None], ...]] = {
@@ -160,6 +168,7 @@ CHECKS: dict[str, tuple[Callable[[Any], None], ...]] = {
         attack_repeats_itself,
         attack_treats_victims_apart,
     ),
+    "clients": (client_declares_itself, client_gives_an_update, client_can_be_imitated),
     "defenses": (
         defense_declares_itself,
         defense_sends_what_decodes,
@@ -184,6 +193,7 @@ ABOUT: dict[Callable[[Any], None], tuple[str, ...]] = {
         ("nll", "simulate", "per_example"): CHECKS["defenses"][6:],
         ("build",): CHECKS["models"][1:],
         ("read",): CHECKS["datasets"][1:],
+        ("step", "objective"): CHECKS["clients"][1:],
     }.items()
     for check in checks
 }
