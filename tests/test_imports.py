@@ -49,6 +49,7 @@ LAYERS = [
     {"contract", "report"},
     {"reading"},
     {"evaluation"},
+    {"auditing"},
     {"cli", "testing"},
 ]
 """Lowest first. A room, or a module of its own; it imports its own layer and those below, through whatever others."""

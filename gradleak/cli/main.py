@@ -20,7 +20,7 @@ from rich.padding import Padding
 from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable
-from . import attack, catalogue, check, prior
+from . import attack, audit, catalogue, check, prior
 from . import store as store_commands
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(prior.app, name="prior")
 app.command("attack")(attack.attack)
+app.command("audit")(audit.audit)
 app.command("check")(check.check)
 app.add_typer(store_commands.app, name="store")
 
