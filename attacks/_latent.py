@@ -14,6 +14,7 @@ from gradleak.engine import loop
 from gradleak.engine.loop import Final, Outcome, Plan, Status
 from gradleak.engine.optimisers import Schedule, Variables, cosine_decay
 from gradleak.engine.problem import Facts, Guess, Problem, take
+from gradleak.engine.restarts import Restarts
 from gradleak.errors import GradleakError
 from gradleak.search.generators import Features, Generator
 from gradleak.seeds import Generators
@@ -42,18 +43,16 @@ def ramp(iterations: int) -> Schedule:
 
 @dataclass(frozen=True)
 class Trials:
-    """T trials, each with its own row of facts: `restarts` of every victim, restart by restart."""
+    """The trials of all restarts, each with its own row of facts."""
 
     facts: Facts
-    owner: Tensor
-    """Victim of each trial, [T]."""
-    streams: list[Generators]
-    """Randomness of every restart."""
+    restarts: Restarts
 
     @property
     def each(self) -> Tensor:
         """Rows of `facts` by trial, [T]."""
-        return torch.arange(len(self.owner), device=self.owner.device)
+        owner = self.restarts.owner
+        return torch.arange(len(owner), device=owner.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +74,7 @@ class LatentMatching(GradientMatching):
 
     def latent_phase(self, observation: Observation, trials: Trials) -> tuple[Outcome, Final]:
         """Search the code."""
-        starts = [self.initial(observation, stream) for stream in trials.streams]
-        start = {name: torch.cat([row[name] for row in starts]) for name in starts[0]}
+        start = trials.restarts.start(lambda stream: self.begin(observation, stream))
         return self.minimise(self.problem(observation), start, trials.facts, observation, self.plan(observation))
 
     def minimise(
@@ -99,47 +97,33 @@ class LatentMatching(GradientMatching):
     def searched(self, observation: Observation, stage: int) -> Problem:
         """One trial's loss of the features before a stage.
 
-        Facts may hold `start` and `scale`: the features are then start + scale * variables.
+        Facts may have a `start` and a `scale` by feature: the features are then start + scale * variables.
         """
         generator = granted(observation)
 
         def decode(variables: Variables, facts: Facts) -> Guess:
-            targets = tensor_of(facts["targets"])
             features = located(variables, facts)
-            return Guess(generator(features, generator.condition(targets), stage), targets)
+            return Guess(generator(features, generator.condition(facts.targets), stage), facts.targets)
 
         return dataclasses.replace(super().problem(observation), decode=decode)
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Run every phase and return each victim's best by matching loss, with the phase it came from."""
-        owner = torch.arange(observation.victims, device=observation.device).repeat(self.restarts)
-        streams = [generator.child("restart", restart) for restart in range(self.restarts)]
-        trials = Trials(take(self.facts(observation), owner), owner, streams)
+        restarts = Restarts(generator, self.restarts)
+        trials = Trials(take(self.facts(observation), restarts.owner), restarts)
         outcomes, finals = zip(*self.phases(observation, trials), strict=True)
         outcome, final = _best(list(outcomes), list(finals))
-        answer = self._pick(outcome, final, observation.victims)
+        answer = self._pick(outcome, final, restarts)
         return dataclasses.replace(answer, details={"phase": answer.guessed.pop("phase")})
 
 
 def located(variables: Variables, facts: Facts) -> Features:
     """Features that variables stand for: themselves, or scaled steps from `start` in `facts`."""
-    if "start" not in facts:
+    if "start" not in facts.named:
         return variables
-    start, scale = tensors_of(facts["start"]), tensors_of(facts["scale"])
+    start, scale = facts.named["start"], facts.named["scale"]
     moved = {name: start[name] + scale[name] * variables[name] for name in variables}
     return {**start, **moved}
-
-
-def tensor_of(value: Tensor | dict[str, Tensor]) -> Tensor:
-    """Narrow one fact to a tensor."""
-    assert isinstance(value, Tensor)
-    return value
-
-
-def tensors_of(value: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-    """Narrow one fact to tensors by name."""
-    assert isinstance(value, dict)
-    return value
 
 
 def _best(outcomes: list[Outcome], finals: list[Final]) -> tuple[Outcome, Final]:

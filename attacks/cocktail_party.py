@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradleak.attack import Attack, Reconstruction
 from gradleak.defense import Defense
+from gradleak.engine.restarts import Restarts, least
 from gradleak.seeds import Generators
 from gradleak.structure import OnPixels
 from gradleak.threat import Observation, Setting
@@ -62,8 +63,8 @@ class CocktailParty(Attack):
         signals = self._signals(layer.arranged(mixtures, observation.shape))
         white, whitening = _white(signals)
         answers = []
-        for restart in range(self.restarts):
-            turn = _orthonormal(generator.child("restart", restart).normal(size, size).double())
+        for stream in Restarts(generator, self.restarts).streams:
+            turn = _orthonormal(stream.normal(size, size).double())
             for _ in range(self.iterations):
                 sources = turn @ white
                 slope = sources.tanh()
@@ -76,14 +77,14 @@ class CocktailParty(Attack):
                 else _filled(unmixing @ mixtures, layer, observation)
             )
             images = images.nan_to_num(0.5).clamp(0, 1)
-            answers.append((images, self._negentropy(images, observation)))
-        images, negentropy = (torch.stack(parts) for parts in zip(*answers, strict=True))
-        best = negentropy.argmax(0)
+            answers.append((images, -self._negentropy(images, observation)))
+        images, loss = (torch.stack(parts) for parts in zip(*answers, strict=True))
+        best = least(loss)
         victim = torch.arange(observation.victims, device=observation.device)
         spent = torch.full_like(best, self.iterations * self.restarts)
         return Reconstruction(
             images=images[best, victim],
-            loss=-negentropy[best, victim].to(observation.dtype),
+            loss=loss[best, victim].to(observation.dtype),
             iterations=spent,
             candidates=images.transpose(0, 1) if self.restarts > 1 else None,
         )

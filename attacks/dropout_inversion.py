@@ -67,25 +67,24 @@ class DropoutInversion(GradientMatching):
     def facts(self, observation: Observation) -> Facts:
         """What is known of each victim: for this attack also the rates of its masks, or the masks."""
         facts = super().facts(observation)
-        like = facts["std"]
-        assert isinstance(like, Tensor)
         if self.masks == "joint":
             rates = dropout.rates(observation.network.module)
-            facts["rates"] = {name: like.new_full((observation.victims,), rate) for name, rate in rates.items()}
+            like = facts.own["std"]
+            each = {name: like.new_full((observation.victims,), rate) for name, rate in rates.items()}
+            facts = facts.plus(named={"rates": each})
         if self.masks == "informed" and observation.private is not None:
-            facts["masks"] = {name: observation.private[name] for name in self._shapes(observation)}
+            own = {name: observation.private[name] for name in self._shapes(observation)}
+            facts = facts.plus(named={"masks": own})
         return facts
 
     def decode(self, variables: Variables, facts: Facts) -> Guess:
         """Turn one trial's variables into images and masks."""
-        masks = facts.get("masks") or {name: mask for name, mask in variables.items() if name.endswith(".mask")}
-        assert isinstance(masks, dict)
+        masks = facts.named.get("masks") or {n: mask for n, mask in variables.items() if n.endswith(".mask")}
         return replace(super().decode(variables, facts), buffers=masks)
 
     def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
         """Total variation plus how far each mask's share of zeros is from the rate."""
-        rates = facts.get("rates", {})
-        assert isinstance(rates, dict)
+        rates = facts.named.get("rates", {})
         gaps = [(1 - guess.buffers[name].mean() - rate).abs() for name, rate in rates.items()]
         return super().regularise(guess, variables, facts) + self.mask_prior * sum(gaps)
 

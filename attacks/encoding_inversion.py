@@ -64,9 +64,8 @@ class EncodingInversion(GradientMatching):
 
     def facts(self, observation: Observation) -> Facts:
         """What is known of each victim; targets are labels, which the guess sends through the encoding."""
-        facts = super().facts(observation)
-        facts["targets"] = one_hot(self.labels(observation), observation.classes, observation.dtype)
-        return facts
+        targets = one_hot(self.labels(observation), observation.classes, observation.dtype)
+        return replace(super().facts(observation), targets=targets)
 
     def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
         """Prior on the images before the encoding."""

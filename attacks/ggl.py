@@ -71,7 +71,7 @@ class GGL(LatentMatching):
     def _evolve(self, observation: Observation, trials: Trials) -> tuple[Outcome, Final]:
         # Without derivatives there is no step for the engine's loop to take; it evaluates, and this asks and tells.
         problem, compute = self.problem(observation), observation.compute
-        count, size = len(trials.owner), observation.batch_size * granted(observation).latent
+        count, size = len(trials.each), observation.batch_size * granted(observation).latent
         crowd = take(trials.facts, trials.each.repeat_interleave(self.population))
         best = torch.zeros(count, size, device=observation.device, dtype=observation.dtype)
         total = best.new_full((count,), torch.inf)
@@ -81,7 +81,7 @@ class GGL(LatentMatching):
             if compute.expired:
                 status = [Status.TIMEOUT] * count
                 break
-            normal = torch.cat([stream.normal(self.population, size) for stream in trials.streams])
+            normal = torch.cat([stream.normal(self.population, size) for stream in trials.restarts.streams])
             points = strategy.ask(normal)
             codes = points.view(count * self.population, observation.batch_size, -1)
             found = finish(problem, {"latent": codes}, crowd, compute.width)
@@ -102,7 +102,7 @@ class GGL(LatentMatching):
             variables=code,
             total=total,
             matching=final.matching,
-            iterations=torch.full_like(trials.owner, len(trace) * self.population),
+            iterations=torch.full_like(trials.each, len(trace) * self.population),
             status=status,
             trace=torch.stack(points_kept, dim=1) if points_kept else total[:, None],
             backend="vmap",

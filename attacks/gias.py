@@ -16,7 +16,7 @@ from gradleak.engine.optimisers import SCHEDULES, Variables
 from gradleak.engine.problem import Facts, Guess, Problem
 from gradleak.threat import Observation
 
-from ._latent import LatentMatching, Trials, granted, tensor_of, tensors_of
+from ._latent import LatentMatching, Trials, granted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,9 @@ class GIAS(LatentMatching):
         outcome, final = self.latent_phase(observation, trials)
         yield outcome, final
         if self.weights_iterations:
-            facts: Facts = {**trials.facts, "code": outcome.variables}
+            facts = trials.facts.plus(named={"code": outcome.variables})
             own = {name: tensor.detach() for name, tensor in granted(observation).named_parameters()}
-            copies = (len(trials.owner), observation.batch_size)
+            copies = (len(trials.each), observation.batch_size)
             start = {name: tensor.expand(*copies, *tensor.shape).clone() for name, tensor in own.items()}
             plan = dataclasses.replace(
                 self.plan(observation),
@@ -74,8 +74,8 @@ class GIAS(LatentMatching):
             return made[0]
 
         def decode(variables: Variables, facts: Facts) -> Guess:
-            targets = tensor_of(facts["targets"])
-            images: Tensor = vmap(image)(variables, tensors_of(facts["code"]), generator.condition(targets))
-            return Guess(images, targets)
+            condition = generator.condition(facts.targets)
+            images: Tensor = vmap(image)(variables, facts.named["code"], condition)
+            return Guess(images, facts.targets)
 
         return dataclasses.replace(self.problem(observation), decode=decode)

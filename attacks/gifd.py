@@ -15,7 +15,7 @@ from gradleak.engine.loop import Final, Outcome, Plan
 from gradleak.engine.optimisers import Variables
 from gradleak.threat import Observation
 
-from ._latent import LatentMatching, Trials, granted, located, ramp, tensor_of
+from ._latent import LatentMatching, Trials, granted, located, ramp
 
 _TINY = 1e-12
 
@@ -54,7 +54,7 @@ class GIFD(LatentMatching):
         yield outcome, final
         last = len(generator.stages) - 1
         facts = trials.facts
-        condition = generator.condition(tensor_of(facts["targets"])).flatten(0, 1)
+        condition = generator.condition(facts.targets).flatten(0, 1)
         for stage in range(1, 1 + min(last, last if self.depth is None else self.depth)):
             before = {name: tensor.flatten(0, 1) for name, tensor in located(outcome.variables, facts).items()}
             with torch.no_grad():
@@ -62,7 +62,7 @@ class GIFD(LatentMatching):
             start = {name: tensor.unflatten(0, (-1, observation.batch_size)) for name, tensor in after.items()}
             size = {name: _mean_size(tensor) for name, tensor in start.items()}
             scale = size if self.relative else {name: torch.ones_like(tensor) for name, tensor in size.items()}
-            facts = {**trials.facts, "start": start, "scale": scale}
+            facts = trials.facts.plus(named={"start": start, "scale": scale})
             steps = {name: torch.zeros_like(start[name]) for name in start if name not in generator.held}
             plan = self._within(self.plan(observation), self.radii[min(stage, len(self.radii)) - 1])
             outcome, final = self.minimise(self.searched(observation, stage), steps, facts, observation, plan)

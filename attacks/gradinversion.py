@@ -19,6 +19,7 @@ from gradleak.engine import loop
 from gradleak.engine.loop import Outcome, Status
 from gradleak.engine.optimisers import Variables
 from gradleak.engine.problem import Facts, Guess, Problem, take
+from gradleak.engine.restarts import Restarts, least
 from gradleak.mechanisms import batch_statistics
 from gradleak.seeds import Generators
 from gradleak.threat import BatchNorm, Knowledge, Labels, Observation, Setting, Width
@@ -83,19 +84,19 @@ class GradInversion(GradientMatching):
         facts = super().facts(observation)
         if self.statistics == "running" and observation.running_statistics is not None:
             running = observation.running_statistics
-            facts["statistics"] = {name: row.expand(observation.victims, -1) for name, row in running.items()}
+            facts = facts.plus(
+                named={"statistics": {n: row.expand(observation.victims, -1) for n, row in running.items()}}
+            )
         if self.statistics == "batch" and observation.batch_statistics is not None:
-            facts["statistics"] = observation.batch_statistics
+            facts = facts.plus(named={"statistics": observation.batch_statistics})
         return facts
 
     def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
         """Total variation, norm, and distance to the seeds' mean once there is one."""
         images = guess.images
         prior = self.penalty(images) + self.l2 * (images.square().sum() + 1e-12).sqrt()
-        if "agreed" in facts:
-            agreed = facts["agreed"]
-            assert isinstance(agreed, Tensor)
-            prior = prior + self.group * ((images - agreed).square().mean() + 1e-12).sqrt()
+        if "agreed" in facts.own:
+            prior = prior + self.group * ((images - facts.own["agreed"]).square().mean() + 1e-12).sqrt()
         return prior
 
     def prior(self, observation: Observation) -> Callable[[Guess, Variables, Facts], Tensor]:
@@ -105,8 +106,8 @@ class GradInversion(GradientMatching):
 
         def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
             total = others(guess, variables, facts)
-            known = facts.get("statistics")
-            if isinstance(known, dict):
+            known = facts.named.get("statistics")
+            if known is not None:
                 found = batch_statistics.of_batch(network, guess.images, guess.buffers)
                 total = total + self.statistics_weight * batch_statistics.distance(found, known)
             return total
@@ -115,12 +116,10 @@ class GradInversion(GradientMatching):
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Search in rounds and return each victim's seed of lowest matching loss."""
-        victims, seeds, compute = observation.victims, self.restarts, observation.compute
-        streams = [generator.child("restart", seed) for seed in range(seeds)]
-        starts = [self.initial(observation, stream) for stream in streams]
-        current = {name: torch.cat([row[name] for row in starts]) for name in starts[0]}
-        owner = torch.arange(victims, device=observation.device).repeat(seeds)
-        facts, each = take(self.facts(observation), owner), torch.arange(len(owner), device=observation.device)
+        compute, seeds = observation.compute, Restarts(generator, self.restarts)
+        current = seeds.start(lambda stream: self.begin(observation, stream))
+        facts = take(self.facts(observation), seeds.owner)
+        each = torch.arange(len(seeds.owner), device=observation.device)
         problem = self.problem(observation)
         outcomes: list[Outcome] = []
         done = 0
@@ -129,17 +128,17 @@ class GradInversion(GradientMatching):
                 self.plan(observation),
                 iterations=length,
                 schedule=lambda share, done=done, length=length: self._factor_at(done + share * length),  # type: ignore[misc]
-                perturb=self._jitter(streams, done) if self.noise else None,
+                perturb=self._jitter(seeds.trials(), done) if self.noise else None,
             )
             outcome = loop.minimise(problem, current, facts, each, plan, compute)
             outcomes.append(outcome)
             current, done = outcome.variables, done + length
             if done < self.iterations:
-                facts = {**facts, "agreed": self._agreed(problem, current, facts, victims, compute.width)}
+                facts = facts.plus(own={"agreed": self._agreed(problem, current, facts, seeds, compute.width)})
             if compute.expired:
                 break
         final = loop.finish(problem, current, facts, compute.width)
-        return self._pick(_joined(outcomes), final, victims)
+        return self._pick(_joined(outcomes), final, seeds)
 
     def _rounds(self) -> list[int]:
         if self.restarts == 1 or not self.group:
@@ -152,14 +151,11 @@ class GradInversion(GradientMatching):
     def _factor_at(self, iteration: Tensor) -> Tensor:
         return self.factor(iteration / self.iterations)
 
-    def _jitter(self, streams: list[Generators], before: int) -> Callable[[Variables, Tensor, Tensor], None]:
-        names, first = [name for stream in streams for name in stream.names], streams[0]
-
+    def _jitter(self, streams: Generators, before: int) -> Callable[[Variables, Tensor, Tensor], None]:
         def jitter(variables: Variables, trials: Tensor, steps: Tensor) -> None:
             rows = zip(trials.tolist(), steps.tolist(), strict=True)
-            draws = Generators(
-                [(names[trial], "noise", before + step) for trial, step in rows], first.device, first.dtype
-            )
+            names = [(streams.names[trial], "noise", before + step) for trial, step in rows]
+            draws = Generators(names, streams.device, streams.dtype)
             rate = self.lr * self._factor_at(before + steps.double())
             for tensor in variables.values():
                 column = rate.to(tensor.dtype).view(-1, *(1,) * (tensor.ndim - 1))
@@ -167,13 +163,11 @@ class GradInversion(GradientMatching):
 
         return jitter
 
-    def _agreed(self, problem: Problem, variables: Variables, facts: Facts, victims: int, width: Width) -> Tensor:
+    def _agreed(self, problem: Problem, variables: Variables, facts: Facts, seeds: Restarts, width: Width) -> Tensor:
         """Mean of every victim's registered seeds, a row a trial, [T, B, C, H, W]."""
         final = loop.finish(problem, variables, facts, width)
-        shape = (self.restarts, victims)
-        images, targets = final.images.unflatten(0, shape), final.targets.unflatten(0, shape)
-        best = final.matching.view(shape).nan_to_num(torch.inf).argmin(0)
-        order = _orders(images, targets, best)
+        images = seeds.grid(final.images)
+        order = _orders(images, seeds.grid(final.targets), least(seeds.grid(final.matching)))
         images = images.gather(2, order.view(*order.shape, 1, 1, 1).expand_as(images))
         if self.shift:
             images = _registered(images, images.mean(0, keepdim=True).expand_as(images), self.shift)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
-import torch
 from annotated_types import Ge
-from torch import Tensor, nn
+from torch import nn
 
 from gradleak.attack import GradientMatching, Reconstruction
 from gradleak.defense import Defense
 from gradleak.engine import loop
 from gradleak.engine.optimisers import Variables
 from gradleak.engine.problem import Facts, Guess, Problem, take
+from gradleak.engine.restarts import Restarts
 from gradleak.mechanisms.quantum import TURN, AngleEncoded
 from gradleak.seeds import Generators
 from gradleak.threat import Knowledge, Labels, Level, Observation, Setting
@@ -66,12 +66,10 @@ class QuantumRelaxation(GradientMatching):
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Minimise from every restart and return each victim's restart whose image has the lowest loss."""
-        victims, compute = observation.victims, observation.compute
+        compute, restarts = observation.compute, Restarts(generator, self.restarts)
         problem, facts = self.problem(observation), self.facts(observation)
         relaxed = self.relaxed(problem)
-        starts = [self.initial(observation, generator.child("restart", r)) for r in range(self.restarts)]
-        start = {name: torch.cat([row[name] for row in starts]) for name in starts[0]}
-        owner = torch.arange(victims, device=observation.device).repeat(self.restarts)
+        start, owner = restarts.start(lambda stream: self.begin(observation, stream)), restarts.owner
         outcome = loop.minimise(relaxed, start, facts, owner, self.plan(observation), compute)
         known = take(facts, owner)
         final = loop.finish(relaxed, outcome.variables, known, compute.width)
@@ -80,7 +78,7 @@ class QuantumRelaxation(GradientMatching):
         images = images.unflatten(0, angles.shape[:2])
         rows = {"images": images, "targets": final.targets, "buffers": final.buffers}
         exact = loop.evaluate(problem, rows, known, compute.width)
-        return self._pick(outcome, dataclasses.replace(final, images=images, matching=exact), victims)
+        return self._pick(outcome, dataclasses.replace(final, images=images, matching=exact), restarts)
 
     def _model(self, observation: Observation) -> AngleEncoded:
         module = observation.network.module
@@ -89,4 +87,4 @@ class QuantumRelaxation(GradientMatching):
 
     def _decode(self, variables: Variables, facts: Facts) -> Guess:
         turns = variables["turns"]
-        return Guess(turns - turns.detach().floor(), cast(Tensor, facts["targets"]))
+        return Guess(turns - turns.detach().floor(), facts.targets)

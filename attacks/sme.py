@@ -72,16 +72,14 @@ class SME(GradientMatching):
         inner, scaled = problem.match, observation.view is not None and observation.weight_difference
 
         def decode(variables: Variables, facts: Facts) -> Guess:
-            difference = facts["difference"]
-            assert isinstance(difference, dict)
+            difference = facts.named["difference"]
             surrogate = _between(observation.network.parameters, difference, variables["surrogate"].squeeze())
             return dataclasses.replace(self.decode(variables, facts), parameters=surrogate)
 
         def match(update: Update, facts: Facts) -> Tensor:
             if not scaled:
                 return inner(update, facts)
-            difference = facts["difference"]
-            assert isinstance(difference, dict)
+            difference = facts.named["difference"]
             length = (_squares(difference) / (_squares(update) + 1e-30)).sqrt()
             return inner({name: length * tensor for name, tensor in update.items()}, facts)
 
@@ -91,16 +89,15 @@ class SME(GradientMatching):
         """What is known of each victim: also the weight difference."""
         facts = super().facts(dataclasses.replace(observation, training=single_step(observation.training)))
         differs = observation.weight_difference
-        facts["difference"] = {
+        difference = {
             name: tensor if differs else torch.zeros_like(tensor) for name, tensor in observation.update.items()
         }
-        return facts
+        return facts.plus(named={"difference": difference})
 
     def loss(self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]) -> Tensor:
         """Matching loss [N] of given batches, with the surrogate where its search starts."""
         facts = self.facts(observation)
-        difference = facts["difference"]
-        assert isinstance(difference, dict)
+        difference = facts.named["difference"]
         surrogates = _between(observation.network.parameters, difference, torch.tensor(self.surrogate).to(images))
         rows: dict[str, Any] = {"images": images, "targets": targets, "buffers": buffers, "parameters": surrogates}
         return loop.evaluate(self.problem(observation), rows, facts, observation.compute.width)

@@ -361,11 +361,11 @@ def setup(build: Build, mode: str, size: int) -> tuple[Network, Problem, dict[st
         update = {name: tensor.detach() for name, tensor in stack(sent).items()}
     except RuntimeError:  # not twice differentiable, which is asked next
         update = {}
-    facts: Facts = {"update": update, "targets": targets}
+    facts = Facts(targets, update=update)
     problem = Problem(
         network=network,
         training=LocalTraining(),
-        decode=lambda row, known: Guess(row["pixels"], known["targets"]),  # type: ignore[arg-type]
+        decode=lambda row, known: Guess(row["pixels"], known.targets),
         match=Direct("cosine"),
         penalty=lambda guess, row, known: guess.images.new_zeros(()),
     )
@@ -387,8 +387,7 @@ def calibrate(module: nn.Module, images: Tensor) -> None:
 
 def by_hand(module: nn.Module, facts: Facts, pixels: Tensor, row: int) -> Tensor:
     """One trial's image gradient by torch alone: the module is called as it is, and differentiated twice."""
-    update, targets = facts["update"], facts["targets"]
-    assert isinstance(update, dict) and isinstance(targets, Tensor)
+    update, targets = facts.update, facts.targets
     images = pixels[row].clone().requires_grad_()
     weights = {name: tensor.requires_grad_() for name, tensor in module.named_parameters()}
     with twice_differentiable_kernels(module):

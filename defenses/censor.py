@@ -40,6 +40,8 @@ class Censor(Defense):
     family = "noise"
     version = "3"
     reference = "arXiv:2501.15718"
+    linear = False
+    has_likelihood = True
 
     trials: Annotated[int, Ge(1)] = 20
     lr: Annotated[float, Gt(0)] = 1e-4

@@ -28,6 +28,9 @@ class DGC(Defense):
 
     family = "compression"
     reference = "arXiv:1712.01887"
+    linear = False
+    simulates = True
+    has_likelihood = True
 
     ratio: Annotated[float, Gt(0), Le(1)] = 0.001
     """Share of entries that are sent once warm."""

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Gt
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from gradleak import seeds
-from gradleak.defense import Defense, Guarantee, Message, Public
+from gradleak.defense import Message, Public
 from gradleak.defenses.gaussian_noise import GaussianNoise
-from gradleak.threat import Setting
+from gradleak.mechanisms.noise import ClippedNoise
 from gradleak.update import Extended, Update, cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diff2(Defense):
+class Diff2(ClippedNoise):
     """Sends the difference of the gradients at this round's and the last round's parameters, clipped and noised.
 
     References: Murata, Suzuki, arXiv:2302.03884. Each example's difference is clipped to norm clip * |w - w'| and
@@ -31,17 +31,15 @@ class Diff2(Defense):
     model's last step is real and its direction is not. It stands for the same client's data in both rounds.
     """
 
-    family = "noise"
     reference = "arXiv:2302.03884"
     single_round = True
+    linear = False
+    has_likelihood = True
 
     distance: Annotated[float, Gt(0)] = 0.1
     """Length |w - w'| of the model's last step."""
-    sigma: Annotated[float, Ge(0)] = 1.0
-    """Noise multiplier."""
     clip: Annotated[float, Gt(0)] = 1.0
     """Largest norm of one example's difference over `distance`."""
-    delta: Annotated[float, Gt(0), Lt(1)] = 1e-5
     seed: int = 0
     """Seed of the model's last step."""
 
@@ -83,13 +81,9 @@ class Diff2(Defense):
         """One an entry, if there is noise."""
         return self._noise.noise_floor(message, public)
 
-    def guarantee(self, setting: Setting) -> Guarantee | None:
-        """Return epsilon of one message: the Gaussian mechanism on clipped differences."""
-        return self._noise.guarantee(setting)
-
     @property
     def _noise(self) -> GaussianNoise:
-        return GaussianNoise(sigma=self.sigma, clip=self.clip * self.distance, delta=self.delta)
+        return GaussianNoise(sigma=self.multiplier, clip=self.clip * self.distance, delta=self.delta)
 
 
 class _Difference(Extended):

@@ -31,6 +31,8 @@ class DiscreteBottleneck(Defense):
 
     family = "representation"
     reference = "arXiv:2207.11240"
+    linear = False
+    simulates = True
 
     heads: Annotated[int, Ge(1)] = 4
     """Parts the features are cut into; the last is padded with zeros."""

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt, Le, Lt
-from opacus.accountants import PRVAccountant, RDPAccountant
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from gradleak.defense import Defense, Guarantee, Message, Public
+from gradleak.defense import Exposure, Message, Public
 from gradleak.engine.objectives import absolute, relative_squared
 from gradleak.engine.residuals import difference, entries
-from gradleak.threat import Setting
+from gradleak.mechanisms.noise import ClippedNoise
+from gradleak.privacy import Accountant
 from gradleak.update import Update, flatten, squared_norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPSGD(Defense):
+class DPSGD(ClippedNoise):
     """Clips each example's gradient to norm `clip`, averages, and adds noise of scale sigma * clip / B.
 
     References: Abadi et al., CCS 2016, arXiv:1607.00133; accountants: Mironov, arXiv:1702.07476 (rdp), Gopi, Lee,
@@ -27,18 +26,17 @@ class DPSGD(Defense):
     instead, and has no guarantee here, as these accountants know Gaussian noise only. The adaptive answer clips
     its guess too and matches by the noise's likelihood: squares for Gaussian, absolute values for Laplace.
 
-    An attack sees one message, and knows that its victim took part: `guarantee` is that of one message, without
-    amplification by sampling. `run_guarantee` is that of the model after `steps` rounds.
+    An attack sees one message, and knows that its victim took part: `guarantee` is that of what it sees, without
+    amplification by sampling. `run_guarantee` is that of the model after `steps` rounds. Asked for by `epsilon`, the
+    noise is found by Opacus.
     """
 
-    family = "noise"
     reference = "arXiv:1607.00133"
+    linear = False
+    has_likelihood = True
 
-    sigma: Annotated[float, Ge(0)] = 1.0
-    """Noise multiplier: scale of the noise on a sum of gradients over `clip`."""
     clip: Annotated[float, Gt(0)] = 1.0
     """Largest norm of one example's gradient: Euclidean for Gaussian noise, absolute sum for Laplace."""
-    delta: Annotated[float, Gt(0), Lt(1)] = 1e-5
     sampling_rate: Annotated[float, Gt(0), Le(1)] = 0.01
     """Probability q that an example takes part in a round (Poisson sampling)."""
     steps: Annotated[int, Ge(1)] = 1000
@@ -68,11 +66,11 @@ class DPSGD(Defense):
 
     def public(self, template: Update, batch_size: int, generator: torch.Generator) -> Public:
         """Return the noise's scale, which every party can compute."""
-        return {"scale": flatten(template).new_tensor(self.sigma * self.clip / batch_size)}
+        return {"scale": flatten(template).new_tensor(self.multiplier * self.clip / batch_size)}
 
     def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
         """Add the noise."""
-        if self.sigma == 0:
+        if self.multiplier == 0:
             return update
         return {
             name: tensor + public["scale"] * self._noise(tensor.shape, generator).to(tensor)
@@ -85,37 +83,29 @@ class DPSGD(Defense):
 
     def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Differences over the noise's standard deviation: the scale, times the root of two for Laplace noise."""
-        if self.sigma == 0:
+        if self.multiplier == 0:
             return super().residual(message, simulated, public)
         widen = 1.0 if self.mechanism == "gaussian" else 2**0.5
         return difference(simulated, message) / (widen * public["scale"])
 
     def noise_floor(self, message: Message, public: Public) -> Tensor:
         """One an entry."""
-        return entries(message) if self.sigma else super().noise_floor(message, public)
+        return entries(message) if self.multiplier else super().noise_floor(message, public)
 
-    def guarantee(self, setting: Setting) -> Guarantee | None:
-        """Return epsilon of one message, q = 1; None for Laplace noise, no noise, or local steps."""
-        return self._account(setting, 1.0, 1, "one example added or removed, one message")
+    @property
+    def own_run(self) -> Exposure:
+        """`steps` Poisson-sampled rounds."""
+        return Exposure(self.steps, self.sampling_rate)
 
-    def run_guarantee(
-        self, setting: Setting, sampling_rate: float | None = None, steps: int | None = None
-    ) -> Guarantee | None:
-        """Return epsilon of the model after Poisson-sampled rounds; None where `guarantee` is."""
-        rate, rounds = sampling_rate or self.sampling_rate, steps or self.steps
-        unit = f"one example added or removed, {rounds} rounds at sampling rate {rate:g}"
-        return self._account(setting, rate, rounds, unit)
+    @property
+    def accounting(self) -> Accountant:
+        """The `accountant`."""
+        return self.accountant
 
-    def _account(self, setting: Setting, rate: float, steps: int, unit: str) -> Guarantee | None:
-        if self.mechanism == "laplace" or self.sigma == 0 or setting.local_lr is not None:
-            return None
-        accountant = RDPAccountant() if self.accountant == "rdp" else PRVAccountant()
-        accountant.history = [(self.sigma, rate, steps)]
-        with warnings.catch_warnings():
-            # Opacus says that its orders are few for such little noise; epsilon is astronomic there anyway.
-            warnings.simplefilter("ignore", UserWarning)
-            epsilon = float(accountant.get_epsilon(delta=self.delta))
-        return Guarantee(epsilon, self.delta, f"Opacus {self.accountant.upper()}", unit)
+    @property
+    def gaussian(self) -> bool:
+        """Whether the noise is, which the accountants know."""
+        return self.mechanism == "gaussian"
 
     def _noise(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         # Drawn in float64 so that float32 and float64 runs have the same noise.

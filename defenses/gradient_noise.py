@@ -26,6 +26,8 @@ class GradientNoise(Defense):
 
     family = "noise"
     reference = "arXiv:1511.06807"
+    linear = False
+    has_likelihood = True
 
     eta: Annotated[float, Ge(0)] = 0.01
     """Variance of the noise in round 0."""

@@ -25,6 +25,7 @@ class Mixup(Encoding):
     """
 
     reference = "arXiv:2112.00059"
+    mixes = True
     counter_attacks = ("encoding-inversion", "decoded-spear")
 
     count: Annotated[int, Ge(2)] = 4

@@ -27,6 +27,8 @@ class Outpost(Defense):
 
     family = "noise"
     reference = "Wang, Hugh, Li, INFOCOM 2023"
+    linear = False
+    has_likelihood = True
 
     prune: Annotated[float, Ge(0), Lt(1)] = 0.8
     """Share of each tensor's entries that are pruned."""

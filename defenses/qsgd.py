@@ -31,6 +31,8 @@ class QSGD(Defense):
 
     family = "compression"
     reference = "arXiv:1610.02132"
+    linear = False
+    has_likelihood = True
 
     levels: Annotated[int, Ge(1)] = 15
     """Levels above zero."""

@@ -25,6 +25,8 @@ class Quantise(Defense):
 
     family = "compression"
     reference = "arXiv:1906.08935"
+    linear = False
+    has_likelihood = True
 
     bits: Literal[2, 4, 8, 16] = 8
     """Bits an entry; 16 is half precision."""

@@ -24,16 +24,13 @@ class RandomK(Defense):
 
     family = "compression"
     reference = "arXiv:1809.07599"
+    linear = True
+    simulates = True
 
     ratio: Annotated[float, Gt(0), Le(1)] = 0.1
     """Share of entries that are sent."""
     unbiased: bool = True
     """Whether the server scales what it got by d / k, so that its expectation is the update."""
-
-    @property
-    def linear(self) -> bool:
-        """Picking entries is linear."""
-        return True
 
     def public(self, template: Update, batch_size: int, generator: torch.Generator) -> Public:
         """Draw the positions that are sent, int64 [k], sorted; add the parameters' shapes."""

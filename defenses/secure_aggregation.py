@@ -33,6 +33,7 @@ class SecureAggregation(Defense):
     reference = "arXiv:1611.04482"
     version = "2"
     counter_attacks = ("cocktail-party",)
+    linear = False
 
     clients: Annotated[int, Ge(1)] = 2
     """Clients in a sum."""

@@ -26,6 +26,8 @@ class Sign(Defense):
 
     family = "compression"
     reference = "arXiv:1802.04434"
+    linear = False
+    has_likelihood = True
 
     scaled: bool = True
     """Whether signs are multiplied by the mean magnitude of their tensor; else they are ±1."""

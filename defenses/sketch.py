@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from gradleak.defense import Defense, Guarantee, Message, Public
+from gradleak.defense import Message, Public
 from gradleak.defenses.gaussian_noise import GaussianNoise
 from gradleak.errors import GradleakError
+from gradleak.mechanisms.noise import ClippedNoise
 from gradleak.mechanisms.sketching import FAMILIES, Operator, layout, shapes_of
-from gradleak.threat import Setting
 from gradleak.update import Update, flatten, unflatten
 
 _KEY = "sketch"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sketch(Defense):
+class Sketch(ClippedNoise):
     """Sends R g for a random R [s, d] that all clients of a round share; the server applies R^T.
 
     References: Song, Wang, Yu, Zhang, ICML 2023, arXiv:2210.08371. R is public, as the server needs it, so the
@@ -31,7 +31,9 @@ class Sketch(Defense):
     """
 
     family = "sketch"
+    usual = 0.0
     reference = "arXiv:2210.08371"
+    simulates = True
 
     kind: Literal["count-sketch", "srht", "gaussian", "ams"] = "count-sketch"
     """Family of R; `gaussian` and `ams` take O(s d) time a sketch."""
@@ -39,16 +41,13 @@ class Sketch(Defense):
     """s / d."""
     size: Annotated[int, Ge(1)] | None = None
     """s itself; unset, it follows from `ratio`."""
-    sigma: Annotated[float, Ge(0)] = 0.0
-    """Noise multiplier of the remedy; without `clip` the noise's standard deviation itself."""
     clip: Annotated[float, Gt(0)] | None = None
     """Largest norm of one example's sketch."""
-    delta: Annotated[float, Gt(0), Lt(1)] = 1e-5
 
     @property
-    def linear(self) -> bool:
+    def linear(self) -> bool:  # type: ignore[override]
         """Without the remedy."""
-        return self.sigma == 0 and self.clip is None
+        return self.multiplier == 0 and self.clip is None
 
     @property
     def additive(self) -> bool:
@@ -61,9 +60,9 @@ class Sketch(Defense):
         return self.clip is not None
 
     @property
-    def has_likelihood(self) -> bool:
+    def has_likelihood(self) -> bool:  # type: ignore[override]
         """The noise's; without noise the attack's own distance serves."""
-        return self.sigma > 0
+        return self.multiplier > 0
 
     def per_example(self, gradient: Update, public: Public) -> Update:
         """Sketch one example's gradient and scale it down to norm `clip`."""
@@ -86,7 +85,7 @@ class Sketch(Defense):
     def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
         """Sketch the update, unless `per_example` has, and add the noise."""
         sketched = self.simulate(update, public)
-        return self._noise.protect(sketched, public, generator) if self.sigma else sketched
+        return self._noise.protect(sketched, public, generator) if self.multiplier else sketched
 
     def simulate(self, update: Update, public: Public) -> Message:
         """Sketch the update, unless `per_example` has."""
@@ -113,19 +112,9 @@ class Sketch(Defense):
         """One an entry, if there is noise."""
         return self._noise.noise_floor(message, public)
 
-    def guarantee(self, setting: Setting) -> Guarantee | None:
-        """Return what the Gaussian mechanism gives for one message: R is public, the sensitivity is `clip`."""
-        return self._noise.guarantee(setting)
-
-    def run_guarantee(
-        self, setting: Setting, sampling_rate: float | None = None, steps: int | None = None
-    ) -> Guarantee | None:
-        """As `guarantee`, of many messages."""
-        return self._noise.run_guarantee(setting, sampling_rate, steps)
-
     @property
     def _noise(self) -> GaussianNoise:
-        return GaussianNoise(sigma=self.sigma, clip=self.clip, delta=self.delta)
+        return GaussianNoise(sigma=self.multiplier, clip=self.clip, delta=self.delta)
 
     def _operator(self, dimension: int, public: Public) -> Operator:
         size = self.size or math.ceil(self.ratio * dimension)

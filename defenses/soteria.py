@@ -34,6 +34,7 @@ class Soteria(Defense):
 
     family = "representation"
     reference = "arXiv:2012.06043"
+    has_likelihood = True
 
     ratio: Annotated[float, Ge(0), Lt(1)] = 0.4
     """Share of the features that are removed."""

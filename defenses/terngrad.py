@@ -27,6 +27,9 @@ class TernGrad(Defense):
 
     family = "compression"
     reference = "arXiv:1705.07878"
+    linear = False
+    simulates = True
+    has_likelihood = True
 
     clip: Annotated[float, Gt(0)] | None = 2.5
     """Entries are clipped to so many standard deviations of their tensor."""

@@ -26,6 +26,8 @@ class TopK(Defense):
 
     family = "compression"
     reference = "arXiv:1704.05021"
+    linear = False
+    has_likelihood = True
 
     ratio: Annotated[float, Gt(0), Le(1)] = 0.1
     """Share of entries that are sent; at least one."""

@@ -29,6 +29,7 @@ class TrAct(Defense):
     reference = "arXiv:2410.23970"
     version = "2"
     counter_attacks = ("tract-inversion",)
+    has_likelihood = True
 
     damping: Annotated[float, Gt(0)] = 0.1
     """Weight of the identity."""

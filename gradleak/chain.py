@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .defense import Defense, Guarantee, Loss, Memory, Message, Public
+from .defense import Defense, Exposure, GaussianMechanism, Guarantee, Loss, Memory, Message, Public
 from .errors import GradleakError
 from .threat import Setting
 from .update import Update
@@ -27,6 +27,8 @@ class Chain(Defense):
         GradleakError: a defense that is not linear comes before one that acts on each example's gradient; secure
             aggregation is not the last, or follows one whose messages do not add up.
     """
+
+    simulates = True
 
     defenses: tuple[Defense, ...]
 
@@ -75,12 +77,17 @@ class Chain(Defense):
         return any(defense.single_round for defense in self.defenses)
 
     @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        """Whether any member's encoding does."""
+        return any(defense.mixes for defense in self.defenses)
+
+    @property
     def per_example_gradients(self) -> bool:
         """Whether any member acts on each example's gradient."""
         return any(defense.per_example_gradients for defense in self.defenses)
 
     @property
-    def linear(self) -> bool:
+    def linear(self) -> bool:  # type: ignore[override]
         """Whether all members are."""
         return all(defense.linear for defense in self.defenses)
 
@@ -95,7 +102,7 @@ class Chain(Defense):
         return max(defense.cohort for defense in self.defenses)
 
     @property
-    def has_likelihood(self) -> bool:
+    def has_likelihood(self) -> bool:  # type: ignore[override]
         """Whether the last member that changes messages brings one."""
         return self.defenses[self._last].has_likelihood
 
@@ -103,6 +110,11 @@ class Chain(Defense):
     def is_adaptive_target(self) -> bool:
         """Whether knowing any member changes what a matching attack does."""
         return any(defense.is_adaptive_target for defense in self.defenses)
+
+    @property
+    def inspectors(self) -> tuple[Defense, ...]:
+        """Members that look at the model; each has a threshold of its own."""
+        return tuple(each for defense in self.defenses for each in defense.inspectors)
 
     def prepare_model(self, module: nn.Module) -> nn.Module:
         """Return the model that all members have changed, in order."""
@@ -116,10 +128,10 @@ class Chain(Defense):
             images, targets = defense.encode(images, targets, generator)
         return images, targets
 
-    def soften(self, targets: Tensor) -> Tensor:
+    def soft_targets(self, targets: Tensor) -> Tensor:
         """Return what all members make of guessed labels, in order."""
         for defense in self.defenses:
-            targets = defense.soften(targets)
+            targets = defense.soft_targets(targets)
         return targets
 
     @property
@@ -221,15 +233,48 @@ class Chain(Defense):
         index = max(aggregating, default=self._last)
         return self.defenses[index].pack(message, _own(public, index))
 
+    def bounded_noise(self, setting: Setting) -> GaussianMechanism | None:
+        """Return the member's of most noise, where a sum is seen with the noise of all its clients.
+
+        Members after it process what it sent, members before it act on each example before it clips. A sum's noise is
+        that of clients who do as they are told; its fixed point is far finer than the noise.
+        """
+        if self.mixes:
+            return None
+        found = [each for each in (defense.bounded_noise(setting) for defense in self.defenses) if each is not None]
+        if not found:
+            return None
+        return max(found, key=lambda mechanism: mechanism.multiplier).summed(self.cohort)
+
+    def calibrated(self, setting: Setting, run: Exposure | None = None) -> Chain:
+        """Return the chain of members with the noise that they ask for, of a sum with all its clients' together."""
+
+        def seen(defense: Defense) -> Exposure:
+            return replace(run or defense.own_run, clients=self.cohort)
+
+        return Chain(tuple(defense.calibrated(setting, seen(defense)) for defense in self.defenses))
+
     def guarantee(self, setting: Setting) -> Guarantee | None:
-        """Return the strongest member's."""
-        return _strongest(defense.guarantee(setting) for defense in self.defenses)
+        """Return the strongest: the chain's, or that of a member with an accountant of its own."""
+        own = [defense.guarantee(setting) for defense in self.defenses if _overrides(defense, "guarantee")]
+        return _strongest([super().guarantee(setting), *own])
 
     def run_guarantee(
         self, setting: Setting, sampling_rate: float | None = None, steps: int | None = None
     ) -> Guarantee | None:
-        """Return the strongest member's."""
-        return _strongest(defense.run_guarantee(setting, sampling_rate, steps) for defense in self.defenses)
+        """Return the strongest: the chain's, or that of a member with an accountant of its own."""
+        own = [
+            defense.run_guarantee(setting, sampling_rate, steps)
+            for defense in self.defenses
+            if _overrides(defense, "run_guarantee")
+        ]
+        return _strongest([super().run_guarantee(setting, sampling_rate, steps), *own])
+
+    @property
+    def own_run(self) -> Exposure:
+        """That of the member whose noise is accounted for."""
+        noisy = [defense.own_run for defense in self.defenses if defense.bounded_noise(Setting()) is not None]
+        return next(iter(noisy), Exposure())
 
     @property
     def _start(self) -> int:
@@ -264,8 +309,8 @@ def _overrides(defense: Defense, *names: str) -> bool:
 
 
 def _changes_messages(defense: Defense) -> bool:
-    changed = not defense.linear or defense.has_likelihood
-    return changed or _overrides(defense, "release", "release_next", "simulate", "decode", "pack")
+    changed = not defense.linear or defense.simulates or defense.has_likelihood
+    return changed or _overrides(defense, "release", "release_next", "decode", "pack")
 
 
 def _acts(defense: Defense) -> bool:

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .engine.residuals import relative_difference
-from .knowledge import Setting
+from .knowledge import BatchNorm, Setting
 from .options import Options
+from .privacy import Exposure, GaussianMechanism, Guarantee
 from .update import Update
+
+__all__ = ["Defense", "Exposure", "GaussianMechanism", "Guarantee", "Loss", "Memory", "Message", "Public", "View"]
 
 Message = dict[str, Tensor]
 """What travels: one tensor or several, as many and of whatever shape the defense likes."""
@@ -31,23 +34,17 @@ Memory = Any
 """What a client keeps from one of its messages to the next; None before its first."""
 
 
-@dataclass(frozen=True)
-class Guarantee:
-    """A differential privacy guarantee: (epsilon, delta), for what it holds, and who computed it."""
-
-    epsilon: float
-    delta: float
-    accountant: str
-    unit: str
-    """What two neighbouring inputs differ in, e.g. "one example, one message"."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Defense(Options):
-    """A defense; a plugin implements `protect`, and `simulate` or `nll` so that it can be attacked adaptively."""
+    """A defense; a plugin implements `protect`, and `simulate` or `nll` so that it can be attacked adaptively.
+
+    What others go by (`linear`, `simulates`, `has_likelihood`, `additive`, `per_example_gradients`) a class declares
+    beside the methods that it brings, as an attribute or, where it depends on options, as a property; `gradleak check`
+    holds it to that.
+    """
 
     family: ClassVar[str]
-    """noise, compression, sketch, representation, data, model, aggregation, none."""
+    """noise, compression, sketch, representation, data, model, aggregation, detection, none."""
     reference: ClassVar[str]
     version: ClassVar[str] = "1"
     """Raised whenever results change, so that old cells are not taken for new ones."""
@@ -55,6 +52,44 @@ class Defense(Options):
     """Names of attacks made to defeat this defense."""
     single_round: ClassVar[bool] = False
     """Whether messages mean something in the attacked round only, so that no model can be trained from them."""
+    linear: ClassVar[bool] = True
+    """Whether `protect` is `simulate` and linear, so that it may act on each example before averaging."""
+    simulates: ClassVar[bool] = False
+    """Whether `simulate` may change an update."""
+    has_likelihood: ClassVar[bool] = False
+    """Whether `nll` is there, the defense's own matching objective."""
+    mixes: ClassVar[bool] = False
+    """Whether `encode` makes an image out of several, so that clipping gradients bounds no single example's share."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Where a class brings a method and does not say what it is, assume the least: not linear, or changing."""
+        super().__init_subclass__(**kwargs)
+        for method, (fact, assumed) in _ASSUMED.items():
+            if _rank(cls, method) < _rank(cls, fact):
+                setattr(cls, fact, assumed)
+
+    def inspect(self, module: nn.Module, template: nn.Module, images: Tensor, targets: Tensor) -> float:
+        """Return how suspicious the model looks that a client was sent; above a threshold the client sends nothing.
+
+        The threshold is what honest models reach (`false_alarms`).
+
+        Args:
+            module: as it was sent, in eval mode.
+            template: the agreed architecture, with initial weights of its own.
+            images: of the client, [B, C, H, W].
+            targets: class probabilities of the client, [B, classes].
+        """
+        return 0.0
+
+    @property
+    def false_alarms(self) -> float:
+        """Share of honest models that the threshold of `inspect` may refuse, in [0, 1)."""
+        return 0.0
+
+    @property
+    def inspectors(self) -> tuple[Defense, ...]:
+        """Itself, or members, that look at the model."""
+        return (self,) if type(self).inspect is not Defense.inspect else ()
 
     @property
     def per_example_gradients(self) -> bool:
@@ -69,7 +104,7 @@ class Defense(Options):
         """Return the images [B, C, H, W] and class probabilities [B, classes] that the client trains on."""
         return images, targets
 
-    def soften(self, targets: Tensor) -> Tensor:
+    def soft_targets(self, targets: Tensor) -> Tensor:
         """Return the class probabilities that a client trains on whose labels are `targets` [B, classes].
 
         A matching attack that knows the defense asks it. By default what `encode` makes of them if it draws nothing
@@ -95,11 +130,6 @@ class Defense(Options):
     def private_buffers(self, module: nn.Module, images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw the model's private randomness for one update, as buffers [B, ...] to run it with (dropout masks)."""
         return {}
-
-    @property
-    def linear(self) -> bool:
-        """Whether `protect` is `simulate` and linear, so that it may act on each example before averaging."""
-        return type(self).protect is Defense.protect
 
     @property
     def additive(self) -> bool:
@@ -171,9 +201,29 @@ class Defense(Options):
         """Encode a message as it travels; its length is the price in bytes. Default: dense float32."""
         return b"".join(tensor.detach().float().cpu().numpy().tobytes() for tensor in message.values())
 
-    def guarantee(self, setting: Setting) -> Guarantee | None:
-        """Return what holds for one message of a client in this setting; None for no guarantee."""
+    def bounded_noise(self, setting: Setting) -> GaussianMechanism | None:
+        """Return the Gaussian mechanism that a message is, from which guarantees are computed; None for none."""
         return None
+
+    def calibrated(self, setting: Setting, run: Exposure | None = None) -> Defense:
+        """Return the defense with the noise that a wanted guarantee over a training run takes. Default: itself."""
+        return self
+
+    @property
+    def own_run(self) -> Exposure:
+        """How often a training run exposes an example, if nobody says otherwise."""
+        return Exposure()
+
+    def guarantee(self, setting: Setting) -> Guarantee | None:
+        """Return what holds for all that an attacker of this setting sees of one example; None for no guarantee.
+
+        That is the message, or all of the setting's `rounds`; where the batch's own statistics are granted, which have
+        no noise, nothing holds.
+        """
+        mechanism = self.bounded_noise(setting)
+        if mechanism is None or setting.grants.batch_norm is BatchNorm.BATCH:
+            return None
+        return mechanism.guarantee(Exposure(setting.rounds))
 
     def run_guarantee(
         self, setting: Setting, sampling_rate: float | None = None, steps: int | None = None
@@ -185,25 +235,30 @@ class Defense(Options):
             sampling_rate: probability that an example takes part in a step; unset, the defense's own.
             steps: how many messages an example may take part in; unset, the defense's own.
         """
-        return None
-
-    @property
-    def has_likelihood(self) -> bool:
-        """Whether the defense brings its own matching objective."""
-        return type(self).nll is not Defense.nll
+        mechanism, own = self.bounded_noise(setting), self.own_run
+        if mechanism is None:
+            return None
+        return mechanism.guarantee(Exposure(steps or own.messages, sampling_rate or own.sampling_rate))
 
     @property
     def is_adaptive_target(self) -> bool:
         """Whether knowing the defense changes what a matching attack does."""
-        cls = type(self)
-        changed = cls.simulate is not Defense.simulate or cls.per_example is not Defense.per_example
-        return changed or self.has_likelihood or self.softens
+        return self.simulates or self.per_example_gradients or self.has_likelihood or self.softens
 
     @property
     def softens(self) -> bool:
         """Whether the client trains on other class probabilities than its labels, in a way that is known."""
         labels = torch.eye(4)
-        return not torch.equal(self.soften(labels), labels)
+        return not torch.equal(self.soft_targets(labels), labels)
+
+
+_ASSUMED = {"protect": ("linear", False), "simulate": ("simulates", True), "nll": ("has_likelihood", True)}
+"""What is assumed of a class that brings a method and declares nothing about it."""
+
+
+def _rank(cls: type, name: str) -> int:
+    """How far up a class's ancestors a name is defined."""
+    return next(index for index, parent in enumerate(cls.__mro__) if name in vars(parent))
 
 
 @dataclass(frozen=True)
@@ -218,9 +273,9 @@ class View:
         """Whether the message can be simulated."""
         return self.public is not None
 
-    def soften(self, targets: Tensor) -> Tensor:
+    def soft_targets(self, targets: Tensor) -> Tensor:
         """Return the class probabilities [B, classes] that a client with guessed labels trains on."""
-        return self.defense.soften(targets)
+        return self.defense.soft_targets(targets)
 
     def per_example(self, gradient: Update) -> Update:
         """Return one example's guessed gradient as the client changes it before averaging."""

@@ -47,6 +47,18 @@ class Level(StrEnum):
     ORACLE = "oracle"
 
 
+class Power(StrEnum):
+    """What the server may do to the model that it sends.
+
+    honest: sends the agreed model as training left it. parameters: chooses its parameters. architecture: also adds
+    layers.
+    """
+
+    HONEST = "honest"
+    PARAMETERS = "parameters"
+    ARCHITECTURE = "architecture"
+
+
 _RANKS: dict[type[StrEnum], dict[StrEnum, int]] = {
     Labels: {
         Labels.NONE: 0,
@@ -57,6 +69,7 @@ _RANKS: dict[type[StrEnum], dict[StrEnum, int]] = {
     },
     BatchNorm: {BatchNorm.NONE: 0, BatchNorm.RUNNING: 1, BatchNorm.BATCH: 2},
     Level: {level: rank for rank, level in enumerate(Level)},
+    Power: {power: rank for rank, power in enumerate(Power)},
 }
 
 
@@ -78,6 +91,8 @@ class Knowledge:
     """Public labelled images, disjoint from every victim."""
     local_training: bool = False
     """Number, size and rate of the client's local steps."""
+    server: Power = Power.HONEST
+    """What the server may do to the model; the setting's `server` grants it."""
 
     def missing(self, granted: Knowledge) -> list[str]:
         """Name what is needed here but not granted, e.g. `["labels: known"]`; empty when all is there."""
@@ -102,7 +117,7 @@ class Conduct:
     """Plain values."""
     version: str = ""
     file: str = ""
-    """Hash of the plugin file that brought it; empty for others."""
+    """Digest of its code, of every client but the plain one."""
 
     @property
     def built(self) -> Client:
@@ -111,6 +126,20 @@ class Conduct:
             return PLAIN
         client: Client = registry.build("clients", self.name, self.options)
         return client
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tampering:
+    """Who sends the model: a server by its name, with every option."""
+
+    name: str = "honest"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Plain values."""
+    version: str = ""
+    file: str = ""
+    """Hash of the plugin file that brought it; empty for others."""
+    surface: Power = Power.HONEST
+    """What it changes of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +166,13 @@ class Setting:
     """How each pass over the batch goes: in its own order, or in one that the client draws and nobody else knows."""
     client: Conduct = field(default=Conduct(), metadata={"later": True})
     """Loss, arithmetic and optimiser of the client."""
+    rounds: Annotated[int, Ge(1)] = field(default=1, metadata={"later": True})
+    """Messages that the attacker has of each client: of the same images and the same model, each with private and
+    public randomness of its own."""
     precision: Literal["float32", "float64"] = "float32"
     grants: Knowledge = field(default_factory=Knowledge)
+    server: Tampering = field(default=Tampering(), metadata={"later": True})
+    """Who sends the model: an honest server by default."""
 
     @property
     def dtype(self) -> torch.dtype:

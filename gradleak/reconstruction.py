@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .defense import Defense
 from .engine.loop import Status
+from .knowledge import Power
 from .options import Options
 from .plugins import PluginError, at, place_of_hook
 from .seeds import Generators
@@ -72,7 +73,6 @@ class Attack(Options, ABC):
 
     family: ClassVar[str]
     """optimisation, analytic, generative, learned, or control."""
-    threat_model: ClassVar[str] = "honest server"
     reference: ClassVar[str]
     version: ClassVar[str] = "1"
     """Raised whenever results change, so that old cells are not taken for new ones."""
@@ -88,6 +88,11 @@ class Attack(Options, ABC):
     `{"auto-v2": {"label": {"option": 1}}}`. A changed membership is a new version of the name."""
     tuning: ClassVar[str] = "defaults of the reference"
     """How the defaults were found: on which tuning victims, with how many trials."""
+
+    @property
+    def threat_model(self) -> str:
+        """What the attack asks of the server, as it follows from `needs`."""
+        return threat_model(self.needs.server)
 
     @abstractmethod
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
@@ -108,10 +113,18 @@ class Attack(Options, ABC):
         return None
 
 
+def threat_model(power: Power) -> str:
+    """Return in words what a server of some power does."""
+    return "honest server" if power is Power.HONEST else f"malicious server ({power.value})"
+
+
 def granted_of(attack: Attack, setting: Setting, level: Level) -> Knowledge:
-    """What a setting grants; controls are yardsticks and always have the public images."""
+    """What a setting grants; controls are yardsticks and always have the public images.
+
+    The attacker is the server, so it may do what the setting's server does.
+    """
     auxiliary = setting.grants.auxiliary or attack.family == "control"
-    return replace(setting.grants, defense=level, auxiliary=auxiliary)
+    return replace(setting.grants, defense=level, auxiliary=auxiliary, server=setting.server.surface)
 
 
 def mistakes(answer: object, observation: Observation) -> Iterator[str]:

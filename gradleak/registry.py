@@ -1,4 +1,4 @@
-"""Names to plugin classes: the files of the five folders, entry points of other packages, and single files.
+"""Names to plugin classes: the files of the six folders, entry points of other packages, and single files.
 
 A plugin is a frozen dataclass whose fields are its hyper-parameters. Its name is the stem of its file, with
 hyphens for underscores; a file holds exactly one public class. Nothing is imported before it is asked for.
@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import os
 import pkgutil
 import re
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import plugins
+from . import code, plugins
 from .errors import GradleakError, unknown
 from .options import check
 from .plugins import at, place_of_hook
@@ -35,12 +36,13 @@ GROUPS = {
     "datasets": "dataset",
     "defenses": "defense",
     "models": "model",
+    "servers": "server",
 }
 """Registry groups and the noun of one member."""
 
 _files: dict[tuple[str, str], Path] = {}
-_FINGERPRINT = "__fingerprint__"
-"""Attribute of a plugin file's module."""
+_SOURCE = "__source__"
+"""Attribute of a plugin file's module: its content as it was run."""
 _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 
 
@@ -132,8 +134,9 @@ def describe(group: str, name: str) -> dict[str, Any]:
         # Of whatever kind: one broken plugin must not hide the others.
         return {**facts, "error": plugins.said(error)}
     facts["summary"] = (inspect.getdoc(cls) or "").partition("\n")[0]
-    for fact in ("family", "threat_model", "adaptive", "counter_attacks", "reference", "version"):
-        if hasattr(plugin, fact):
+    for fact in ("family", "threat_model", "surface", "adaptive", "counter_attacks", "queries", "reference", "version"):
+        # Of a class without an instance a property has no value.
+        if hasattr(plugin, fact) and not isinstance(getattr(plugin, fact), property):
             facts[fact] = getattr(plugin, fact)
     if declared := vars(cls).get("ensembles"):
         facts["ensembles"] = declared
@@ -178,9 +181,36 @@ def groups_of(name: str) -> list[str]:
 
 
 def fingerprint(group: str, name: str) -> str:
-    """Return the SHA-256 of the code of a plugin that `add_file` added; empty for every other."""
+    """Return the digest of the code of a plugin (`gradleak.code`); empty for a name that nothing brings.
+
+    It imports nothing but plugin files, which are digested as they were run.
+    """
+    if (path := _files.get((group, name))) is not None:
+        return code.of_file(path, own=getattr(_import_path(path), _SOURCE))
+    if (path := _built_in(group, name)) is not None:
+        return code.of_file(path, package=f"gradleak.{group}")
+    entry = _entries(group, frozenset()).get(name)
+    return code.of_entry(entry) if isinstance(entry, EntryPoint) else ""
+
+
+def folder_of(group: str, name: str) -> Path | None:
+    """Return the folder of a plugin file that `add_file` added; None for every other plugin."""
     path = _files.get((group, name))
-    return "" if path is None else str(getattr(_import_path(path), _FINGERPRINT))
+    return None if path is None else path.absolute().parent
+
+
+def added_files() -> list[Path]:
+    """Return every plugin file that `add_file` added."""
+    return [path.absolute() for path in _files.values()]
+
+
+@functools.cache
+def _built_in(group: str, name: str) -> Path | None:
+    for folder in importlib.import_module(f"gradleak.{group}").__path__:
+        path = Path(folder) / f"{name.replace('-', '_')}.py"
+        if _NAME.fullmatch(name) and path.is_file():
+            return path
+    return None
 
 
 _Source = Callable[[], type[Any]]
@@ -196,7 +226,7 @@ def _sources(group: str) -> dict[str, _Source]:
     return found
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=10)
 def _shipped(group: str, path: tuple[str, ...]) -> Mapping[str, _Source]:
     """Built-ins and what is installed on the path; a suite asks for names thousands of times."""
     found: dict[str, _Source] = {}
@@ -298,7 +328,8 @@ def _import_entry(group: str, entry: EntryPoint | str) -> type[Any]:
 
 def _import_path(path: Path) -> ModuleType:
     # The resolved path keeps two files of the same stem apart in sys.modules.
-    full = f"{plugins.FILE}{path.stem}_{abs(hash(path.resolve())):x}"
+    # Of every process the same name, which what is sent from one to another goes by.
+    full = f"{plugins.FILE}{path.stem}_{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]}"
     if full in sys.modules:
         return sys.modules[full]
     spec = importlib.util.spec_from_file_location(full, path)
@@ -308,7 +339,7 @@ def _import_path(path: Path) -> ModuleType:
     sys.modules[full] = module
     # Run from the bytes that are hashed, and not from a cache of compiled code, which may be older.
     content = path.read_bytes()
-    setattr(module, _FINGERPRINT, hashlib.sha256(content).hexdigest())
+    setattr(module, _SOURCE, content)
     try:
         run = lambda: exec(compile(content, str(path), "exec", dont_inherit=True), module.__dict__)  # noqa: E731
         plugins.importing(f"--plugin {path}", run)

@@ -16,7 +16,7 @@ from .client import PLAIN, Client
 from .dataset import Images
 from .defense import Defense, Message, View
 from .errors import GradleakError
-from .knowledge import BatchNorm, Knowledge, Labels, Level, Setting, rank
+from .knowledge import BatchNorm, Knowledge, Labels, Level, Power, Setting, Tampering, rank
 from .mechanisms import batch_statistics
 from .update import LocalTraining, Network, Update
 
@@ -27,7 +27,9 @@ __all__ = [
     "Labels",
     "Level",
     "Observation",
+    "Power",
     "Setting",
+    "Tampering",
     "Width",
     "Widths",
     "rank",

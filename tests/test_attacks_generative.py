@@ -19,6 +19,7 @@ from gradleak.attacks.ggl import _Evolution, _transformed
 from gradleak.attacks.gifd import _onto_ball
 from gradleak.dataset import Data
 from gradleak.engine.problem import take
+from gradleak.engine.restarts import Restarts
 from gradleak.errors import GradleakError
 from gradleak.search.generators import Generator
 from gradleak.seeds import Generators
@@ -164,7 +165,7 @@ def test_gifd_stays_in_its_balls(prior: Generator, radius: float, relative: bool
     options = {"iterations": 6, "restarts": 1, "radii": [radius], "relative": relative}
     attack = registry.build("attacks", "gifd", options)
     rows = torch.arange(2)
-    trials = Trials(take(attack.facts(observation), rows), rows, [Generators([0, 1])])
+    trials = Trials(take(attack.facts(observation), rows), Restarts(Generators([0, 1]), 1))
     phases = [outcome.variables for outcome, _ in attack.phases(observation, trials)]
     assert len(phases) == len(prior.stages)
     for variables in phases[1:]:

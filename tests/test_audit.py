@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def net() -> nn.Sequential:
 @pytest.fixture(scope="module")
 def undefended(own: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> tuple[Audit, Path]:
     store = tmp_path_factory.mktemp("audit") / "audit.sqlite"
-    remedies = [("gaussian-noise", {"sigma": 5.0}), "sign"]
+    remedies: list[str | tuple[str, dict[str, Any]]] = [("gaussian-noise", {"sigma": 5.0}), "sign"]
     return gradleak.audit(net(), own, budget=14, victims=3, remedies=remedies, store=store), store
 
 

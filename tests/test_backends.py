@@ -67,8 +67,7 @@ def network_of(key: str) -> Network:
 
 def layer_by_layer(update: Update, facts: Facts) -> Tensor:
     """A match that no backend knows a closed form of: weights, order and absolute values matter."""
-    observed = facts["update"]
-    assert isinstance(observed, dict)
+    observed = facts.update
     parts = [
         (1 + index) * (update[name] - observed[name]).square().sum() / (squared_norm({name: observed[name]}) + 1e-3)
         for index, name in enumerate(update)
@@ -94,9 +93,7 @@ def problem_of(
     training = training or LocalTraining()
 
     def decode(row: Variables, known: Facts) -> Guess:
-        scale = known["scale"]
-        assert isinstance(scale, Tensor)
-        return Guess((row["pixels"] * scale).sigmoid(), row["labels"].softmax(-1))
+        return Guess((row["pixels"] * known.own["scale"]).sigmoid(), row["labels"].softmax(-1))
 
     def penalty(guess: Guess, row: Variables, known: Facts) -> Tensor:
         return 0.01 * total_variation(guess.images) + 0.001 * row["labels"].square().sum()
@@ -107,10 +104,10 @@ def problem_of(
         local_update(network, images, targets, training, per_example=per_example)
         for images, targets in zip(truth, soft, strict=True)
     ]
-    facts: Facts = {
-        "update": {name: tensor.detach() for name, tensor in stack(sent).items()},
-        "scale": torch.tensor([1.0, 0.7, 1.3], dtype=torch.float64),
-    }
+    facts = Facts(
+        update={name: tensor.detach() for name, tensor in stack(sent).items()},
+        own={"scale": torch.tensor([1.0, 0.7, 1.3], dtype=torch.float64)},
+    )
     variables = {"pixels": normal(VICTIMS, batch, *SHAPE), "labels": normal(VICTIMS, batch, CLASSES)}
     problem = Problem(
         network=network, training=training, decode=decode, match=match, penalty=penalty, per_example=per_example
@@ -306,16 +303,13 @@ def test_observed_gradients_of_low_rank_are_factored_and_others_are_not(match: s
     backend = Layerwise()
     assert backend.applies(problem, variables, facts)
     ready = backend.prepare(problem, facts)
-    dense, left = ready["update"], ready["_left"]
-    assert isinstance(dense, dict) and isinstance(left, dict)
+    dense, left = ready.update, ready.named["_left"]
     assert len(left) == 2
     for name, factor in left.items():
         assert name not in dense and factor.shape == (VICTIMS, problem.network.parameters[name].shape[0], 1)
 
-    update = facts["update"]
-    assert isinstance(update, dict)
-    noisy: Facts = {**facts, "update": {key: tensor + 1e-8 * normal(*tensor.shape) for key, tensor in update.items()}}
-    assert backend.prepare(problem, noisy)["_left"] == {}
+    noisy = replace(facts, update={key: t + 1e-8 * normal(*t.shape) for key, t in facts.update.items()})
+    assert backend.prepare(problem, noisy).named["_left"] == {}
     for known in (facts, noisy):
         assert_equal_up_to_rounding(
             answer("layerwise", problem, variables, known), answer("sequential", problem, variables, known)
@@ -330,7 +324,7 @@ def test_squared_distances_near_the_truth_keep_their_digits() -> None:
         local_update(network, image.sigmoid(), label.softmax(-1), LocalTraining())
         for image, label in zip(variables["pixels"].float(), variables["labels"].float(), strict=True)
     ]
-    known: Facts = {"update": {n: t.detach() for n, t in stack(observed).items()}, "scale": torch.ones(VICTIMS)}
+    known = Facts(update={n: t.detach() for n, t in stack(observed).items()}, own={"scale": torch.ones(VICTIMS)})
     near = {name: (tensor + 1e-5 * normal(*tensor.shape, name="near")).float() for name, tensor in variables.items()}
     trials = replace(problem, network=network), near, known
     reference = answer("sequential", *trials)

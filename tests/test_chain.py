@@ -265,14 +265,14 @@ def test_members_change_the_model_and_encode_in_order() -> None:
 def test_targets_that_an_encoding_changes_for_certain_are_known() -> None:
     labels = torch.eye(10)[:3]
     soft = 0.5 * labels + 0.05
-    torch.testing.assert_close(_Smoothing().soften(labels), soft)
+    torch.testing.assert_close(_Smoothing().soft_targets(labels), soft)
     assert _Smoothing().softens and _Smoothing().is_adaptive_target
-    torch.testing.assert_close(View(_Smoothing(), None).soften(labels), soft)
-    torch.testing.assert_close(Chain((_Smoothing(), NoDefense())).soften(labels), soft)
+    torch.testing.assert_close(View(_Smoothing(), None).soft_targets(labels), soft)
+    torch.testing.assert_close(Chain((_Smoothing(), NoDefense())).soft_targets(labels), soft)
     twice = Chain((_Smoothing(), _Smoothing()))
-    torch.testing.assert_close(twice.soften(labels), _Smoothing().soften(soft))
+    torch.testing.assert_close(twice.soft_targets(labels), _Smoothing().soft_targets(soft))
     assert twice.softens and not Chain((NoDefense(), NoDefense())).softens
     # Images that are changed too, or targets that are drawn, are for an attack of their own.
-    assert torch.equal(_Darkening().soften(labels), labels)
+    assert torch.equal(_Darkening().soft_targets(labels), labels)
     for name in ("mixup", "instahide", "augmentation"):
         assert not registry.build("defenses", name).softens

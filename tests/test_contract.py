@@ -124,6 +124,46 @@ def plugin(folder: Path, code: str, line: str = "pass", name: str = "thing") -> 
     return path
 
 
+HALVES = "protect(self, update, public, generator): return {n: t / 2 for n, t in update.items()}"
+SIGNS = "protect(self, update, public, generator): return {n: t.sign() for n, t in update.items()}"
+GUESSES = "simulate(self, update, public): return {n: t.sign() for n, t in update.items()}"
+SCORES = "nll(self, message, simulated, public): return simulated['4.bias'].square().sum()"
+
+# What a defense declares, a method that it brings, and the beginning of what is said.
+MISDECLARED = [
+    ("linear = True", GUESSES, "linear = True"),
+    ("additive = True", SIGNS, "additive = True"),
+    ("linear = 1", HALVES, "linear, additive must be True or False"),
+    ("linear = simulates = False", GUESSES, "simulates = False"),
+    ("has_likelihood = True", HALVES, "has_likelihood = True, but there is no `nll`"),
+    ("has_likelihood = False", SCORES, "has_likelihood = False, but there is an `nll`"),
+    (
+        "",
+        "per_example(self, gradient, public): return {n: t / 2 for n, t in gradient.items()}",
+        "per_example_gradients",
+    ),
+    ("is_adaptive_target = True", HALVES, "is_adaptive_target is True"),
+    ("is_adaptive_target = False", SCORES, "is_adaptive_target is False"),
+]
+
+
+@pytest.mark.parametrize(("fact", "method", "said"), MISDECLARED)
+def test_a_defense_is_held_to_what_it_declares(fact: str, method: str, said: str, tmp_path: Path) -> None:
+    code = (
+        HEAD
+        + f"""
+    class Thing(Defense):
+        family = "compression"
+        reference = "test"
+        {fact}
+
+        def {method}
+"""
+    )
+    (found,) = [each for each in checks.check_file(plugin(tmp_path, code)) if each.check.startswith("is what it")]
+    assert found.ok is False and found.detail.startswith(said) and "\n" not in found.detail
+
+
 @pytest.mark.parametrize("group", KEPT)
 def test_a_plugin_that_keeps_its_promises_passes(
     group: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -148,7 +188,7 @@ def test_the_exit_code_says_whether_a_promise_is_broken(tmp_path: Path, capsys: 
     assert main(["check", str(plugin(tmp_path, DEFENSE, "raise ValueError('a'\n'b')"))]) == 1
     said = capsys.readouterr()
     assert "BROKEN       sends finite messages" in said.out and ": ValueError: ab (thing.py:16)\n" in said.out
-    assert re.search(r"thing\.py: \d of 14 promises are broken\n$", said.err)
+    assert re.search(r"thing\.py: \d of 15 promises are broken\n$", said.err)
     assert main(["check", str(tmp_path / "absent.py")]) == 2
     assert capsys.readouterr().err.endswith("absent.py: no such file\n")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from functools import cache
 
@@ -24,6 +26,20 @@ def test_contract(name: str, check: Callable[[DefenseCase], None]) -> None:
         check(case(name))
     except findings.Unchecked:
         assert not case(name).defense.is_adaptive_target
+
+
+METHODS = {"protect": "linear", "simulate": "simulates", "nll": "has_likelihood"}
+"""Methods, and the fact that a class which brings one declares."""
+
+
+@pytest.mark.parametrize("name", registry.names("defenses"))
+def test_what_a_class_is_stands_in_it(name: str) -> None:
+    cls = registry.load("defenses", name)
+    lines = inspect.getsource(cls)
+    for method, fact in METHODS.items():
+        brings = re.search(rf"^    def {method}\(", lines, re.MULTILINE)
+        says = re.search(rf"^    ({fact} = |def {fact}\()", lines, re.MULTILINE)
+        assert bool(brings) <= bool(says), f"{method} without {fact}"
 
 
 @pytest.mark.parametrize("name", registry.names("defenses"))

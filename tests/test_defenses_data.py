@@ -226,11 +226,11 @@ def test_backends_agree(defense: Defense) -> None:
     problem = Problem(
         network=network,
         training=LocalTraining(),
-        decode=lambda variables, facts: Guess(variables["images"], facts["targets"]),  # type: ignore[arg-type]
-        match=lambda update, facts: relative_squared(defense.simulate(update, sent.public), facts["message"]),  # type: ignore[arg-type]
+        decode=lambda variables, facts: Guess(variables["images"], facts.targets),
+        match=lambda update, facts: relative_squared(defense.simulate(update, sent.public), facts.message),
         penalty=lambda guess, variables, facts: guess.images.new_zeros(()),
     )
-    facts: Facts = {"message": sent.message, "targets": one_hot(labels, 10, torch.float64)}
+    facts = Facts(one_hot(labels, 10, torch.float64), message=sent.message)
     start = {"images": 0.5 * images + 0.25}
     reference = backends.Sequential()(problem, start, facts)
     for name in backends.BACKENDS:

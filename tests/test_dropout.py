@@ -17,6 +17,7 @@ from gradleak.dataset import Data
 from gradleak.defense import Defense
 from gradleak.engine import backends
 from gradleak.engine.choice import choose
+from gradleak.engine.problem import take
 from gradleak.errors import GradleakError
 from gradleak.evaluation.metrics import psnr
 from gradleak.federation import client
@@ -251,11 +252,7 @@ def test_rounded_masks_stay_rounded() -> None:
 def test_mask_prior_is_the_distance_of_the_share_of_zeros_to_the_rate() -> None:
     observation, _, _ = observe(build("mlp"), guard(0.25))
     attack = arm(mask_prior=2.0, tv=0)
-    facts = {
-        key: value if isinstance(value, Tensor) else {name: tensor[0] for name, tensor in value.items()}
-        for key, value in attack.facts(observation).items()
-    }
-    facts = {key: value[0] if isinstance(value, Tensor) else value for key, value in facts.items()}
+    facts = take(attack.facts(observation), 0)
     variables = {key: tensor[0] for key, tensor in attack.initial(observation, Generators([0, 1])).items()}
     variables["3.1.mask"] = torch.zeros(1, 24)
     variables["5.1.mask"] = torch.ones(1, 16)

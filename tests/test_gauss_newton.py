@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from gradleak.engine.backends import Vmap
 from gradleak.engine.gauss_newton import LevenbergMarquardt, Linearisation, lanczos, residuals_of
 from gradleak.engine.loop import Outcome, Plan
 from gradleak.engine.optimisers import Scene, Variables, constant
-from gradleak.engine.problem import Facts, Guess, Problem
+from gradleak.engine.problem import Facts, Guess, Problem, take
 from gradleak.threat import Compute, Observation
 from gradleak.update import LocalTraining, Network, Update, one_hot
 from tests.test_gradient_matching import Case, psnr
@@ -32,17 +32,17 @@ def curved(pixels: Tensor) -> Tensor:
     return torch.cat([3 * ends, 1 - pixels])
 
 
-def problem_of(model: str) -> tuple[Problem, Variables, dict[str, Any]]:
+def problem_of(model: str) -> tuple[Problem, Variables, Facts]:
     """A matching problem of three tuning victims in float64, and where to start."""
     case = Case(3, model=model, model_options={"widths": [8]} if model == "mlp" else None)
     network = case.network.to("cpu", torch.float64)
     targets = one_hot(case.labels, case.observation.classes, torch.float64)
 
-    def residual(update: Update, facts: Any) -> Tensor:
-        return torch.cat([(tensor - facts["update"][name]).flatten() for name, tensor in update.items()])
+    def residual(update: Update, facts: Facts) -> Tensor:
+        return torch.cat([(tensor - facts.update[name]).flatten() for name, tensor in update.items()])
 
-    def decode(variables: Variables, facts: Any) -> Guess:
-        return Guess(variables["pixels"], facts["targets"])
+    def decode(variables: Variables, facts: Facts) -> Guess:
+        return Guess(variables["pixels"], facts.targets)
 
     problem = Problem(
         network=network,
@@ -52,7 +52,7 @@ def problem_of(model: str) -> tuple[Problem, Variables, dict[str, Any]]:
         penalty=lambda guess, variables, facts: guess.images.new_zeros(()),
         residual=residual,
     )
-    facts = {"targets": targets, "update": {name: t.double() for name, t in case.observation.update.items()}}
+    facts = Facts(targets, update={name: t.double() for name, t in case.observation.update.items()})
     noise = torch.rand(case.images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return problem, {"pixels": 0.7 * case.images.double() + 0.3 * noise}, facts
 
@@ -69,9 +69,9 @@ def small_problem() -> Problem:
         network=network,
         training=LocalTraining(),
         decode=lambda variables, facts: Guess(variables["pixels"], torch.zeros(1, 1)),
-        match=lambda update, facts: (update["rows"] - facts["offset"]).square().sum(),  # type: ignore[operator]
+        match=lambda update, facts: (update["rows"] - facts.own["offset"]).square().sum(),
         penalty=lambda guess, variables, facts: guess.images.new_zeros(()),
-        residual=lambda update, facts: update["rows"] - facts["offset"],  # type: ignore[operator]
+        residual=lambda update, facts: update["rows"] - facts.own["offset"],
     )
 
 
@@ -91,7 +91,7 @@ def run(start: Tensor, offset: Tensor, low: float, high: float, width: int = 8, 
     return loop.minimise(
         small_problem(),
         {"pixels": start.clone()},
-        {"offset": offset},
+        Facts(own={"offset": offset}),
         torch.arange(len(start)),
         plan,
         Compute(backend="vmap", width=width),
@@ -128,12 +128,9 @@ def test_the_gram_matrix_is_that_of_plain_autograd() -> None:
     problem, variables, facts = problem_of("mlp")
     gram = Linearisation(problem, variables, facts).gram()
     for index in range(3):
-        known = {
-            "targets": facts["targets"][index],
-            "update": {name: tensor[index] for name, tensor in facts["update"].items()},
-        }
+        known = take(facts, index)
 
-        def residuals(pixels: Tensor, known: Any = known) -> Tensor:
+        def residuals(pixels: Tensor, known: Facts = known) -> Tensor:
             return residuals_of(problem, {"pixels": pixels}, known)
 
         (jacobian,) = torch.autograd.functional.jacobian(residuals, (variables["pixels"][index],))
@@ -193,7 +190,7 @@ def test_each_trial_has_its_own_damping() -> None:
     current = {"pixels": torch.cat([easy, hard]).double()}
     offset = torch.zeros(2, 2 * UNKNOWNS - 1, dtype=torch.float64)
     offset[0] = 0.1
-    problem, facts = small_problem(), cast(Facts, {"offset": offset})
+    problem, facts = small_problem(), Facts(own={"offset": offset})
     optimiser.start(current)
     for _ in range(3):
         values = Vmap()(problem, current, facts)

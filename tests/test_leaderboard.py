@@ -422,6 +422,10 @@ def test_prices_and_guarantees(results_of: Fixture) -> None:
     assert (noise["bytes"], noise["epsilon"], noise["accountant"]) == (200, 8, "rdp")
     assert noise["test_accuracy"] == pytest.approx(0.6)
     assert math.isnan(line(found.table, defense="none")["epsilon"])
+    assert any("delta 1e-05, rdp, neighbours: one example" in note for note in found.notes)
+    # Where one context has no guarantee, there is none for all of them together.
+    cells[1] = cell(about(20), epsilon=None, dataset="photos")
+    assert math.isnan(line(defense_board(results_of(cells)).table, defense="noise")["epsilon"])
 
 
 def test_equal_labels_with_other_options_are_told_apart(results_of: Fixture) -> None:

@@ -46,7 +46,7 @@ class Toy:
         truth = normal(victims, 1, *SHAPE, name="truth").sigmoid()
         targets = one_hot(torch.arange(victims)[:, None] % CLASSES, CLASSES, torch.float64)
         sent = [local_update(self.network, *pair, LocalTraining()) for pair in zip(truth, targets, strict=True)]
-        self.facts: Facts = {"update": {n: t.detach() for n, t in stack(sent).items()}, "targets": targets}
+        self.facts = Facts(targets, update={n: t.detach() for n, t in stack(sent).items()})
         self.start = {"pixels": torch.cat([normal(victims, 1, *SHAPE, name=restart) for restart in range(restarts)])}
         self.owner = torch.arange(victims).repeat(restarts)
         self.problem = Problem(
@@ -59,9 +59,7 @@ class Toy:
 
     @staticmethod
     def decode(row: Variables, known: Facts) -> Guess:
-        targets = known["targets"]
-        assert isinstance(targets, Tensor)
-        return Guess(row["pixels"].sigmoid(), targets)
+        return Guess(row["pixels"].sigmoid(), known.targets)
 
     def run(
         self, width: int | str = 8, backend: str = "vmap", optimiser: str = "adam", iterations: int = 12, **options: Any

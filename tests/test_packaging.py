@@ -25,7 +25,7 @@ def test_plugin_folders_are_flat_and_linked(folder: str) -> None:
 def test_every_package_is_installed() -> None:
     packages = {path.parent.relative_to(ROOT / "gradleak") for path in (ROOT / "gradleak").rglob("__init__.py")}
     names = {".".join(("gradleak", *package.parts)) for package in packages}
-    names |= {"gradleak.attacks", "gradleak.defenses"}
+    names |= {"gradleak.attacks", "gradleak.defenses", "gradleak.servers"}
     assert names == set(PROJECT["tool"]["setuptools"]["packages"])
 
 

@@ -17,6 +17,7 @@ from gradleak import registry, testing
 from gradleak.attack import GradientMatching
 from gradleak.engine.backends import Sequential, Vmap
 from gradleak.engine.layerwise import Layerwise
+from gradleak.engine.problem import take
 from gradleak.errors import GradleakError
 from gradleak.mechanisms import quantum
 from gradleak.model import initialise
@@ -438,10 +439,7 @@ def test_the_turn_of_the_relaxed_variables_changes_nothing() -> None:
     attack = registry.build("attacks", "quantum-relaxation", {})
     relaxed = attack.relaxed(attack.problem(observation))
     (start,) = attack.initial(observation, Generators([0], dtype=torch.float64)).values()
-    facts = {
-        name: {key: tensor[0] for key, tensor in value.items()} if isinstance(value, dict) else value[0]
-        for name, value in attack.facts(observation).items()
-    }
+    facts = take(attack.facts(observation), 0)
     losses = [relaxed.loss({"turns": start[0] + shift}, facts, by_autograd)[1] for shift in (0, 3)]
     assert torch.allclose(losses[0], losses[1], rtol=1e-9)
 

@@ -11,10 +11,9 @@ from torch.func import vmap
 
 from gradleak import registry
 from gradleak.dataset import Data, Images
-from gradleak.engine.restarts import OnDemand
+from gradleak.engine.restarts import OnDemand, first_to_reach
 from gradleak.errors import GradleakError
 from gradleak.search import public_images
-from gradleak.search.refinements import first_to_reach
 from gradleak.seeds import Generators
 from tests.test_gauss_newton import granted
 from tests.test_gradient_matching import psnr

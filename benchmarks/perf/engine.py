@@ -103,13 +103,13 @@ class Setup:
         (space,) = [layer for layer in self.module.modules() if isinstance(layer, Normalise)]
         self.mean, self.std = space.mean, space.std
         mean, std = self.mean, self.std
-        self.facts: Facts = {"update": update, "targets": targets}
+        self.facts = Facts(targets, update=update)
         noise = torch.randn(self.images.shape, generator=seeds.generator("perf", "start"))
         self.start: Variables = {"pixels": noise}
         self.problem = Problem(
             network=network,
             training=LocalTraining(),
-            decode=lambda row, known: Guess(row["pixels"] * std + mean, known["targets"]),  # type: ignore[arg-type]
+            decode=lambda row, known: Guess(row["pixels"] * std + mean, known.targets),
             match=Direct("cosine"),
             penalty=lambda guess, row, known: TV * total_variation(guess.images),
         )
@@ -174,8 +174,7 @@ class Peer:
         metadata = Metadata()
         self.payload = [{"parameters": list(body.parameters()), "buffers": list(body.buffers()), "metadata": metadata}]
         # Parameters are matched by position: the order of the module with and without its first layer is the same.
-        update = setup.facts["update"]
-        assert isinstance(update, dict)
+        update = setup.facts.update
         self.names = [name for name, _ in setup.module.named_parameters()]
         self.update = update
 

@@ -86,8 +86,8 @@ def data_of(images: Tensor, labels: Tensor, classes: int, name: str = "own image
         raise GradleakError(f"--data: {len(images)} different images (allowed: {FEWEST} or more)")
     order = torch.randperm(len(images), generator=seeds.generator("audit", "halves"))
     public, private = order[: len(order) // 2], order[len(order) // 2 :]
-    halves = (Images(images[half].contiguous(), labels[half].contiguous()) for half in (public, private))
-    return Data(_Given(split=Split(*halves, tuple(str(number) for number in range(classes)))), name)
+    train, test = (Images(images[half].contiguous(), labels[half].contiguous()) for half in (public, private))
+    return Data(_Given(split=Split(train, test, tuple(str(number) for number in range(classes)))), name)
 
 
 def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

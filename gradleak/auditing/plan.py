@@ -71,7 +71,7 @@ class Own(Workshop):
         """Return the user's model, as it is."""
         return self.module
 
-    def network(self, cell: Cell) -> tuple[nn.Module, float]:
+    def network(self, cell: Cell, epochs: int | None = None) -> tuple[nn.Module, float]:
         """Return the user's model as the defense prepares it; its accuracy is not asked for here."""
         return prepared(self.module, cell.built_defense), math.nan
 

@@ -231,7 +231,7 @@ class _Auditor:
                 share = max(share, min(left, _SEARCH * self.clock.budget))
             cell = self.bench.cell(attacker, attack, self.defense, 1.5 * share)
             reason = self.bench.fits(cell)
-            if reason is None and _second_order(plugin) and self._too_slow(before + found, cell, share):
+            if reason is None and _second_order(plugin) and self._too_slow([*before, *found], cell, share):
                 reason = "an iteration takes too long for this budget"
             if reason is not None:
                 skipped.append(f"{attacker.name}, {label}: {reason}")
@@ -252,7 +252,7 @@ class _Auditor:
         unknowns = self.bench.setting.batch_size * math.prod(self.bench.workshop.images.shape)
         restarts = cell.attack.options.get("restarts", 1)
         # In float64, and with a derivative in the forward direction for every product.
-        return 3 * gradient * LevenbergMarquardt().gradients(unknowns) * restarts * 5 > seconds
+        return bool(3 * gradient * LevenbergMarquardt().gradients(unknowns) * restarts * 5 > seconds)
 
     def _remedies(
         self,
@@ -321,18 +321,12 @@ class _Auditor:
 
     def _accuracy(self, defense: tuple[str, dict[str, Any]], notes: list[str] | None = None) -> float:
         """Return the accuracy after further training under a defense; NaN where it cannot be trained under."""
-        try:
-            result = evaluate(plan.training(self.bench, defense, _recipe(self.bench)), self.bench.workshop)
-        except GradleakError as error:
-            result = None
-            reason = str(error)
-        else:
-            reason = result.error or ""
-        if result is None or reason:
-            if notes is not None:
-                notes.append(f"accuracy: {reason}")
-            return math.nan
-        return float(result.provenance["test_accuracy"])
+        result = evaluate(plan.training(self.bench, defense, _recipe(self.bench)), self.bench.workshop)
+        if not result.error:
+            return float(result.provenance["test_accuracy"])
+        if notes is not None:
+            notes.append(f"accuracy: {result.error}")
+        return math.nan
 
     def _exposed(self, worst: Ran) -> list[Exposed]:
         """Return the images that came back best, beside the truth."""
@@ -401,6 +395,6 @@ def _recipe(bench: Bench) -> Utility:
 def _measured(bench: Bench) -> str:
     recipe, split = _recipe(bench), bench.workshop.images.split
     return (
-        f"Accuracy: after {recipe.rounds} further rounds of {recipe.clients} such clients on {len(split.train)} of your "
-        f"images, from your weights, on {len(split.test)} others; points lost are against the same training as it is."
+        f"Accuracy: after {recipe.rounds} further rounds of {recipe.clients} such clients on {len(split.train)} of "
+        f"your images, from your weights, on {len(split.test)} others; points lost are against the same training as it is."
     )

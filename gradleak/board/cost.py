@@ -21,16 +21,38 @@ def price(provenance: pd.Series[Any]) -> dict[str, Any]:
     line: dict[str, Any] = {
         name: float(pd.to_numeric(facts[name]).mean()) if name in facts else math.nan for name in names
     }
-    weakest = _weakest(facts.get("epsilon", []))
-    line["epsilon"] = float(weakest.get("epsilon", math.nan))
-    line["delta"] = float(weakest.get("delta", math.nan))
+    # A cell that failed says nothing of its guarantee; None says that there is none.
+    weakest = _weakest(fact["epsilon"] for fact in provenance if "epsilon" in fact)
+    for name in ("epsilon", "delta", "noise"):
+        line[name] = float(math.nan if weakest.get(name) is None else weakest[name])
     line["accountant"] = str(weakest.get("accountant", ""))
+    line["unit"] = str(weakest.get("unit", ""))
     return line
 
 
 def _weakest(guarantees: Iterable[Any]) -> Mapping[str, Any]:
-    known = [fact for fact in guarantees if isinstance(fact, Mapping)]
-    return max(known, key=lambda fact: float(fact["epsilon"]), default={})
+    """Return the weakest guarantee, empty if anything has none."""
+    found = list(guarantees)
+    if not found or not all(isinstance(fact, Mapping) for fact in found):
+        return {}
+    weakest: Mapping[str, Any] = max(found, key=lambda fact: float(fact["epsilon"]))
+    return weakest
+
+
+def guarantees(results: Results) -> list[str]:
+    """Say what the epsilons are of, what neighbouring inputs differ in, and who computed them."""
+    facts = [*results.cells["provenance"], *_of_the_attacked(results)["provenance"]]
+    known = [fact[name] for fact in facts for name in ("epsilon", "training_epsilon") if fact.get(name)]
+    made = {
+        f"delta {fact['delta']:g}, {fact['accountant']}, neighbours: {str(fact.get('unit', '')).partition(',')[0]}"
+        for fact in known
+    }
+    if not made:
+        return []
+    return [
+        "epsilon: of all that the attacker saw of an example: its message, or where clients are summed up the sum; "
+        f"training epsilon: of every message of the training run; {'; '.join(sorted(made))}"
+    ]
 
 
 def operating_point(model: str, dataset: str, config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..scales import CAP, METRICS
 from .attack_board import attack_board, compute_board
-from .cost import accuracies, price, trainings, utility
+from .cost import accuracies, guarantees, price, trainings, utility
 from .evidence import Evidence, at_floor, legend
 from .results import (
     AXES,
@@ -103,6 +103,7 @@ def defense_board(results: Results) -> Board:
         *protocol(results, resamples),
         *detectable([mean_over_known(panel.profiles(worst[HEADLINE].winners)) for _, worst in found], panel.overlaps),
         *trainings(results),
+        *guarantees(results),
         *_warnings(results, table),
     ]
     return Board("defenses", f"Defenses: {where_label(results)}", table, tuple(notes), separably_first(table))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ import pandas as pd
 from ..errors import GradleakError, unknown
 from ..scales import CAP, METRICS, THRESHOLDS
 from ..suite import UTILITY
+from . import newest
 from .statistics import APART, Floats, Pairs, Resamples, mean_over_known
 from .store import Store
 
@@ -96,16 +97,23 @@ class Results:
         return Panel(self)
 
 
-def read(*stores: Store) -> Results:
+def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None = None) -> Results:
     """Read stores into one set of results; a cell that is in several counts once.
 
     Equal labels with different options are told apart by the options that differ.
+
+    Args:
+        stores: what to read.
+        all_code: also cells of code that a label no longer stands for.
+        asked: only cells of these questions (`gradleak.suite.question_of`).
 
     Raises:
         GradleakError: there is no cell at all.
     """
     parts = [store.cells() for store in stores]
     cells = pd.concat(parts, ignore_index=True)
+    if len(cells):
+        cells = newest.chosen(cells, all_code, asked)
     rows = pd.concat([store.rows(part) for store, part in zip(stores, parts, strict=True)], ignore_index=True)
     if not (cells["attack_name"] != UTILITY).any():
         raise GradleakError(
@@ -114,6 +122,7 @@ def read(*stores: Store) -> Results:
     # A finished copy of a cell wins over a failed one.
     cells = cells.sort_values(["key", "status"], ascending=[True, False], kind="stable")
     cells = cells.drop_duplicates("key", ignore_index=True)
+    rows = rows[rows["key"].isin(set(cells["key"]))]
     rows = rows.drop_duplicates(["key", "victim", "image"], ignore_index=True)
     for group in ("attack", "defense", *CONTEXT):
         cells[group] = _distinct_labels(cells, group)
@@ -176,10 +185,21 @@ def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
     flat: dict[str, str] = {}
     for name, value in part.items():
         if isinstance(value, Mapping):
+            value = _asked(value)
             flat |= {inner: json.dumps(item, sort_keys=True) for inner, item in value.items()}
         else:
-            flat[name] = value[:8] if name in ("digest", "file") else json.dumps(value, sort_keys=True)
+            flat[name] = value[:8] if name in ("digest", "code") else json.dumps(value, sort_keys=True)
     return flat
+
+
+def _asked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the noise that was found for a wanted epsilon: it differs from context to context by right."""
+    found = options.get("epsilon") is not None
+    return {
+        name: _asked(value) if isinstance(value, Mapping) else value
+        for name, value in options.items()
+        if not (found and name == "sigma")
+    }
 
 
 def _families(cells: pd.DataFrame, group: str) -> pd.Series[str]:

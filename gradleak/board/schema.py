@@ -14,7 +14,9 @@ from ..suite import dataset_label
 SCHEMA = 2
 """Raised whenever the tables of results change; a store of another schema is refused, never converted in place."""
 
-STATUSES = ("ok", "diverged", "oom", "timeout", "invalid", "error")
+REFUSED = "refused"
+"""The client looked at the model and sent nothing."""
+STATUSES = ("ok", "diverged", "oom", "timeout", "invalid", "error", REFUSED)
 """How the attack on one victim ended; everything but `ok` is scored at the floor."""
 
 Array = npt.NDArray[Any]

@@ -71,7 +71,7 @@ class _Part(_Stored):
     options: dict[str, Any] | list[Any] = Field(default_factory=dict)
     version: Text | int = ""
     digest: Text = ""
-    file: Text = ""
+    code: Text = ""
 
 
 class _Setting(_Stored):

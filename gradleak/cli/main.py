@@ -22,6 +22,7 @@ from ..errors import GradleakError, unknown
 from ..paths import printable
 from . import attack, audit, catalogue, check, prior
 from . import store as store_commands
+from .asked import questions
 
 if TYPE_CHECKING:
     from ..evaluation.runner import Summary
@@ -43,6 +44,10 @@ app.add_typer(store_commands.app, name="store")
 
 PluginFiles = Annotated[
     list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to add; may be repeated.")
+]
+
+AllCode = Annotated[
+    bool, typer.Option("--all-code", help="Also cells of older code, told apart; else each label shows its newest.")
 ]
 
 Stores = Annotated[
@@ -200,6 +205,14 @@ def _leaderboard(
         str | None,
         typer.Option(metavar="A,B,…", help="Columns to show, e.g. rank,defense,psnr-db [default: what fits]."),
     ] = None,
+    suite: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Show the cells of this suite, and no other.")
+    ] = None,
+    all_code: AllCode = False,
+    plugin: PluginFiles = None,
+    data_root: Annotated[
+        Path | None, typer.Option("--data-root", metavar="DIR", help="Where the suite's data is.")
+    ] = None,
 ) -> None:
     """Print the defense board and the attack board of stores and bundles, merged."""
     wanted = [part.strip() for part in (columns or "").split(",") if part.strip()]
@@ -212,8 +225,9 @@ def _leaderboard(
             raise unknown("board", name, BOARDS)
     if format not in report.FORMATS:
         raise unknown("format", format, report.FORMATS)
+    asked = None if suite is None else questions(suite, data_root, plugin or ())
     with open_all(stores) as opened:
-        found = results.read(*opened)
+        found = results.read(*opened, all_code=all_code, asked=asked)
     defenses, attacks = leaderboard.landing_board(found), leaderboard.attack_board(found)
     made = {
         "defenses": lambda: defenses,
@@ -241,6 +255,7 @@ def _report(
             help="A suite whose description heads the page and whose `reported` numbers are compared; may be repeated.",
         ),
     ] = None,
+    all_code: AllCode = False,
 ) -> None:
     """Write a page that shows everything (DIR/index.html), and tables, rows and figures beside it."""
     from ..board import results
@@ -250,7 +265,7 @@ def _report(
     reported = [item for path in suite or [] for item in reproduction.read_reported(path)]
     about = " ".join(filter(None, map(reproduction.read_description, suite or [])))
     with open_all(stores) as opened:
-        written = folder.write(results.read(*opened), opened, out, reported, about)
+        written = folder.write(results.read(*opened, all_code=all_code), opened, out, reported, about)
     _say(f"{len(written)} files in {out}; see {out / folder.PAGE}")
 
 
@@ -262,6 +277,7 @@ def _compare(
         float, typer.Option(min=0.0, metavar="DB", help="Exit with 1 if a change in mean PSNR is surely above.")
     ] = 1.0,
     format: Annotated[str, typer.Option(help="table, markdown, csv, json or latex.")] = "table",
+    all_code: AllCode = False,
 ) -> None:
     """Print what changed from one store to another, paired by victim, with intervals."""
     from .. import report
@@ -270,7 +286,7 @@ def _compare(
     from ..board.compare import compare, past
 
     with open_all([before, after]) as (first, second):
-        board = compare(results.read(first), results.read(second))
+        board = compare(*(results.read(store, all_code=all_code) for store in (first, second)))
     print(report.render([board], format), end="")
     changed = len(past(board, threshold))
     _say(f"{changed} changes above {threshold:g} dB" if changed else f"no change above {threshold:g} dB")
@@ -414,6 +430,8 @@ def _print_plugins(found: Sequence[dict[str, Any]]) -> None:
 def _print_plan(plan: Any) -> None:
     for cell in plan.cells:
         print(printable(f"{cell.key[:12]}  {plan.statuses.get(cell.key, 'to run'):6}  {cell.title}"))
+    for line in plan.anew:
+        _say(line)
     counts = {state: sum(value == state for value in plan.statuses.values()) for state in ("ok", "failed")}
     to_run = len(plan.cells) - sum(counts.values())
     _say(f"{len(plan.cells)} cells: {to_run} to run, {counts['ok']} stored already, {counts['failed']} failed")

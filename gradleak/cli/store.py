@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 
 from ..errors import GradleakError
 from ..paths import printable
+from .asked import questions
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Check a store, rescue a damaged one, drop old cells."
@@ -60,50 +60,52 @@ def _prune(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be dropped, and drop nothing.")] = False,
 ) -> None:
-    """Drop the cells of older versions of attacks, defenses, models or metrics, or those that a suite lacks."""
+    """Drop cells of other code than is here (attacks, defenses, models, datasets, engine, metrics).
+
+    With a suite also those that it does not ask for. Of a plugin that is not here nothing is known: its cells stay.
+    """
     from .. import registry
     from ..board.upkeep import prune
+    from ..suite import question_of
 
     for path in plugin or []:
         registry.add_file(path)
-    keep = _is_current if suite is None else _is_of(suite, data_root)
+    asked = None if suite is None else questions(suite, data_root)
+
+    def keep(key: str, config: dict[str, Any]) -> bool:
+        return (asked is None or question_of(config) in asked) and _is_current(config, data_root)
+
     gone = prune(store, keep, dry_run)
     for key in gone if dry_run else []:
         print(printable(key[:12]))
     _say(f"{store}: {len(gone)} cells {'would be' if dry_run else 'were'} dropped")
 
 
-def _is_of(path: Path, data_root: Path | None) -> Callable[[str, dict[str, Any]], bool]:
-    from .. import suite
-    from ..evaluation import workshop
-
-    digest = workshop.Workshop(workshop.Resources(data_root=data_root)).digest
-    keys = {cell.key for cell in suite.expand(suite.read(path), digest, data_root)}
-    return lambda key, config: key in keys
-
-
-def _is_current(key: str, config: dict[str, Any]) -> bool:
-    """Whether a cell was computed by the versions that are here; of a plugin that is not here nothing is known."""
+def _is_current(config: dict[str, Any], data_root: Path | None) -> bool:
+    """Whether a cell was computed by the code that is here; of a plugin that is not here nothing is known."""
     from .. import registry
     from ..scales import METRICS
     from ..suite import CORE, UTILITY, Part, Utility, build_defense
+    from ..suite.parts import code_of
 
     definitions = config.get("definitions", {})
     metrics = sorted(metric.id for metric in METRICS.values())
     if definitions.get("core", CORE) != CORE or definitions.get("metrics", metrics) != metrics:
         return False
     try:
-        defense = Part.of(config["defense"])
-        here = {
-            "attack": Utility.VERSION
-            if config["attack"]["name"] == UTILITY
-            else registry.load("attacks", config["attack"]["name"]).version,
-            "defense": build_defense(defense.name, defense.options).version,
-            "model": registry.load("models", config["model"]["name"]).version,
-        }
+        parts = {name: Part.of(config[name]) for name in ("attack", "defense", "model", "dataset")}
+        defense = build_defense(parts["defense"].name, parts["defense"].options)
+        here = {"defense": defense.version, "model": registry.load("models", parts["model"].name).version}
+        if parts["attack"].name == UTILITY:
+            here["attack"] = Utility.VERSION
+            del parts["attack"]
+        else:
+            here["attack"] = registry.load("attacks", parts["attack"].name).version
+        codes = {name: code_of(f"{name}s", part.name, part.options, data_root) for name, part in parts.items()}
     except (GradleakError, KeyError, TypeError):
         return True
-    return all(config[part].get("version", version) == version for part, version in here.items())
+    same = all(config[part].get("version", version) == version for part, version in here.items())
+    return same and all(not code or parts[name].code == code for name, code in codes.items())
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from .. import registry
+from ..channel import Batch, Channel
 from ..dataset import Data
 from ..defense import Defense, View
 from ..engine.backends import Sequential, Vmap
@@ -19,11 +21,11 @@ from ..engine.problem import Facts, Guess, Problem
 from ..federation import client
 from ..model import initialise
 from ..threat import Setting
-from ..update import LocalTraining, Network, Update, flatten, loss_after, one_hot
+from ..update import LocalTraining, Network, Update, flatten, one_hot
 from .findings import Unchecked, close, require, same
 from .victims import VICTIMS, Ask, tuning_victims
 
-DEFENSES = ("noise", "compression", "sketch", "representation", "data", "model", "aggregation", "none")
+DEFENSES = ("noise", "compression", "sketch", "representation", "data", "model", "aggregation", "detection", "none")
 """Families of defenses."""
 
 
@@ -132,9 +134,12 @@ def defense_leaves_its_input_alone(case: DefenseCase) -> None:
 
 
 def defense_changes_something(case: DefenseCase) -> None:
-    """Changes what is sent, unless its family is `none`."""
+    """Changes what is sent, unless its family is `none`, or it only looks at the model."""
     plain = same(case.decoded(), case.plain.update)
-    require(plain == (case.defense.family == "none"), "the server gets the plain update" if plain else "it is changed")
+    require(
+        plain == (case.defense.family in ("none", "detection")),
+        "the server gets the plain update" if plain else "it is changed",
+    )
 
 
 def defense_simulates_what_it_sends(case: DefenseCase) -> None:
@@ -149,9 +154,78 @@ def defense_simulates_what_it_sends(case: DefenseCase) -> None:
         certain = same(first, second) and not defense.has_likelihood and defense.family != "aggregation"
         if certain or defense.linear:
             close(first, single, "sent and simulated (override `simulate`, or give an `nll`)")
-        if defense.linear:
-            double = defense.simulate({name: 2 * tensor for name, tensor in update.items()}, public)
-            close(double, {name: 2 * tensor for name, tensor in single.items()}, "simulated of twice the update")
+
+
+FACTS = ("linear", "additive", "simulates", "has_likelihood", "per_example_gradients", "softens", "is_adaptive_target")
+"""What a defense says of itself, each yes or no."""
+
+
+def defense_is_what_it_declares(case: DefenseCase) -> None:
+    """Is what it declares: linear, additive, simulated, with a likelihood, a target of adaptive attacks."""
+    defense, public = case.defense, case.sent.public
+    odd = [name for name in FACTS if not isinstance(getattr(defense, name), bool)]
+    require(not odd, f"{', '.join(odd)} must be True or False (allowed: an attribute of the class, or a property)")
+    one, other = case.rows(case.sent.update)[:2]
+    for fact in ("linear", "additive"):
+        if getattr(defense, fact):
+            _adds_up(case, one, other, fact)
+    simulated = defense.simulate(one, public)
+    silent = defense.simulates or same(simulated, one)
+    require(silent, "simulates = False, but `simulate` changes an update; declare simulates = True")
+    _likelihood_is_declared(case, simulated)
+    if _never(defense, "per_example_gradients"):
+        # Large enough for any clipping to show.
+        large = {name: 1e6 * tensor for name, tensor in one.items()}
+        clipped = not same(defense.per_example(large, public), large)
+        require(not clipped, "per_example_gradients = False, but `per_example` changes gradients; it is never asked")
+    asked = defense.simulates or defense.has_likelihood or defense.per_example_gradients or defense.softens
+    require(
+        defense.is_adaptive_target or not asked,
+        "is_adaptive_target is False, but knowing the defense changes what a matching attack does",
+    )
+    require(
+        asked or defense.cohort > 1 or not defense.is_adaptive_target,
+        "is_adaptive_target is True, but knowing the defense changes nothing of what a matching attack does",
+    )
+
+
+def _adds_up(case: DefenseCase, one: Update, other: Update, fact: str) -> None:
+    """Whether the message of a mean is the mean of the messages; noise is left out where there is any."""
+    defense, public = case.defense, case.sent.public
+
+    def sent(update: Update, seed: int) -> Update:
+        return defense.protect(update, public, torch.Generator().manual_seed(seed))
+
+    if fact == "linear":
+        nothing = defense.simulate({name: torch.zeros_like(tensor) for name, tensor in one.items()}, public)
+        require(
+            not any(t.any() for t in nothing.values()), "linear = True, but an update of zeros is simulated otherwise"
+        )
+    certain = fact != "linear" and same(sent(one, 0), sent(one, 1))
+    first, second, both = (
+        sent(update, 0) if certain else defense.simulate(update, public) for update in (one, other, _mean(one, other))
+    )
+    close(both, _mean(first, second), f"{fact} = True, but the message of a mean is not the mean of the messages")
+
+
+def _likelihood_is_declared(case: DefenseCase, simulated: Mapping[str, Tensor]) -> None:
+    defense, message = case.defense, case.rows(case.sent.message)[0]
+    try:
+        defense.nll(message, dict(simulated), case.sent.public)
+    except NotImplementedError:
+        require(not defense.has_likelihood, "has_likelihood = True, but there is no `nll`")
+        return
+    never = _never(defense, "has_likelihood")
+    require(not never, "has_likelihood = False, but there is an `nll`; declare has_likelihood = True or leave it out")
+
+
+def _never(defense: Defense, fact: str) -> bool:
+    """Whether a fact is denied whatever the options; a property of the class's own may deny it for some only."""
+    return inspect.getattr_static(type(defense), fact) in (False, inspect.getattr_static(Defense, fact))
+
+
+def _mean(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: (tensor + other[name]) / 2 for name, tensor in one.items()}
 
 
 def defense_decides_by_more_than_rounding(case: DefenseCase) -> None:
@@ -159,12 +233,15 @@ def defense_decides_by_more_than_rounding(case: DefenseCase) -> None:
     defense, sent = case.defense, case.sent
     narrow = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in sent.public.items()}
     for index, update in enumerate(case.rows(sent.update)):
-        buffers = {name: tensor[index] for name, tensor in sent.buffers.items()}
-        loss = loss_after(case.network, sent.images[index], sent.targets[index], buffers)
+        batch = Batch(sent.images[index], sent.targets[index], {n: tensor[index] for n, tensor in sent.buffers.items()})
         low = {name: tensor.float() for name, tensor in update.items()}
         high = {name: tensor.double() for name, tensor in low.items()}
-        first = defense.release(low, narrow, torch.Generator().manual_seed(index), loss)
-        second = defense.release(high, sent.public, torch.Generator().manual_seed(index), loss)
+        first, second = (
+            Channel(case.network, defense, public, LocalTraining()).release(
+                batch, given, torch.Generator().manual_seed(index)
+            )[0]
+            for given, public in ((low, narrow), (high, sent.public))
+        )
         gap = flatten({name: first[name].double() - tensor for name, tensor in second.items()}).norm()
         size = flatten({name: tensor.double() for name, tensor in second.items()}).norm()
         require(bool(gap <= 1e-3 * size), "the message is another one in float32; decide in float64 (tensor.double())")
@@ -176,14 +253,11 @@ def defense_can_be_attacked_adaptively(case: DefenseCase) -> None:
     view = View(defense, sent.public)
 
     def match(update: Update, facts: Facts) -> Tensor:
-        message, simulated = facts["message"], view.simulate(update)
-        assert isinstance(message, dict)
+        message, simulated = facts.message, view.simulate(update)
         return view.nll(message, simulated) if defense.has_likelihood else relative_squared(simulated, message)
 
     def decode(variables: Variables, facts: Facts) -> Guess:
-        targets, buffers = facts["targets"], facts["buffers"]
-        assert isinstance(targets, Tensor) and isinstance(buffers, dict)
-        return Guess(variables["images"], targets, buffers)
+        return Guess(variables["images"], facts.targets, facts.named["buffers"])
 
     problem = Problem(
         network=case.network,
@@ -194,11 +268,8 @@ def defense_can_be_attacked_adaptively(case: DefenseCase) -> None:
         per_example=view.per_example if defense.per_example_gradients else None,
     )
     images, labels = case.batches
-    facts: Facts = {
-        "message": sent.message,
-        "targets": one_hot(labels, case.data.classes, images.dtype),
-        "buffers": sent.buffers,
-    }
+    targets = one_hot(labels, case.data.classes, images.dtype)
+    facts = Facts(targets, message=sent.message, named={"buffers": sent.buffers})
     start = {"images": 0.5 * images + 0.25}
     single, stacked = Sequential()(problem, start, facts), Vmap()(problem, start, facts)
     slopes = single.gradients["images"]
@@ -207,7 +278,9 @@ def defense_can_be_attacked_adaptively(case: DefenseCase) -> None:
     close(stacked.total, single.total, "losses in a stack and alone")
     close(stacked.gradients, single.gradients, "gradients in a stack and alone", rtol=1e-6, atol=1e-9)
     zeros = {name: torch.zeros_like(tensor[0]) for name, tensor in sent.update.items()}
-    require(match(zeros, {"message": case.rows(sent.message)[0]}).isfinite(), "the loss of a zero guess is not finite")
+    require(
+        match(zeros, Facts(message=case.rows(sent.message)[0])).isfinite(), "the loss of a zero guess is not finite"
+    )
     # Last, because a defense of data or model answers by what the attacker's own model then is.
     if not defense.is_adaptive_target:
         raise Unchecked("it has no adaptive answer: neither `simulate` nor `nll` nor `per_example` is its own")

@@ -62,7 +62,7 @@ def core() -> dict[str, Path]:
     found = {}
     for path in home.rglob("*.py"):
         parts = path.relative_to(home).with_suffix("").parts
-        if parts[0] not in ("attacks", "defenses"):
+        if parts[0] not in ("attacks", "defenses", "servers"):
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 

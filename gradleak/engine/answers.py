@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..plugins import PluginError, at, is_foreign, owner_of, place_of_hook
 from ..update import Update, by_autograd
@@ -208,7 +209,7 @@ def _try(match: Hook, penalty: Hook, problem: Problem, variables: Variables, kno
     if changed:
         raise PluginError(f"{match.name} changed {changed[0]!r} of the guess in place; make new tensors{match.place}")
     losses = {match: matching, penalty: problem.penalty(imagined, variables, known)}
-    given = [*update.values(), *_flat(known)]
+    given = [*update.values(), *tree_leaves(known)]
     if not all(bool(tensor.isfinite().all()) for tensor in given if tensor.is_floating_point()):
         return ""
     for hook, loss in losses.items():
@@ -216,10 +217,3 @@ def _try(match: Hook, penalty: Hook, problem: Problem, variables: Variables, kno
             found = f"{hook.name} returned {float(loss.detach())} at the start of every trial"
             return f"{found}; a finite number is needed{hook.place}"
     return ""
-
-
-def _flat(facts: Facts) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in facts.values():
-        found += value.values() if isinstance(value, dict) else [value]
-    return found

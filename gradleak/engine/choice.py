@@ -190,6 +190,8 @@ def kind_of(problem: Problem, variables: Variables, facts: Facts, width: int = 0
     """Hash of what decides speed and memory: architecture, shapes, objective, protocol, device, versions, width."""
 
     def shapes(value: object) -> object:
+        if isinstance(value, Facts):
+            return shapes(vars(value))
         if isinstance(value, dict):
             return {key: shapes(item) for key, item in value.items()}
         return (tuple(value.shape[1:]), str(value.dtype), value.device.type) if isinstance(value, Tensor) else None

@@ -18,6 +18,7 @@ from enum import StrEnum
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..process import full_precision
 from ..threat import Compute
@@ -321,7 +322,7 @@ class _Run:
         self.idle[index] = False
         owner = int(self.owner[trial])
         for held, facts in [(self.known, self.facts)] + ([] if self.seen is self.known else [(self.seen, self.raw)]):
-            for known, fresh in _leaves(held, take(facts, owner)):
+            for known, fresh in zip(tree_leaves(held), tree_leaves(take(facts, owner)), strict=True):
                 known[index] = fresh
         if paused is None:
             self.step[index] = self.stale[index] = 0
@@ -362,17 +363,6 @@ class _Paused:
 
 def _column(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view((-1,) + (1,) * (like.ndim - 1))
-
-
-def _leaves(stacked: Facts, single: Facts) -> list[tuple[Tensor, Tensor]]:
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for name, value in stacked.items():
-        fresh = single[name]
-        if isinstance(value, dict) and isinstance(fresh, dict):
-            pairs += [(value[key], fresh[key]) for key in value]
-        elif isinstance(value, Tensor) and isinstance(fresh, Tensor):
-            pairs.append((value, fresh))
-    return pairs
 
 
 @functools.cache

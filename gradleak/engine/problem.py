@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node, tree_map
 
 from ..update import Differentiate, LocalTraining, Network, Update, local_update
 from .objectives import OBJECTIVES
@@ -18,8 +20,54 @@ from .objectives import OBJECTIVES
 Variables = dict[str, Tensor]
 """What an attack searches over, each tensor [W, ...] with a row a trial."""
 
-Facts = dict[str, "Tensor | dict[str, Tensor]"]
-"""What a trial knows and does not search over: targets, message, …; stacked [N, ...] outside a Problem."""
+UNKNOWN = torch.empty(0)
+"""In the place of targets that are searched for."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a trial knows and does not search over: of one victim inside a `Problem`, stacked [N, ...] outside.
+
+    A pytree, so that torch.func's transforms go through it; `facts[name]` reads any fact by its name.
+    """
+
+    targets: Tensor = UNKNOWN
+    """Class probabilities that the client trains on, [B, classes]; `UNKNOWN` where labels are searched for."""
+    message: Update = field(default_factory=dict)
+    """What the client sent."""
+    update: Update = field(default_factory=dict)
+    """What an honest server decodes: a gradient or, where local steps are unrolled, a weight difference."""
+    own: dict[str, Tensor] = field(default_factory=dict)
+    """Further facts of an attack or a backend that are one tensor each."""
+    named: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Those that are tensors by name."""
+
+    @property
+    def knows_labels(self) -> bool:
+        """Whether there are targets."""
+        return self.targets is not UNKNOWN
+
+    def __getitem__(self, name: str) -> Any:
+        for group in (self.own, self.named, vars(self)):
+            if name in group:
+                return group[name]
+        raise KeyError(name)
+
+    def plus(self, own: dict[str, Tensor] | None = None, named: dict[str, dict[str, Tensor]] | None = None) -> Facts:
+        """Return these facts and more."""
+        return replace(self, own={**self.own, **(own or {})}, named={**self.named, **(named or {})})
+
+
+def _children(facts: Facts) -> tuple[list[object], bool]:
+    rest = [facts.message, facts.update, facts.own, facts.named]
+    return ([facts.targets, *rest] if facts.knows_labels else rest), facts.knows_labels
+
+
+def _rebuilt(children: Any, knows_labels: Any) -> Facts:
+    return Facts(*children) if knows_labels else Facts(UNKNOWN, *children)
+
+
+register_pytree_node(Facts, _children, _rebuilt, serialized_type_name="gradleak.engine.problem.Facts")
 
 
 @dataclass(frozen=True)
@@ -40,12 +88,16 @@ class Direct:
 
     objective: str
     """Name in `gradleak.engine.objectives`."""
-    observed: str = "update"
-    """Name of the fact it is compared with."""
+    observed: Literal["update", "message"] = "update"
+    """The fact it is compared with."""
 
     def __call__(self, update: Update, facts: Facts) -> Tensor:
         """How far the update is from the observed one, a scalar."""
-        return OBJECTIVES[self.objective](update, cast(Update, facts[self.observed]))
+        return OBJECTIVES[self.objective](update, self.of(facts))
+
+    def of(self, facts: Facts) -> Update:
+        """What is observed."""
+        return facts.message if self.observed == "message" else facts.update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +179,5 @@ class Backend(ABC):
 
 def take(facts: Facts, index: Tensor | int | slice) -> Facts:
     """Select rows of stacked facts."""
-    return {
-        name: {key: tensor[index] for key, tensor in value.items()} if isinstance(value, dict) else value[index]
-        for name, value in facts.items()
-    }
+    rows: Facts = tree_map(lambda tensor: tensor[index], facts)
+    return rows

@@ -1,10 +1,77 @@
-"""Which trials of a victim run, and for how long: successive halving, and restarts on demand."""
+"""The restarts of a victim: how they start, which of them run and for how long, and which one is the answer."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
+
+from ..seeds import Generators
+from .problem import Variables
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """R restarts of each of N victims, as trials [R * N]: those of the first restart come first."""
+
+    generator: Generators
+    """Randomness of the victims, a stream each."""
+    count: int
+    """R."""
+
+    @cached_property
+    def streams(self) -> list[Generators]:
+        """Randomness of every restart, a stream a victim."""
+        return [self.generator.child("restart", restart) for restart in range(self.count)]
+
+    @property
+    def victims(self) -> int:
+        """N."""
+        return len(self.generator)
+
+    @property
+    def owner(self) -> Tensor:
+        """Victim of every trial, [R * N]."""
+        return torch.arange(self.victims, device=self.generator.device).repeat(self.count)
+
+    def start(self, initial: Callable[[Generators], Variables]) -> Variables:
+        """Initial variables of all trials, by what gives those of one restart, [N, ...]."""
+        rows = [initial(stream) for stream in self.streams]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def trials(self, *components: object) -> Generators:
+        """Fresh streams, one a trial."""
+        each = [self.generator.child("restart", restart, *components) for restart in range(self.count)]
+        names = [name for streams in each for name in streams.names]
+        return Generators(names, self.generator.device, self.generator.dtype)
+
+    def grid(self, rows: Tensor) -> Tensor:
+        """What belongs to trials, [R * N, ...], as [R, N, ...]."""
+        return rows.view(self.count, self.victims, *rows.shape[1:])
+
+    def picked(self, restart: Tensor) -> Tensor:
+        """Trials [N] of each victim's restart [N]."""
+        return restart * self.victims + torch.arange(self.victims, device=restart.device)
+
+
+def least(loss: Tensor) -> Tensor:
+    """Restart [N] of the least loss [R, N], the first of equal ones; what is not finite counts as largest."""
+    return torch.where(torch.isfinite(loss), loss, torch.full_like(loss, torch.inf)).argmin(0)
+
+
+def first_to_reach(loss: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """Restart [N] to answer with, by losses [R, N], and which restarts [R, N] it took to know.
+
+    It is the first to reach its victim's goal [N], or the one of least loss where none does.
+    """
+    reached = loss <= goal
+    first = torch.where(reached.any(0), reached.int().argmax(0), len(loss))
+    made = torch.arange(len(loss), device=loss.device)[:, None] <= first
+    return torch.where(reached.any(0), first, least(loss)), made
 
 
 class Heats:

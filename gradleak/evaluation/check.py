@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import replace
 
+from .. import structure
 from ..attack import GradientMatching
+from ..dataset import Data
 from ..engine.derivatives import not_computable
 from ..errors import GradleakError
 from ..federation import utility
+from ..federation.trainable import choose
 from ..reconstruction import granted_of
 from ..search.generators import Generator
 from ..state import restored
 from ..suite import AttackCell, Cell, GivenPrior, Note, TrainingCell, unnoted
+from ..update import copied
 from .checks import combinations, generators
-from .observe import batch_size_of
+from .observe import faced_of
 from .workshop import Workshop
 
 
@@ -85,19 +89,50 @@ def _fits(cell: AttackCell, workshop: Workshop, note: Note) -> bool:
             generators.check(fitting, cell.prior.source, data)
     if attack.observes_other_victim and cell.victims < 2:
         raise GradleakError(f"attack {cell.attack.label!r} needs at least 2 victims")
+    server = cell.built_server
+    missing = server.needs.missing(setting.grants)
+    if missing:
+        raise GradleakError(
+            f"server {setting.server.name!r} needs {', '.join(missing)}, which setting {setting.name!r} does not "
+            "grant; add it to the setting's `grants`"
+        )
+    reason = _unserved(cell, workshop, data)
+    if reason is not None:
+        return _left_out(cell, reason, note)
     network = workshop.client(cell, data)
     refused = not_computable(network, data.shape, data.classes, setting, isinstance(attack, GradientMatching))
     if refused is not None:
         raise GradleakError(f"model {cell.model.label!r} under setting {setting.name!r}: {refused}")
-    faced = replace(setting, batch_size=batch_size_of(attack, defense, setting, cell.knowledge))
+    faced = replace(setting, batch_size=faced_of(cell))
     reason = attack.unsuited(network.module, faced, defense)
     if defense.cohort > 1 and setting.local_batch_size is not None:
         reason = "a sum of clients with local batches is no update of one batch; leave local_batch_size out"
-    if reason is not None and cell.optional:
-        note(cell.left_out(reason))
-    elif reason is not None:
+    if attack.observes_other_victim and server.adapts:
+        reason = "attacks another victim, but this server sends every victim a model of its own"
+    return reason is None or _left_out(cell, reason, note)
+
+
+def _unserved(cell: AttackCell, workshop: Workshop, data: Data) -> str | None:
+    """Say why a cell's server cannot work on its clients, or None."""
+    module = workshop.untrained(cell.model, data.shape, data.classes)
+    prepared = cell.built_defense.prepare_model(module)
+    structure.mark(prepared, data.shape)
+    reason = cell.built_server.unsuited(
+        choose(copied(prepared), cell.setting.trainable), cell.setting, cell.built_defense
+    )
+    return None if reason is None else f"server {cell.setting.server.name!r}: {reason}"
+
+
+def _left_out(cell: AttackCell, reason: str, note: Note) -> bool:
+    """Note that an optional cell is left out.
+
+    Raises:
+        GradleakError: it is not optional.
+    """
+    if not cell.optional:
         raise GradleakError(
             f"attack {cell.attack.label!r} cannot run on model {cell.model.label!r} under "
             f"defense {cell.defense.label!r}: {reason}; restrict it with `only`"
         )
-    return reason is None
+    note(cell.left_out(reason))
+    return False

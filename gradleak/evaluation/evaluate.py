@@ -12,16 +12,18 @@ from datetime import UTC, datetime
 
 from .. import seeds
 from ..board.store import CellResult
-from ..federation import client, utility
+from ..federation import utility
+from ..federation.serving import Serving
 from ..mechanisms import batch_statistics
 from ..process import full_precision
 from ..seeds import Generators
 from ..suite import UTILITY, AttackCell, Cell, TrainingCell
-from .answer import ask, guarded
+from .answer import guarded
 from .faults import MachineFault, machine_fault
 from .identity import identity, provenance
+from .inspection import inspection
 from .observe import observe
-from .score import of_victims, rows_of
+from .rounds import attacked, served, told_of
 from .workshop import Progress, Workshop, device_name, versions
 
 Phase = Callable[[str], None]
@@ -43,7 +45,7 @@ def evaluate(
     clock = time.perf_counter()
     full_precision()
     try:
-        cell.check_files()
+        cell.check_code(workshop.resources.data_root)
         with guarded(cell.title):
             if isinstance(cell, TrainingCell):
                 result = _train(cell, workshop, progress)
@@ -79,44 +81,45 @@ def _attack(cell: AttackCell, workshop: Workshop, progress: Progress | None, pha
     module, accuracy = workshop.network(cell)
     images, labels = data.cohorts(cell.victims, setting.batch_size, defense.cohort, cell.tuning)
     images, labels = images.to(device, setting.dtype), labels.to(device)
-    network = client.freeze(module, defense, setting).to(device, setting.dtype)
+    looks = inspection(cell, workshop)
+    serving = Serving(
+        server=cell.built_server,
+        defense=defense,
+        setting=setting,
+        module=module,
+        auxiliary=data.split.train,
+        classes=data.classes,
+        identity=cell.draws.messages,
+        seed=cell.draws.server,
+        device=device,
+        suspicious=None if looks is None else looks.suspicious,
+    )
     with guarded(f"defense {cell.defense.label!r}"):
-        sent = client.send(
-            network,
-            images,
-            labels,
-            data.classes,
-            defense,
-            setting,
-            seeds.derive("round", *cell.draws.messages),
-            client.seeds_for(list(range(cell.victims)), *cell.draws.messages, clients=defense.cohort),
-        )
-    sent = client.aggregated(sent, defense.cohort)
+        rounds = serving.rounds(images, labels)
     images, labels = (tensor.unflatten(0, (-1, defense.cohort)).flatten(1, 2) for tensor in (images, labels))
     generator = None if cell.prior is None else workshop.generator(cell.prior, data).to(device, setting.dtype)
     # Taken from the module: a network in train mode has forgotten them.
     running = {name: tensor.to(device, setting.dtype) for name, tensor in batch_statistics.running(module).items()}
-    observation = observe(cell, data, network, sent, running, labels, generator, progress)
-    # An attacker who takes a sum for one client's message guesses, and is held to, the victim's images only.
-    size = observation.batch_size
-    images, labels, sent = images[:, :size], labels[:, :size], sent.of_first(size)
     # Numbers that say nothing of whose they are.
     names = [seeds.derive(*cell.draws.attack, index) for index in range(len(images))]
     streams = Generators(names, device, setting.dtype, seeds.derive(*cell.draws.attack))
     phase("attack")
-    given = ask(cell.attack.label, cell.built_attack, observation, streams)
+    asked = []
+    for each in rounds:
+        rows = list(each.victims)
+        observation = observe(cell, data, each.network, each.sent, running, labels[rows], generator, progress)
+        asked.append(attacked(cell, each, observation, streams.select(rows), data, images[rows]))
     phase("scores")
-    answer = given.reconstruction
-    rows = rows_of(cell, data, observation, sent, images, labels, given, workshop)
-    rows, guesses = of_victims(rows, None if answer is None else answer.images, setting.batch_size)
+    told = [told_of(cell, data, each, images, labels, workshop) for each in asked]
+    facts = provenance(cell, [each.sent for each in rounds], accuracy, asked[0].given.reconstruction)
     return CellResult(
         key=cell.key,
         config=cell.stored(),
-        error=given.error,
-        provenance=provenance(cell, sent, accuracy, answer),
-        rows=rows,
-        reconstructions={} if guesses is None else dict(enumerate(guesses.float().cpu().numpy())),
-        traces={} if answer is None or answer.trace is None else dict(enumerate(answer.trace.cpu().numpy())),
+        error=next((each.given.error for each in asked if each.given.error), ""),
+        provenance={**facts, **served(cell, data, module, serving, rounds, looks)},
+        rows=[row for each in told for row in each.rows],
+        reconstructions={victim: image for each in told for victim, image in each.reconstructions.items()},
+        traces={victim: trace for each in told for victim, trace in each.traces.items()},
     )
 
 

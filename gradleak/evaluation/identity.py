@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..attack import Reconstruction
 from ..chain import Chain
 from ..defense import Defense
 from ..federation import client
+from ..reconstruction import threat_model
 from ..suite import AttackCell
 from ..threat import Level
 
@@ -29,21 +31,23 @@ def identity(cell: AttackCell) -> dict[str, Any]:
     return {
         "attack_family": attack.family,
         "adaptive": attack.adaptive and level is not Level.OBLIVIOUS and adapts,
-        "threat_model": attack.threat_model,
+        "threat_model": threat_model(cell.setting.server.surface),
         "defense_family": defense.family,
     }
 
 
-def provenance(cell: AttackCell, sent: client.Sent, accuracy: float, answer: Reconstruction | None) -> dict[str, Any]:
+def provenance(
+    cell: AttackCell, rounds: Sequence[client.Sent], accuracy: float, answer: Reconstruction | None
+) -> dict[str, Any]:
     """What a finished cell was computed with: code, versions, machine, times."""
     guarantee = cell.built_defense.guarantee(cell.setting)
     return {
         **identity(cell),
-        "stochastic": sent.drew,
-        "bytes": float(np.mean(sent.bytes)),
-        "dense_bytes": sent.dense_bytes,
+        "stochastic": any(sent.drew for sent in rounds),
+        "bytes": float(np.mean([size for sent in rounds for size in sent.bytes])),
+        "dense_bytes": rounds[0].dense_bytes,
         "epsilon": None if guarantee is None else asdict(guarantee),
-        "client_seconds": sent.seconds,
+        "client_seconds": float(np.mean([sent.seconds for sent in rounds])),
         "model_accuracy": accuracy,
         "backend": "" if answer is None else answer.backend,
         "backend_reason": "" if answer is None else answer.backend_reason,

@@ -15,7 +15,7 @@ from ..mechanisms import batch_statistics
 from ..reconstruction import granted_of
 from ..search.generators import Generator
 from ..suite import AttackCell
-from ..threat import Compute, Level, Observation, Setting
+from ..threat import Compute, Level, Observation, Power, Setting
 from ..update import Network
 from .workshop import Progress
 
@@ -57,6 +57,19 @@ def observe(
             progress=progress,
         ),
     )
+
+
+def faced_of(cell: AttackCell) -> int:
+    """Images that the attack of a cell looks for: one, where the server isolates it for attacks on single images."""
+    if isolated(cell):
+        return 1
+    return batch_size_of(cell.built_attack, cell.built_defense, cell.setting, cell.knowledge)
+
+
+def isolated(cell: AttackCell) -> bool:
+    """Whether the attack of a cell is shown what the server isolates: it is one that any server could run."""
+    attack = cell.built_attack
+    return cell.built_server.isolates and attack.needs.server is Power.HONEST and attack.family != "control"
 
 
 def batch_size_of(attack: Attack, defense: Defense, setting: Setting, level: Level) -> int:

@@ -21,7 +21,7 @@ from ..board.store import CellResult, Store, is_blank, victim_list
 from ..errors import GradleakError
 from ..plugins import blamed, near_misses
 from ..suite import AttackCell, Cell, LeftOut
-from . import check
+from . import check, renewal
 from .display import Display
 from .executors import Executor, Pending, Report
 from .workshop import Resources, Workshop
@@ -38,6 +38,8 @@ class Plan:
     """ok or failed, by key, for the cells that are stored."""
     left_out: list[LeftOut] = field(default_factory=list)
     """What of the grid is not run, and why."""
+    anew: list[str] = field(default_factory=list)
+    """Why cells that the store has of other code are computed anew, a line for each reason."""
 
     def waiting(self, retry_failed: bool = False) -> list[Cell]:
         """Return the cells to run."""
@@ -93,8 +95,11 @@ def _plan(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path]) 
         cells = [cell for cell in cells if cell.key in statuses or cell.key in new]
     except GradleakError as error:
         raise GradleakError(f"suite {path}: {error}") from error
-    keys = {cell.key for cell in cells}
-    return Plan(cells, {key: status for key, status in statuses.items() if key in keys}, unrun)
+    keys, anew = {cell.key for cell in cells}, list[str]()
+    if statuses and new:
+        with Store(store) as found:
+            anew = renewal.reasons(found, [cell for cell in cells if cell.key in new])
+    return Plan(cells, {key: status for key, status in statuses.items() if key in keys}, unrun, anew)
 
 
 def run(
@@ -127,6 +132,8 @@ def run(
     workshop = Workshop(resources)
     found = _plan(path, store, workshop, plugins)
     waiting = found.waiting(retry_failed)
+    for line in found.anew:
+        log.warning("%s", line)
     titles = {cell.key: cell.title for cell in found.cells}
     ran, ended, pending = 0, 0, dict[str, str]()
     with Store(store, create=True) as target:

@@ -42,8 +42,12 @@ def rows_of(
     labels: Tensor,
     given: Answer,
     workshop: Workshop,
+    isolated: bool = False,
 ) -> list[ImageRow]:
-    """One row an image: the metrics of every reconstruction against its truth; an invalid one has none."""
+    """One row an image: the metrics of every reconstruction against its truth; an invalid one has none.
+
+    Where a server isolated one image, the attack's loss is of that image alone, which has no counterpart at the truth.
+    """
     norms = _norms(sent.message)
     shared = [
         {"status": state, "seconds": given.seconds, "message_norm": norm}
@@ -59,7 +63,7 @@ def rows_of(
     candidates = data.candidates(cell.candidates, cell.tuning)
     scored = metrics.score(answer.images, answer.labels, images, labels, candidates)
     mean = data.split.train.images.mean(0)
-    marks, notes = landscape.marks(cell, observation, sent, answer, mean, workshop)
+    marks, notes = ({}, {}) if isolated else landscape.marks(cell, observation, sent, answer, mean, workshop)
     oracle = _oracle(answer, images)
     matched = torch.tensor([row["matched"] for row in scored]).view(len(images), -1)
     columns = {

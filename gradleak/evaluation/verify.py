@@ -108,7 +108,7 @@ def _plugins(cells: pd.DataFrame) -> Finding:
             cell = _cell(config)
             attack, defense = cell.built_attack, cell.built_defense
             true = identity.identity(cell)
-            cell.check_files()
+            cell.check_code()
         except GradleakError as error:
             unknown.append(str(error))
             continue

@@ -9,7 +9,7 @@ import platform
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from .. import __version__, registry
+from .. import __version__, registry, structure
 from ..dataset import Data
 from ..defense import Defense
 from ..errors import GradleakError
@@ -29,7 +29,7 @@ from ..plugins import place_of, said
 from ..process import default_cache
 from ..search.generators import Generator, load_generator
 from ..suite import AttackCell, Cell, GivenPrior, LearnedPrior, Part
-from ..threat import Setting
+from ..threat import Knowledge, Power, Setting, Tampering
 from ..training import networks, priors
 from ..update import Network
 
@@ -72,14 +72,15 @@ class Workshop:
         self.resources = resources or Resources()
         self._data = _Kept[Part, Data](8)
         self._untrained = _Kept[tuple[Part, Shape, int], nn.Module](64)
-        self._clients = _Kept[tuple[Part, Part | None, Setting, Shape, int], Network](32)
-        self._networks = _Kept[tuple[Part, Part, Part | None, int, int], tuple[nn.Module, float]](16)
+        self._clients = _Kept[tuple[Part, Part | None, Setting, Part, Shape, int], Network](32)
+        self._inspections = _Kept[tuple[Part, Part, Part, Setting, int], Any](32)
+        self._networks = _Kept[tuple[Part, Part, Part | None, int, int], tuple[nn.Module, float]](24)
         self._generators = _Kept[LearnedPrior, Generator](4)
 
-    def digest(self, name: str, options: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the version and the digest of a dataset by its name and options."""
+    def digest(self, name: str, options: Mapping[str, Any]) -> tuple[str, str, int]:
+        """Return version, digest and number of train images of a dataset by its name and options."""
         data = self.data(Part(name, options=options))
-        return data.version, data.digest
+        return data.version, data.digest, len(data.split.train)
 
     def described(self, error: BaseException) -> str:
         """Say what was raised and where, without the folders of this machine: stores are published."""
@@ -120,21 +121,35 @@ class Workshop:
         return self._untrained.get((part, shape, classes), make)
 
     def client(self, cell: AttackCell, data: Data) -> Network:
-        """Return the untrained network of a cell's clients, to look at its structure only."""
+        """Return the untrained network of a cell's clients, as the server sends it, to look at its structure only."""
         changes = _prepares(cell.built_defense) or cell.built_defense.per_example_gradients
         guard, shape, classes = cell.built_defense if changes else Defense(), data.shape, data.classes
-        return self._clients.get(
-            (cell.model, cell.defense if changes else None, cell.setting, shape, classes),
-            lambda: client.client_network(self.untrained(cell.model, shape, classes), guard, cell.setting),
-        )
 
-    def network(self, cell: Cell) -> tuple[nn.Module, float]:
-        """Return the model that a client is sent, and the accuracy it was trained to.
+        def make() -> Network:
+            module = self.untrained(cell.model, shape, classes)
+            if cell.setting.server.surface is not Power.HONEST:
+                prepared = guard.prepare_model(module)
+                structure.mark(prepared, shape)
+                module = cell.built_server.tamper(prepared, data.split.train, torch.Generator().manual_seed(0))
+                return client.freeze(module, guard, cell.setting)
+            return client.client_network(module, guard, cell.setting)
 
-        One that a defense changes is changed first and then trained.
+        key = (cell.model, cell.defense if changes else None, cell.setting, cell.dataset, shape, classes)
+        return self._clients.get(key, make)
+
+    def inspection(self, cell: Cell, make: Callable[[], _V]) -> _V:
+        """Return how clients look at models, made now if it was not made before."""
+        honest = replace(cell.setting, server=Tampering(), name="", grants=Knowledge())
+        found: _V = self._inspections.get((cell.defense, cell.model, cell.dataset, honest, cell.seed), make)
+        return found
+
+    def network(self, cell: Cell, epochs: int | None = None) -> tuple[nn.Module, float]:
+        """Return the model that an honest server sends, and the accuracy it was trained to.
+
+        One that a defense changes is changed first and then trained, for so many epochs; by default the setting's.
         """
         changed = cell.defense if _prepares(cell.built_defense) else None
-        epochs, seed = cell.setting.epochs, cell.seed
+        epochs, seed = cell.setting.epochs if epochs is None else epochs, cell.seed
 
         def make() -> tuple[nn.Module, float]:
             plugin: Model = registry.build("models", cell.model.name, cell.model.options)
@@ -143,7 +158,8 @@ class Workshop:
                 weights = networks.initial_seed(plugin, cell.model.name, data, seed)
                 plugin = _Changed(model=plugin, defense=cell.built_defense, weights=weights)
             cache, device = self.resources.cache, self.resources.device
-            return networks.prepare(plugin, cell.model.name, data, epochs, seed, cache, device)
+            code = cell.model.code + ("" if changed is None else changed.code)
+            return networks.prepare(plugin, cell.model.name, data, epochs, seed, cache, device, code=code)
 
         return self._networks.get((cell.model, cell.dataset, changed, epochs, seed), make)
 

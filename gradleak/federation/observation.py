@@ -61,7 +61,7 @@ def observe(
     return Observation(
         network=network,
         message=sent.message,
-        update=_decoded(sent, network, defense),
+        update=decoded(sent, network, defense),
         view=_view(sent, defense, granted.defense),
         shape=shape,
         classes=classes,
@@ -78,7 +78,12 @@ def observe(
     )
 
 
-def _decoded(sent: Sent, network: Network, defense: Defense) -> Update:
+def decoded(sent: Sent, network: Network, defense: Defense) -> Update:
+    """Return the updates [N, ...] that the server decodes.
+
+    Raises:
+        PluginError: the defense decodes a message to something else than an update of the model.
+    """
     update = dict(vmap(lambda row: answers.tensors(defense.decode(row, sent.public), defense, "decode"))(sent.message))
     return answers.shaped(update, network.parameters, "the model's parameters", defense, "decode", "protect", skip=1)
 

@@ -13,14 +13,11 @@ from .. import seeds
 from ..dataset import Data, Images
 from ..defense import Defense, Guarantee, Memory
 from ..errors import GradleakError
-from ..suite import Utility
+from ..suite import HELD_OUT, Utility
 from ..threat import Setting
 from ..training import networks
 from ..update import Network, Update, copied, one_hot
 from . import client
-
-HELD_OUT = 10
-"""One in so many images of the train split is no client's: it chooses the rate."""
 
 Progress = Callable[[float, float], None]
 """Share of the training done in [0, 1], and the loss on the images held out."""
@@ -67,8 +64,9 @@ def train(
     randomness depend on `seed` alone, so that defenses are compared on equal ones. Batch normalisation keeps the
     statistics of the initial model. Test images are given to the model as `Defense.encode_test` says.
 
-    Batches are fixed, so the guarantee is that of as many messages as one example takes part in, without
-    amplification by sampling; that the rate is chosen on images of the train split is not accounted for.
+    Batches are fixed, so the guarantee is that of as many messages (or sums, where the server sees no more) as one
+    example takes part in, without amplification by sampling; that the rate is chosen on images of the train split is
+    not accounted for.
 
     Args:
         module: the initial model, already changed by the defense.
@@ -97,7 +95,7 @@ def train(
         runs.append(_Run(start, data, defense, recipe, setting, seed, lr, together).train(batches, held_out, share))
     scores = [networks.accuracy(_module(run.network), held_out) for run in runs]
     best = runs[max(range(len(runs)), key=lambda index: scores[index])]
-    participations = -(-recipe.rounds // _batches_an_epoch(data, recipe))
+    participations = recipe.participations(len(data.split.train))
     return Trained(
         accuracy=networks.accuracy(_module(best.network), test),
         validation=dict(zip(recipe.lr, scores, strict=True)),
@@ -114,10 +112,15 @@ def check(data: Data, defense: Defense, recipe: Utility) -> None:
     """Refuse what cannot be trained.
 
     Raises:
-        GradleakError: a client has fewer images than a batch, or the defense stands for one round only.
+        GradleakError: a client has fewer images than a batch, the defense stands for one round only, or sums up more
+            clients than there are.
     """
     if defense.single_round:
         raise GradleakError(f"utility: {type(defense).__name__} stands for one round and cannot be trained under")
+    if defense.cohort > recipe.clients:
+        raise GradleakError(
+            f"utility: clients: {recipe.clients} cannot make the sum of {defense.cohort} clients that the server sees"
+        )
     if not _batches_an_epoch(data, recipe):
         raise GradleakError(
             f"utility: {recipe.clients} clients of dataset {data.name!r} have {_part_size(data, recipe)} images each, "
@@ -202,12 +205,11 @@ def _divide(data: Data, recipe: Utility, seed: int) -> tuple[Images, Tensor]:
 
 
 def _part_size(data: Data, recipe: Utility) -> int:
-    total = len(data.split.train)
-    return (total - total // HELD_OUT) // recipe.clients
+    return recipe.part_size(len(data.split.train))
 
 
 def _batches_an_epoch(data: Data, recipe: Utility) -> int:
-    return _part_size(data, recipe) // recipe.batch
+    return recipe.batches_an_epoch(len(data.split.train))
 
 
 def _module(network: Network) -> nn.Module:

@@ -304,6 +304,7 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("quartiles, dB", _quartiles, rank=8),
         _interval("above floor, dB", "above", rank=6),
         _plain("training epsilon", "training_epsilon", digits=2, rank=9),
+        _plain("noise multiplier", "noise", digits=3, rank=12),
         _plain("oblivious, dB", "psnr_oblivious", rank=7),
         _plain("adaptive, dB", "psnr_adaptive", rank=7),
         _plain("oracle, dB", "psnr_ceiling", rank=9),

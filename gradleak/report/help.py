@@ -22,8 +22,11 @@ HELP: Mapping[str, str] = {
     "Lower is better.",
     "accuracy, %": "Test accuracy of the model trained under the defense. Higher is better.",
     "bytes": "Size of one message of one client. Lower is cheaper.",
-    "epsilon": "Differential privacy of one message. Lower is safer; empty: no guarantee.",
+    "epsilon": "Differential privacy of all that the attacker saw of an example: the message, or the sum of several "
+    "clients. Lower is safer; empty: no guarantee.",
     "training epsilon": "Differential privacy of the whole training run. Lower is safer.",
+    "noise multiplier": "Standard deviation of the noise on what the attacker saw, over the most that one example "
+    "changes of it. Higher is safer.",
     "doubt": "Why the row may show too little leakage; the words stand in the notes. Empty: no doubt was found.",
     "PSNR, dB": f"Mean over images under the worst attack, each capped at {CAP:g} dB. {_LEAKS}",
     "floor, dB": "PSNR of the best guess that reads nothing of the message.",

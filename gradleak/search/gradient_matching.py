@@ -19,6 +19,7 @@ from ..engine.loop import Plan
 from ..engine.objectives import OBJECTIVES, weigh
 from ..engine.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
 from ..engine.problem import Direct, Facts, Guess, Problem, take
+from ..engine.restarts import Restarts, first_to_reach, least
 from ..errors import GradleakError, unknown
 from ..reconstruction import Attack, Reconstruction
 from ..seeds import Generators
@@ -142,9 +143,9 @@ class GradientMatching(Attack):
             if by_class:
                 total = total + refinements.prior_rows(guess, facts).square().sum()
             if self.features:
-                seen = _tensors(facts["seen"])
                 assert layer is not None
-                total = total + self.features * penalties.feature_distance(network, layer, guess.images, seen)
+                inputs = facts.named["inputs"]
+                total = total + self.features * penalties.feature_distance(network, layer, guess.images, inputs)
             if self.task:
                 total = total + self.task * network.loss(guess.images, guess.targets, buffers=guess.buffers)
             return total
@@ -152,16 +153,16 @@ class GradientMatching(Attack):
         return prior
 
     def decode(self, variables: Variables, facts: Facts) -> Guess:
-        """Turn one trial's variables into a guess; `facts` holds `mean`, `std` and, if known, `targets`."""
+        """Turn one trial's variables into a guess; `facts` has `targets`, if known, and its own `mean` and `std`."""
         if self.parametrisation == "deep-prior":
             images = parametrisations.decoded(variables, _shape(facts))
         else:
-            images = variables["pixels"] * _tensor(facts["std"]) + _tensor(facts["mean"])
+            images = variables["pixels"] * facts.own["std"] + facts.own["mean"]
         if self.parametrisation == "low-resolution":
             images = parametrisations.enlarge(images, _shape(facts))
         if "labels" in variables:
             return Guess(images, variables["labels"].softmax(dim=-1))
-        return Guess(images, _tensor(facts["targets"]))
+        return Guess(images, facts.targets)
 
     def initial(self, observation: Observation, generator: Generators) -> Variables:
         """Initial variables of one restart, stacked over victims [N, ...]."""
@@ -221,23 +222,20 @@ class GradientMatching(Attack):
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Minimise from every restart and return each victim's restart of lowest matching loss."""
-        victims, compute = observation.victims, observation.compute
+        compute = observation.compute
         sharp = second_order.in_double(observation) if self._second_order else observation
         problem, facts = self.problem(sharp), self.facts(sharp)
-        starts = refinements.starts(self, sharp, problem, facts, generator)
-        start = {name: torch.cat([row[name] for row in starts]) for name in starts[0]}
-        owner = torch.arange(victims, device=observation.device).repeat(self.restarts)
-        names = [name for r in range(self.restarts) for name in generator.child("restart", r, "steps").names]
-        streams = Generators(names, generator.device, generator.dtype)
-        plan, perturb = self.plan(sharp), self.perturbation(sharp, streams)
+        restarts = Restarts(generator, self.restarts)
+        start, owner = refinements.starts(self, sharp, problem, facts, restarts, generator), restarts.owner
+        plan, perturb = self.plan(sharp), self.perturbation(sharp, restarts.trials("steps"))
         if perturb is not None:
             plan = dataclasses.replace(plan, perturb=perturb)
         self._try(sharp, problem, start, facts, owner)
-        weights = self._prior_weights(sharp) if "weight" in facts else ()
+        weights = self._prior_weights(sharp) if "weight" in facts.own else ()
         outcome, facts, goal = refinements.search(problem, start, facts, owner, plan, compute, weights)
         final = loop.finish(problem, outcome.variables, take(facts, owner), compute.width)
-        answer = self._pick(outcome, final, victims, goal)
-        if observation.view is not None and observation.view.defense.softens and "targets" in facts:
+        answer = self._pick(outcome, final, restarts, goal)
+        if observation.view is not None and observation.view.defense.softens and facts.knows_labels:
             # What the client trains on need not be largest at the label.
             answer = dataclasses.replace(answer, labels=self.labels(observation))
         return refinements.refine(self, observation, answer, goal)
@@ -268,10 +266,10 @@ class GradientMatching(Attack):
             if residual is not None:
                 return residual(update, facts).square().sum()
             if view is None:
-                return answers.scalar(self.distance(update, _tensors(facts["update"])), self, "distance", update)
+                return answers.scalar(self.distance(update, facts.update), self, "distance", update)
             if turned:
                 update = {name: -tensor for name, tensor in update.items()}
-            defense, message = view.defense, _tensors(facts["message"])
+            defense, message = view.defense, facts.message
             simulated = answers.tensors(view.simulate(update), defense, "simulate")
             answers.differentiable(simulated, defense, "simulate", update)
             if defense.has_likelihood:
@@ -325,7 +323,7 @@ class GradientMatching(Attack):
             return None
         if view is None:
             return Direct(self.objective, "update")
-        plain = type(view.defense).simulate is Defense.simulate and not view.defense.has_likelihood
+        plain = not (view.defense.simulates or view.defense.has_likelihood)
         return Direct(self.objective, "message") if plain else None
 
     def facts(self, observation: Observation) -> Facts:
@@ -333,24 +331,26 @@ class GradientMatching(Attack):
         mean, std = self.coordinates(observation.network)
         victims, view = observation.victims, observation.view
         unrolled = observation.training.lr is not None
-        facts: Facts = {
-            "message": observation.message,
-            "update": observation.update if unrolled else observation.gradient,
-            "mean": mean.expand(victims, *mean.shape),
-            "std": std.expand(victims, *std.shape),
-            # Of no size: only its shape is a fact.
-            "blank": mean.new_empty(victims, 0, *observation.shape),
-        }
+        facts = Facts(
+            message=observation.message,
+            update=observation.update if unrolled else observation.gradient,
+            own={
+                "mean": mean.expand(victims, *mean.shape),
+                "std": std.expand(victims, *std.shape),
+                # Of no size: only its shape is a fact.
+                "blank": mean.new_empty(victims, 0, *observation.shape),
+            },
+        )
         if self.needs.labels is not Labels.OPTIMISED:
             labels = self.labels(observation)
             targets = one_hot(labels, observation.classes, observation.dtype)
-            facts["targets"] = targets if view is None else torch.stack([view.soften(each) for each in targets])
+            if view is not None:
+                targets = torch.stack([view.soft_targets(each) for each in targets])
+            facts = dataclasses.replace(facts, targets=targets)
             if self.features:
                 head = structure.of(observation.network.module).head
-                facts["seen"] = penalties.seen_features(observation.gradient, head, labels)
-        if self._by_class(observation):
-            facts |= refinements.prior_facts(observation, facts)
-        return facts
+                facts = facts.plus(named={"inputs": penalties.told_features(observation.gradient, head, labels)})
+        return refinements.with_prior(observation, facts) if self._by_class(observation) else facts
 
     def labels(self, observation: Observation) -> Tensor:
         """Labels [N, B]: granted ones, or inferred from the decoded update."""
@@ -401,22 +401,18 @@ class GradientMatching(Attack):
         return loop.evaluate(self.problem(observation), rows, self.facts(observation), observation.compute.width)
 
     def _pick(
-        self, outcome: loop.Outcome, final: loop.Final, victims: int, goal: Tensor | None = None
+        self, outcome: loop.Outcome, final: loop.Final, restarts: Restarts, goal: Tensor | None = None
     ) -> Reconstruction:
         """Each victim's restart of lowest matching loss, or the first that reached its goal [N]."""
-        by_victim = final.matching.view(self.restarts, victims)
-        ranked = torch.where(torch.isfinite(by_victim), by_victim, torch.full_like(by_victim, torch.inf))
-        best = ranked.argmin(0)
-        spent = outcome.iterations.view(self.restarts, victims)
-        candidates = final.images.unflatten(0, (self.restarts, victims))
+        losses, spent, candidates = (restarts.grid(t) for t in (final.matching, outcome.iterations, final.images))
+        best = least(losses)
         if goal is not None:
-            best, made = refinements.first_to_reach(ranked, goal)
+            best, made = first_to_reach(losses, goal)
             # Restarts after it were made or not as slots were free.
             spent = torch.where(made, spent, 0)
             column = made.view(*made.shape, *(1,) * (candidates.ndim - 2))
-            candidates = torch.where(column, candidates, candidates[best, torch.arange(victims)])
-        picked = best * victims + torch.arange(victims, device=ranked.device)
-        iterations = spent.sum(0)
+            candidates = torch.where(column, candidates, final.images[restarts.picked(best)])
+        picked, iterations = restarts.picked(best), spent.sum(0)
         return Reconstruction(
             images=final.images[picked],
             labels=final.targets[picked].argmax(-1),
@@ -451,19 +447,9 @@ def _complete(observation: Observation) -> View | None:
     return view if view is not None and view.complete else None
 
 
-def _tensor(value: Tensor | dict[str, Tensor]) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value
-
-
 def _shape(facts: Facts) -> tuple[int, int, int]:
-    _, channels, height, width = _tensor(facts["blank"]).shape
+    _, channels, height, width = facts.own["blank"].shape
     return channels, height, width
-
-
-def _tensors(value: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-    assert isinstance(value, dict)
-    return value
 
 
 def _prior_rows(guess: Guess, variables: Variables, facts: Facts) -> Tensor:

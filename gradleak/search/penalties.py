@@ -48,7 +48,7 @@ def l2_norm(images: Tensor) -> Tensor:
     return norm
 
 
-def seen_features(update: Update, head: Head, labels: Tensor) -> dict[str, Tensor]:
+def told_features(update: Update, head: Head, labels: Tensor) -> dict[str, Tensor]:
     """What the gradient of the head, a linear layer, tells of its inputs, for `feature_distance`.
 
     Row y of its weight gradient over entry y of its bias gradient is a weighted mean of its inputs, in which those of
@@ -73,15 +73,15 @@ def seen_features(update: Update, head: Head, labels: Tensor) -> dict[str, Tenso
     return {"inputs": inputs, "known": known[..., 0].to(weight)}
 
 
-def feature_distance(network: Network, layer: str, images: Tensor, seen: dict[str, Tensor]) -> Tensor:
-    """Mean squared distance between the inputs of the head's layer for images [B, C, H, W] and `seen_features`."""
+def feature_distance(network: Network, layer: str, images: Tensor, told: dict[str, Tensor]) -> Tensor:
+    """Mean squared distance between the inputs of the head's layer for images [B, C, H, W] and `told_features`."""
     noted: list[Tensor] = []
     handle = network.module.get_submodule(layer).register_forward_pre_hook(lambda _, inputs: noted.append(inputs[0]))
     try:
         network.logits(images)
     finally:
         handle.remove()
-    return ((noted[-1] - seen["inputs"]).square().mean(-1) * seen["known"]).mean()
+    return ((noted[-1] - told["inputs"]).square().mean(-1) * told["known"]).mean()
 
 
 def clamp_to_box(images: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,20 +16,64 @@ from ..engine import loop
 from ..engine.loop import Plan
 from ..engine.optimisers import Variables
 from ..engine.problem import Facts, Guess, Problem
+from ..engine.restarts import Restarts, first_to_reach, least
 from ..errors import GradleakError
 from ..reconstruction import Reconstruction
 from ..seeds import Generators
 from ..threat import Compute, Observation
 from . import public_images, second_order
 
-if TYPE_CHECKING:
-    from .gradient_matching import GradientMatching
-
 CANDIDATES = 128
 """Public batches a victim whose loss is looked at before the first restart."""
 
 
-def refuse(attack: GradientMatching, own_way: bool) -> None:
+class Matching(Protocol):
+    """What is read here of a matching attack: options of `GradientMatching`, how it begins, and its own loss."""
+
+    @property
+    def class_prior(self) -> tuple[float, ...]:
+        """Weights of the Gaussian of the label's public images."""
+
+    @property
+    def alphabet(self) -> bool:
+        """Whether to answer with grey levels of public images."""
+
+    @property
+    def fallback(self) -> bool:
+        """Whether to answer with class means where nothing was read."""
+
+    @property
+    def budget(self) -> str:
+        """fixed, or ceiling."""
+
+    @property
+    def optimiser(self) -> str:
+        """Name of the optimiser."""
+
+    @property
+    def initialisation(self) -> str:
+        """Where a search starts."""
+
+    @property
+    def parametrisation(self) -> str:
+        """What is searched."""
+
+    @property
+    def halving(self) -> tuple[float, ...]:
+        """Shares of the iterations after which restarts are given up."""
+
+    @property
+    def restarts(self) -> int:
+        """Searches a victim."""
+
+    def begin(self, observation: Observation, generator: Generators) -> Variables:
+        """Initial variables of a restart, [N, ...]."""
+
+    def loss(self, observation: Observation, images: Tensor, targets: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+        """Matching loss [N] of batches."""
+
+
+def refuse(attack: Matching, own_way: bool) -> None:
     """Refuse options that an attack cannot follow.
 
     Raises:
@@ -59,35 +103,40 @@ def refuse(attack: GradientMatching, own_way: bool) -> None:
 
 
 def starts(
-    attack: GradientMatching, observation: Observation, problem: Problem, facts: Facts, generator: Generators
-) -> list[Variables]:
-    """Initial variables of every restart, each stacked over victims [N, ...]."""
-    drawn = [attack.begin(observation, generator.child("restart", r)) for r in range(attack.restarts)]
-    rows = [{name: tensor.to(observation.dtype) for name, tensor in row.items()} for row in drawn]
+    attack: Matching,
+    observation: Observation,
+    problem: Problem,
+    facts: Facts,
+    restarts: Restarts,
+    generator: Generators,
+) -> Variables:
+    """Initial variables of all trials, [R * N, ...]."""
+    drawn = restarts.start(lambda stream: attack.begin(observation, stream))
+    start = {name: tensor.to(observation.dtype) for name, tensor in drawn.items()}
     if attack.initialisation not in ("class-mean", "public") or observation.auxiliary is None:
-        return rows
+        return start
     labels = _labels(facts, observation)
     mean = public_images.class_means(observation.auxiliary, observation.classes).to(observation.device)[labels]
     images = [mean] * attack.restarts
     if attack.initialisation == "public" and attack.restarts > 1:
-        images = [mean, *_nearest(attack, observation, problem, facts, rows[0], generator)]
-    return [{**row, "pixels": _pixels(image, observation, facts)} for row, image in zip(rows, images, strict=True)]
+        first = {name: tensor[: restarts.victims] for name, tensor in start.items()}
+        images = [mean, *_nearest(attack, observation, problem, facts, first, generator)]
+    return {**start, "pixels": torch.cat([_pixels(image, observation, facts) for image in images])}
 
 
-def prior_facts(observation: Observation, facts: Facts) -> Facts:
-    """Facts of the Gaussian of each victim's labels; none where no public images are granted."""
+def with_prior(observation: Observation, facts: Facts) -> Facts:
+    """Add the Gaussian of each victim's labels, where public images are granted."""
     if observation.auxiliary is None:
-        return {}
+        return facts
     fitted = public_images.gaussian(observation.auxiliary, observation.classes)
     own = fitted.facts(_labels(facts, observation).cpu())
     moved = {name: tensor.to(observation.device, observation.dtype) for name, tensor in own.items()}
-    return {"class": moved, "weight": torch.ones_like(moved["deviation"])}
+    return facts.plus(own={"weight": torch.ones_like(moved["deviation"])}, named={"class": moved})
 
 
 def prior_rows(guess: Guess, facts: Facts) -> Tensor:
     """Residuals of one victim's images against the Gaussian of their labels; their squares are minus its log twice."""
-    weight = cast(Tensor, facts["weight"])
-    return weight.sqrt() * public_images.whiten(guess.images, cast("dict[str, Tensor]", facts["class"]))
+    return facts.own["weight"].sqrt() * public_images.whiten(guess.images, facts.named["class"])
 
 
 def search(
@@ -105,12 +154,12 @@ def search(
     """
     if not weights:
         return loop.minimise(problem, start, facts, owner, plan, compute), facts, plan.goal
-    own = cast("dict[str, Tensor]", facts["class"])["mean"]
+    own = facts.named["class"]["mean"]
     # Twice minus the prior's log at the truth: its mean and four of its deviations above.
     usual = own[0].numel() + 4 * (2 * own[0].numel()) ** 0.5
     iterations = torch.zeros_like(owner)
     for weight in weights:
-        facts = {**facts, "weight": torch.full_like(cast(Tensor, facts["weight"]), weight)}
+        facts = facts.plus(own={"weight": torch.full_like(facts.own["weight"], weight)})
         goal = None if plan.goal is None else plan.goal + weight * usual
         outcome = loop.minimise(problem, start, facts, owner, dataclasses.replace(plan, goal=goal), compute)
         order = _answered_first(outcome.matching, len(own), goal)
@@ -122,8 +171,8 @@ def search(
 def _answered_first(matching: Tensor, victims: int, goal: Tensor | None) -> Tensor:
     """Trials [R * N], each victim's answer so far swapped with its first restart."""
     by_restart = torch.arange(len(matching), device=matching.device).view(-1, victims)
-    loss = torch.nan_to_num(matching.view(-1, victims), nan=torch.inf)
-    best = loss.argmin(0) if goal is None else first_to_reach(loss, goal)[0]
+    loss = matching.view(-1, victims)
+    best = least(loss) if goal is None else first_to_reach(loss, goal)[0]
     each = torch.arange(victims, device=matching.device)
     order = by_restart.clone()
     order[best, each], order[0] = by_restart[0], by_restart[best, each]
@@ -142,9 +191,7 @@ def _reordered(outcome: loop.Outcome, order: Tensor, variables: Variables, itera
     )
 
 
-def refine(
-    attack: GradientMatching, observation: Observation, answer: Reconstruction, goal: Tensor | None
-) -> Reconstruction:
+def refine(attack: Matching, observation: Observation, answer: Reconstruction, goal: Tensor | None) -> Reconstruction:
     """Answer with an alphabet's images, or without having read the message, where the own loss allows it."""
     if observation.auxiliary is None:
         return answer
@@ -156,7 +203,7 @@ def refine(
 
 
 def _unless_read(
-    attack: GradientMatching, observation: Observation, answer: Reconstruction, goal: Tensor | None
+    attack: Matching, observation: Observation, answer: Reconstruction, goal: Tensor | None
 ) -> Reconstruction:
     """Answer with the class means for victims whose message was not read, by the attack's own loss."""
     assert observation.auxiliary is not None
@@ -180,7 +227,7 @@ def _unless_read(
 
 
 def _snapped(
-    attack: GradientMatching, observation: Observation, answer: Reconstruction, goal: Tensor | None, values: Tensor
+    attack: Matching, observation: Observation, answer: Reconstruction, goal: Tensor | None, values: Tensor
 ) -> Reconstruction:
     snapped = public_images.snap(answer.images, values.to(answer.images))
     loss, before = own_loss(attack, observation, answer, snapped), cast(Tensor, answer.loss)
@@ -190,18 +237,7 @@ def _snapped(
     return dataclasses.replace(answer, images=images, loss=torch.where(fits, loss, before))
 
 
-def first_to_reach(loss: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-    """Restart [N] to answer with, by losses [R, N], and which restarts [R, N] it took to know.
-
-    It is the first to reach its victim's goal [N], or the one of least loss where none does.
-    """
-    reached = loss <= goal
-    first = torch.where(reached.any(0), reached.int().argmax(0), len(loss))
-    made = torch.arange(len(loss), device=loss.device)[:, None] <= first
-    return torch.where(reached.any(0), first, loss.argmin(0)), made
-
-
-def own_loss(attack: GradientMatching, observation: Observation, answer: Reconstruction, images: Tensor) -> Tensor:
+def own_loss(attack: Matching, observation: Observation, answer: Reconstruction, images: Tensor) -> Tensor:
     """Matching loss [N] of other images in an answer's place."""
     labels = cast(Tensor, answer.labels)
     targets = torch.nn.functional.one_hot(labels, observation.classes).to(images)
@@ -209,7 +245,7 @@ def own_loss(attack: GradientMatching, observation: Observation, answer: Reconst
 
 
 def _nearest(
-    attack: GradientMatching,
+    attack: Matching,
     observation: Observation,
     problem: Problem,
     facts: Facts,
@@ -233,20 +269,21 @@ def _nearest(
 
 def _pixels(images: Tensor, observation: Observation, facts: Facts) -> Tensor:
     """Images [N, B, C, H, W] in the space searched."""
-    mean, std = (cast(Tensor, facts[name])[:, None] for name in ("mean", "std"))
+    mean, std = (facts.own[name][:, None] for name in ("mean", "std"))
     return ((images - mean) / std).to(observation.dtype)
 
 
 def _labels(facts: Facts, observation: Observation) -> Tensor:
     """Labels [N, B] that an attack goes by; zeros where it searches for them."""
-    if "targets" not in facts:
+    if not facts.knows_labels:
         return torch.zeros(observation.victims, observation.batch_size, dtype=torch.int64, device=observation.device)
-    return cast(Tensor, facts["targets"]).argmax(-1)
+    return facts.targets.argmax(-1)
 
 
 def _column(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view((-1,) + (1,) * (like.ndim - 1))
 
 
-def _default(attack: GradientMatching, option: str) -> object:
-    return next(field.default for field in dataclasses.fields(attack) if field.name == option)
+def _default(attack: Matching, option: str) -> object:
+    default: object = getattr(type(attack), option)
+    return default

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -47,10 +46,10 @@ def residual_of(observation: Observation, turned: bool) -> Callable[[Update, Fac
 
     def residual(update: Update, facts: Facts) -> Tensor:
         if view is None:
-            return relative_difference(update, cast(Update, facts["update"]))
+            return relative_difference(update, facts.update)
         if turned:
             update = {name: -tensor for name, tensor in update.items()}
-        return view.residual(cast(Update, facts["message"]), view.simulate(update))
+        return view.residual(facts.message, view.simulate(update))
 
     return residual
 

@@ -11,16 +11,18 @@ from .cells import (
     build_defense,
     dataset_label,
     key_of,
+    question_of,
     unnamed,
     unnoted,
 )
 from .expand import CORE, Digest, expand
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part
 from .read import outline, read
-from .schema import KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
+from .schema import HELD_OUT, KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
 
 __all__ = [
     "CORE",
+    "HELD_OUT",
     "KNOWLEDGE",
     "UTILITY",
     "AttackCell",
@@ -46,6 +48,7 @@ __all__ = [
     "expand",
     "key_of",
     "outline",
+    "question_of",
     "read",
     "unnamed",
     "unnoted",

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import registry
@@ -18,6 +19,7 @@ from .schema import UTILITY, Engine, Utility, build_setting, stored_setting
 if TYPE_CHECKING:  # What needs torch; suites are read without it.
     from ..attack import Attack
     from ..defense import Defense
+    from ..server import Server
     from ..threat import Level, Setting
 
 
@@ -25,13 +27,15 @@ if TYPE_CHECKING:  # What needs torch; suites are read without it.
 class Draws:
     """What random numbers of an attacked cell may depend on: equal choices, equal draws.
 
-    Names, labels, what is granted and the wording of a plugin file are no part of it.
+    Names, labels, what is granted and the wording of code are no part of it.
     """
 
     messages: tuple[object, ...]
     """Of the round and its clients; without the attack, so that every attack faces the same messages."""
     attack: tuple[object, ...]
     """Of the attack's streams; without the defense."""
+    server: tuple[object, ...]
+    """Of the model that the server sends; without attack and defense, which all face the same model."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,17 +93,25 @@ class Cell(ABC):
         """The defense."""
         return build_defense(self.defense.name, self.defense.options)
 
-    def check_files(self) -> None:
-        """Refuse to compute it with other plugin files than those that it was made of.
+    @cached_property
+    def built_server(self) -> Server:
+        """The server."""
+        server: Server = registry.build("servers", self.setting.server.name, self.setting.server.options)
+        return server
+
+    def check_code(self, root: Path | None = None) -> None:
+        """Refuse to compute it by other code than it was made of; `root` is the data root.
 
         Raises:
-            GradleakError: a file was changed, or another of the same name was given.
+            GradleakError: something was changed, or is another here.
         """
-        client = Part(self.setting.client.name, code=self.setting.client.file)
+        sender = self.setting.server
+        Part(sender.name, options=sender.options, code=sender.file).check_code("servers", root)
         for group, part in (("defenses", self.defense), ("models", self.model), ("datasets", self.dataset)):
-            part.check_file(group)
-        if client.name:
-            client.check_file("clients")
+            part.check_code(group, root)
+        conduct = self.setting.client
+        if conduct.name:
+            Part(conduct.name, options=conduct.options, code=conduct.file).check_code("clients", root)
 
     def _stored_suite(self) -> dict[str, Any]:
         return {"name": self.suite[0], "version": self.suite[1]}
@@ -181,8 +193,9 @@ class AttackCell(Cell):
         """What random numbers may depend on."""
         bare = unnamed(self.stored())
         bare["setting"].pop("grants")
-        for part in (*(bare[name] for name in ("dataset", "model", "defense")), bare["setting"].get("client", {})):
-            part.pop("file", None)
+        for name in ("dataset", "model", "defense"):
+            bare[name].pop("code", None)
+        bare["setting"].get("client", {}).pop("file", None)
         # The text is what seeds have been derived from ever since; it must not change.
         dataset, model, setting, defense = (
             json.dumps(bare[name], sort_keys=True) for name in ("dataset", "model", "setting", "defense")
@@ -190,6 +203,7 @@ class AttackCell(Cell):
         return Draws(
             messages=(self.seed, dataset, model, setting, defense),
             attack=(self.seed, "attack", self.attack.name, dataset, model, setting),
+            server=(self.seed, "server", dataset, model, setting),
         )
 
     @property
@@ -208,16 +222,16 @@ class AttackCell(Cell):
         attack: Attack = registry.build("attacks", self.attack.name, self.attack.options)
         return attack
 
-    def check_files(self) -> None:
-        """Refuse to compute it with other plugin files than those that it was made of.
+    def check_code(self, root: Path | None = None) -> None:
+        """Refuse to compute it by other code than it was made of; `root` is the data root.
 
         Raises:
-            GradleakError: a file was changed, or another of the same name was given.
+            GradleakError: something was changed, or is another here.
         """
-        self.attack.check_file("attacks")
-        super().check_files()
+        self.attack.check_code("attacks", root)
+        super().check_code(root)
         if isinstance(self.prior, LearnedPrior):
-            self.prior.dataset.check_file("datasets")
+            self.prior.dataset.check_code("datasets", root)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -308,3 +322,13 @@ def unnamed(stored: Mapping[str, Any]) -> dict[str, Any]:
     for part, title in (*((axis, "label") for axis in ("attack", "defense", "model", "dataset")), ("setting", "name")):
         kept[part] = {key: value for key, value in kept[part].items() if key != title}
     return kept
+
+
+def question_of(stored: Mapping[str, Any]) -> str:
+    """Hash of what a stored form asks, whatever code answers: without codes, versions and definitions too."""
+    asked = {key: value for key, value in unnamed(stored).items() if key != "definitions"}
+    for part in ("attack", "defense", "model", "dataset"):
+        asked[part] = {key: value for key, value in asked[part].items() if key not in ("code", "version")}
+    if "prior" in asked:
+        asked["prior"] = {key: value for key, value in asked["prior"].items() if key not in ("code", "dataset")}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]

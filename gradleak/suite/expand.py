@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from .. import registry
+from .. import code, registry
 from ..errors import GradleakError
+from ..privacy import Exposure
 from ..scales import METRICS
 from .cells import AttackCell, Cell, LeftOut, Note, TrainingCell, build_defense, dataset_label, unnoted
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, code_of, members, plain
 from .read import levels_enough, levels_of
-from .schema import Counter, Entry, Prior, Suite, build_setting, unused_of
+from .schema import Counter, Entry, Prior, Suite, Utility, build_setting, unused_of
 
 if TYPE_CHECKING:  # What needs torch; suites are read without it.
     from ..attack import Attack
@@ -26,11 +27,12 @@ if TYPE_CHECKING:  # What needs torch; suites are read without it.
 _P = TypeVar("_P")
 
 CORE = "1"
-"""Raised whenever the engine, the client or the label rules change results."""
+"""Version of the numbers of all that plugins share; raised by hand whenever engine, search, mechanisms, clients or
+label rules change a result. Their code is no part of a cell's identity: it can be rewritten without losing boards."""
 
 
-Digest = Callable[[str, Mapping[str, Any]], tuple[str, str]]
-"""A dataset's name and options to its version and the hash of its images."""
+Digest = Callable[[str, Mapping[str, Any]], tuple[str, str] | tuple[str, str, int]]
+"""A dataset's name and options to its version, the hash of its images, and how many there are to train on."""
 
 
 _Point: TypeAlias = (
@@ -53,7 +55,7 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
     Raises:
         GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
     """
-    axes, definitions = _Axes.of(suite, digest), _definitions()
+    axes, definitions = _Axes.of(suite, digest, root), _definitions()
     cells: dict[str, Cell] = {}
     guessed: set[tuple[object, ...]] = set()
     for (data_entry, dataset), (model_entry, model), setting, seed, guard, attack in axes.grid(suite.seeds):
@@ -65,6 +67,7 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
         }
         if not _wanted(guard.entry, here):
             continue
+        guard = axes.calibrated(guard, data_entry, setting)
         if suite.controls == "all" and attack.plugin.family == "control" and attack.plugin.blind(setting):
             # Nothing of it depends on the defense but how many clients' images it answers.
             guess = (*list(here.values())[:3], seed, attack.entry.title, guard.plugin.cohort)
@@ -145,30 +148,57 @@ class _Axes:
     settings: list[Setting]
     defenses: list[_Plugged[Defense]]
     attacks: list[_Plugged[Attack]]
+    utility: Utility | None
+    images: dict[str, int]
+    """By title of a dataset, how many images there are to train on."""
+    root: Path | None
+    """The data root, where files are that options name."""
+    known: dict[tuple[str, str, str], _Plugged[Defense]] = dataclasses.field(default_factory=dict)
+    """Defenses with the noise that a wanted guarantee takes, by what it depends on."""
 
     @classmethod
-    def of(cls, suite: Suite, digest: Digest) -> _Axes:
+    def of(cls, suite: Suite, digest: Digest, root: Path | None) -> _Axes:
+        datasets = [(entry, *_dataset(entry, digest, root)) for entry in suite.datasets]
         return cls(
-            datasets=[(entry, _dataset(entry, digest)) for entry in suite.datasets],
+            datasets=[(entry, part) for entry, part, _ in datasets],
             models=[
-                (entry, _part("models", entry, registry.build("models", entry.name, entry.options)))
+                (entry, _part("models", entry, registry.build("models", entry.name, entry.options), root))
                 for entry in suite.models
             ],
             settings=[build_setting(values) for values in suite.settings],
             defenses=[
-                _Plugged(entry, defense, _guard(entry, defense))
+                _Plugged(entry, defense, _guard(entry, defense, root))
                 for entry in suite.defenses
                 for defense in [build_defense(entry.name, entry.options)]
             ],
             attacks=[
-                _Plugged(entry, attack, _part("attacks", entry, attack))
+                _Plugged(entry, attack, _part("attacks", entry, attack, root))
                 for entry in suite.attacks
                 for attack in [registry.build("attacks", entry.name, entry.options)]
             ],
+            utility=suite.utility,
+            images={entry.title: count for entry, _, count in datasets},
+            root=root,
         )
 
     def grid(self, seeds: Sequence[int]) -> Iterator[_Point]:
         return itertools.product(self.datasets, self.models, self.settings, seeds, self.defenses, self.attacks)
+
+    def calibrated(self, guard: _Plugged[Defense], data: Entry, setting: Setting) -> _Plugged[Defense]:
+        """Return a defense with the noise that a guarantee takes which it is asked for over the suite's training run.
+
+        Raises:
+            GradleakError: there is no such guarantee here.
+        """
+        place = (guard.entry.title, data.title, setting.name)
+        if place not in self.known:
+            exposure = None
+            if self.utility is not None and not guard.plugin.single_round:
+                exposure = Exposure(self.utility.at(setting).participations(self.images[data.title]))
+            defense = guard.plugin.calibrated(setting, exposure)
+            part = guard.part if defense == guard.plugin else _guard(guard.entry, defense, self.root)
+            self.known[place] = _Plugged(guard.entry, defense, part)
+        return self.known[place]
 
 
 def _utilities(suite: Suite, axes: _Axes) -> Iterator[TrainingCell]:
@@ -184,7 +214,7 @@ def _utilities(suite: Suite, axes: _Axes) -> Iterator[TrainingCell]:
         wanted = all(title in guard.entry.only.get(axis, [title]) for axis, title in here.items())
         if guard.plugin.single_round or not wanted:
             continue
-        recipe = suite.utility.at(faced)
+        recipe, guard = suite.utility.at(faced), axes.calibrated(guard, data_entry, faced)
         yield TrainingCell(
             recipe=recipe,
             defense=guard.part,
@@ -196,14 +226,14 @@ def _utilities(suite: Suite, axes: _Axes) -> Iterator[TrainingCell]:
         )
 
 
-def _guard(entry: Entry, defense: Defense) -> Part:
+def _guard(entry: Entry, defense: Defense, root: Path | None) -> Part:
     names, chained = members(entry.name), getattr(defense, "defenses", None)
     options = (
-        plain(registry.options_of(defense))
+        _options(defense)
         if chained is None
-        else {name: plain(registry.options_of(part)) for name, part in zip(names, chained, strict=True)}
+        else {name: _options(part) for name, part in zip(names, chained, strict=True)}
     )
-    return Part(entry.name, entry.title, options, defense.version, code_of("defenses", entry.name))
+    return Part(entry.name, entry.title, options, defense.version, code_of("defenses", entry.name, options, root))
 
 
 def _wanted(entry: Entry, here: Mapping[str, str]) -> bool:
@@ -219,11 +249,18 @@ def _reason(entry: Entry, here: Mapping[str, str]) -> tuple[str, bool] | None:
     return None
 
 
-def _part(group: str, entry: Entry, plugin: Any) -> Part:
-    """Return a plugin with every hyper-parameter but the `later` ones that are not used."""
+def _part(group: str, entry: Entry, plugin: Any, root: Path | None) -> Part:
+    options = _options(plugin)
+    return Part(entry.name, entry.title, options, plugin.version, code_of(group, entry.name, options, root))
+
+
+def _options(plugin: Any) -> dict[str, Any]:
+    """Return every hyper-parameter of a plugin but the `later` ones that are not used."""
     unused = unused_of(plugin)
-    options = {name: value for name, value in registry.options_of(plugin).items() if name not in unused}
-    return Part(entry.name, entry.title, plain(options), plugin.version, code_of(group, entry.name))
+    options: dict[str, Any] = plain(
+        {name: value for name, value in registry.options_of(plugin).items() if name not in unused}
+    )
+    return options
 
 
 def _definitions() -> dict[str, Any]:
@@ -233,14 +270,15 @@ def _definitions() -> dict[str, Any]:
     return {"core": CORE, "training": RECIPE, "metrics": sorted(metric.id for metric in METRICS.values())}
 
 
-def _dataset(entry: Entry, digest: Digest) -> DatasetPart:
-    part = _part("datasets", entry, registry.build("datasets", entry.name, entry.options))
-    version, value = digest(entry.name, part.options)
-    return DatasetPart(part.name, part.label, part.options, version, part.code, value)
+def _dataset(entry: Entry, digest: Digest, root: Path | None) -> tuple[DatasetPart, int]:
+    """Return a dataset, and how many images there are to train on, as far as `digest` says so."""
+    part = _part("datasets", entry, registry.build("datasets", entry.name, entry.options), root)
+    version, value, *counted = digest(entry.name, part.options)
+    return DatasetPart(part.name, part.label, part.options, version, part.code, value), int(next(iter(counted), 0))
 
 
 def _prior(prior: Prior, dataset: DatasetPart, digest: Digest, root: Path | None) -> LearnedPrior | GivenPrior:
-    """Everything that decides a generator; of a user's, the hash of its weights."""
+    """Everything that decides a generator; of a user's, the hashes of its weights and of its code."""
     if prior.source is not None:
         content, weights = b"", None
         if prior.weights is not None:
@@ -249,8 +287,9 @@ def _prior(prior: Prior, dataset: DatasetPart, digest: Digest, root: Path | None
                 content, weights = path.read_bytes(), str(prior.weights)
             except OSError as error:
                 raise GradleakError(f"prior: weights: no file {path} ({error.strerror}); see --data-root") from error
-        return GivenPrior(prior.source, weights, hashlib.sha256(content).hexdigest())
+        module = code.of_module(prior.source.partition(":")[0])
+        return GivenPrior(prior.source, weights, hashlib.sha256(content).hexdigest(), module)
     from ..training.priors import Recipe
 
     recipe = plain(dataclasses.asdict(Recipe(**prior.options)))
-    return LearnedPrior(dataset if prior.dataset is None else _dataset(prior.dataset, digest), recipe)
+    return LearnedPrior(dataset if prior.dataset is None else _dataset(prior.dataset, digest, root)[0], recipe)

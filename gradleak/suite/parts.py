@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from .. import registry
+from .. import code, registry
 from ..errors import GradleakError
 
 _T = TypeVar("_T")
@@ -25,7 +25,7 @@ class Part:
     """Plain values; of a chain of defenses (`a + b`), each part's by its name."""
     version: str = ""
     code: str = ""
-    """Hash of the file that brought it; empty for other plugins."""
+    """Digest of its code and of the files that its options name (`code_of`); empty in stores of old."""
 
     @classmethod
     def of(cls, stored: Mapping[str, Any], **more: str) -> Self:
@@ -39,24 +39,28 @@ class Part:
             if len(options) != len(members(name)):
                 raise GradleakError(f"cell: {name!r} has options of {len(options)} defenses")
             options = dict(zip(members(name), options, strict=True))
-        label, version, code = (taken(stored, key, str, "") for key in ("label", "version", "file"))
-        return cls(name, label, options, version, code, **more)
+        label, version, digest = (taken(stored, key, str, "") for key in ("label", "version", "code"))
+        return cls(name, label, options, version, digest, **more)
 
     def stored(self) -> dict[str, Any]:
         """Return it as plain data."""
         names = members(self.name)
         options = [self.options[name] for name in names] if len(names) > 1 else self.options
         own = {"name": self.name, "label": self.label, "options": options, "version": self.version}
-        return {**own, **({"file": self.code} if self.code else {})}
+        return {**own, **({"code": self.code} if self.code else {})}
 
-    def check_file(self, group: str) -> None:
-        """Refuse another plugin file than the one it was made of.
+    def check_code(self, group: str, root: Path | None = None) -> None:
+        """Refuse other code than it was made of.
+
+        Args:
+            group: of the plugin.
+            root: the data root.
 
         Raises:
-            GradleakError: the file was changed, or another of the same name was given.
+            GradleakError: its file, a module or file that belongs to it was changed, or is another here.
         """
-        if self.code != code_of(group, self.name):
-            raise GradleakError(f"{registry.GROUPS[group]} {self.name!r}: its plugin file is not the one of this cell")
+        if self.code and self.code != code_of(group, self.name, self.options, root):
+            raise GradleakError(f"{registry.GROUPS[group]} {self.name!r}: its code is not that of this cell")
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,13 @@ class GivenPrior:
     """Its weights, relative to the data root."""
     digest: str
     """Hash of the weights."""
+    code: str = ""
+    """Digest of the module; empty in stores of old."""
 
     def stored(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return {"source": self.source, "weights": self.weights, "digest": self.digest}
+        own = {"source": self.source, "weights": self.weights, "digest": self.digest}
+        return {**own, **({"code": self.code} if self.code else {})}
 
 
 def prior_of(stored: Mapping[str, Any]) -> LearnedPrior | GivenPrior:
@@ -117,7 +124,8 @@ def prior_of(stored: Mapping[str, Any]) -> LearnedPrior | GivenPrior:
     """
     if "source" in stored:
         weights = taken(stored, "weights", (str, type(None)))
-        return GivenPrior(taken(stored, "source", str), weights, taken(stored, "digest", str))
+        code = taken(stored, "code", str, "")
+        return GivenPrior(taken(stored, "source", str), weights, taken(stored, "digest", str), code)
     return LearnedPrior(DatasetPart.of(taken(stored, "dataset", dict)), taken(stored, "options", dict))
 
 
@@ -140,12 +148,23 @@ def members(name: str) -> list[str]:
     return [part.strip() for part in name.split("+")]
 
 
-def code_of(group: str, name: str) -> str:
-    """Return the hash of the code that a plugin file brought, of all members of a chain; empty for other plugins."""
-    codes = [registry.fingerprint(group, member) for member in members(name)]
-    if not any(codes):
-        return ""
-    return codes[0] if len(codes) == 1 else hashlib.sha256("+".join(codes).encode()).hexdigest()
+def code_of(group: str, name: str, options: Mapping[str, Any], root: Path | None = None) -> str:
+    """Return the digest of what a plugin computes by: its code, that of local modules, and files that options name.
+
+    Args:
+        group: of the plugin.
+        name: its own, or of a chain of defenses `a + b`.
+        options: of it; of a chain, each member's by its name.
+        root: the data root, from where paths may start, as from here and from the folder of a plugin file.
+    """
+    names = members(name)
+    parts = [(f"{place} {each}", registry.fingerprint(group, each)) for place, each in enumerate(names)]
+    # The images of a dataset have a digest of their own.
+    folders = [folder for each in names if (folder := registry.folder_of(group, each)) is not None]
+    named = "" if group == "datasets" else code.of_files_named(options, [root or Path(), Path(), *folders])
+    if named:
+        parts.append(("files", named))
+    return parts[0][1] if len(parts) == 1 else code.combined(parts)
 
 
 def plain(value: Any) -> Any:

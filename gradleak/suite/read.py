@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +55,7 @@ def outline(path: Path, added: Collection[str] = ()) -> Suite:
         suite = Suite.model_validate(content)
     except ValidationError as error:
         raise GradleakError(f"suite {path}: {first_mistake(error)}") from error
-    for axis in (axis for axis in registry.GROUPS if axis in Suite.model_fields):
+    for axis in ("datasets", "models", "attacks", "defenses"):
         known = {*registry.names(axis), *added}
         for index, entry in enumerate(getattr(suite, axis)):
             for name in members(entry.name) if axis == "defenses" else [entry.name]:
@@ -103,6 +103,12 @@ def _check(suite: Suite, where: str) -> None:
                         raise unknown(f"label of {key}", title, titles_of[key], f"{place}.{key}")
     attacks = [registry.build("attacks", entry.name, entry.options) for entry in suite.attacks]
     defenses = [build_defense(entry.name, entry.options) for entry in suite.defenses]
+    for index, entry in enumerate(suite.defenses):
+        for options in (entry.options, *(each for each in entry.options.values() if isinstance(each, Mapping))):
+            if {"sigma", "epsilon"} <= set(options):
+                raise GradleakError(
+                    f"{where}: defenses[{index}]: epsilon: sigma is what it takes to reach it; give one of both"
+                )
     for (index, attack), defense in itertools.product(enumerate(attacks), defenses):
         try:
             levels_of(suite, attack, defense, suite.attacks[index].optional)

@@ -20,17 +20,21 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from .. import registry
 from ..errors import GradleakError, unknown
 from ..options import check, count, finite, whole
 from ..paths import RelativeFile
 
 if TYPE_CHECKING:
     from ..knowledge import Conduct
-    from ..threat import Setting
-from .parts import plain
+    from ..threat import Setting, Tampering
+from .parts import code_of, plain
 
 UTILITY = "utility"
 """What stands for the attack in a cell that trains a model under a defense, and attacks nobody."""
+
+HELD_OUT = 10
+"""One in so many images of the train split is no client's: it chooses the rate of a training under a defense."""
 
 KNOWLEDGE = ("oblivious", "parameters", "public", "oracle")
 """Levels of knowledge of the defense, weakest first (`gradleak.threat.Level`)."""
@@ -236,6 +240,18 @@ class Utility(_Strict):
         known["client"] = {"name": client.name, "options": dict(client.options)} if client.name else None
         return self.model_copy(update=known)
 
+    def part_size(self, images: int) -> int:
+        """Return how many of a train split's images each client has."""
+        return (images - images // HELD_OUT) // self.clients
+
+    def batches_an_epoch(self, images: int) -> int:
+        """Return in how many batches a client passes through its part of a train split."""
+        return self.part_size(images) // self.batch
+
+    def participations(self, images: int) -> int:
+        """Return how many messages an example of a train split takes part in, at most."""
+        return -(-self.rounds // max(1, self.batches_an_epoch(images)))
+
     def setting(self, where: str = "") -> Setting:
         """Return how the clients train.
 
@@ -302,6 +318,8 @@ def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
 
     place = f"{where}: " if where else ""
     for cls, given in ((Setting, values), (Knowledge, values.get("grants") or {})):
+        if isinstance(given, Mapping) and cls is Knowledge and "server" in given:
+            raise GradleakError(f"{place}grants: server: is what the setting's `server` may do; name that instead")
         if not isinstance(given, Mapping):
             raise GradleakError(f"{place}grants: expected keys and values, found {given!r}")
         allowed = [field.name for field in dataclasses.fields(cls)]
@@ -317,6 +335,8 @@ def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
         plain["client"] = _conduct(plain["client"], place)
     if "grants" in plain:
         plain["grants"] = Knowledge(**check(Knowledge, values.get("grants") or {}, f"{place}grants"))
+    if "server" in plain:
+        plain["server"] = tampering(plain["server"], where)
     checked = check(Setting, plain, where or "setting")
     name = checked.get("name", "default")
     if not (name and name.isprintable() and len(name) <= LONGEST):
@@ -349,9 +369,7 @@ def _with_steps(values: Mapping[str, Any], place: str) -> dict[str, Any]:
 
 def _conduct(value: Any, place: str) -> Conduct:
     """Return a client by `name`, `{name: {options}}`, or its stored form."""
-    from .. import registry
     from ..knowledge import Conduct
-    from .parts import code_of, plain
 
     if isinstance(value, Conduct):
         return value
@@ -366,10 +384,11 @@ def _conduct(value: Any, place: str) -> Conduct:
         raise GradleakError(f"{place}client: expected a name, or {{name: {{options}}}}, found {_short(value)}")
     if not name:
         return Conduct()
+    if isinstance(value, Mapping) and {"version", "file"} <= set(value):
+        return Conduct(**check(Conduct, value, f"{place}client"))
     built = registry.build("clients", name, options, f"{place}client")
-    return Conduct(
-        name=name, options=plain(registry.options_of(built)), version=built.version, file=code_of("clients", name)
-    )
+    known = plain(registry.options_of(built))
+    return Conduct(name=name, options=known, version=built.version, file=code_of("clients", name, known))
 
 
 def _check_client(setting: Setting, place: str) -> None:
@@ -392,7 +411,43 @@ def _check_client(setting: Setting, place: str) -> None:
 def stored_setting(setting: Setting) -> dict[str, Any]:
     """Return a setting as plain data."""
     unused = unused_of(setting)
-    return {name: value for name, value in plain(dataclasses.asdict(setting)).items() if name not in unused}
+    found = {name: value for name, value in plain(dataclasses.asdict(setting)).items() if name not in unused}
+    # What the attacker may do follows from `server`; cells keep the keys that they had before.
+    found["grants"].pop("server")
+    return found
+
+
+def tampering(given: Any, where: str = "") -> Tampering:
+    """Return a setting's server: of a name, `{name: {options}}`, or a stored form.
+
+    Raises:
+        GradleakError: there is no such server, or an option has a wrong name, type or range.
+    """
+    from ..threat import Tampering
+
+    place = f"{where}: server" if where else "server"
+    if isinstance(given, Tampering):
+        return given
+    if isinstance(given, Mapping) and {"name", "version", "surface"} <= set(given):
+        return Tampering(**check(Tampering, given, place))
+    if not isinstance(given, str | Mapping):
+        raise GradleakError(f"{place}: expected a name, or a name with options, found {_short(given)}")
+    try:
+        entry = Entry.model_validate(_entry(given))
+    except ValidationError as error:
+        raise GradleakError(f"{place}: {first_mistake(error)}") from error
+    server = registry.build("servers", entry.name, entry.options, place)
+    unused = unused_of(server)
+    options = {name: value for name, value in registry.options_of(server).items() if name not in unused}
+    if entry.name == Tampering().name:
+        return Tampering()
+    return Tampering(
+        name=entry.name,
+        options=plain(options),
+        version=server.version,
+        file=code_of("servers", entry.name, options),
+        surface=server.surface,
+    )
 
 
 def unused_of(options: Any) -> set[str]:

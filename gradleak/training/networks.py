@@ -42,6 +42,7 @@ def prepare(
     cache: Path | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    code: str = "",
 ) -> tuple[nn.Module, float]:
     """Return the network of a training state, on the CPU in eval mode, and its test accuracy in [0, 1].
 
@@ -57,6 +58,7 @@ def prepare(
         cache: folder of the checkpoints.
         device: where to train; checkpoints of different kinds of device are different.
         progress: told about finished epochs.
+        code: digest of the code of the architecture, so that an edited one does not find its old checkpoint.
 
     Raises:
         GradleakError: `epochs` is negative, training diverged, the cache cannot be written, or the checkpoint
@@ -64,7 +66,7 @@ def prepare(
     """
     drawn = initial_seed(model, name, data, seed)
     network = initialise(model, data.shape, data.classes, *drawn)
-    key = _key(network, drawn[1], data, epochs, seed, device)
+    key = _key(network, drawn[1], data, epochs, seed, device, code)
     path = (cache or default_cache()) / f"{name}-{key}.safetensors"
     if path.exists():
         score = _load(network, path)
@@ -139,8 +141,10 @@ def accuracy(network: nn.Module, images: Images) -> float:
     return correct / len(images)
 
 
-def _key(network: nn.Module, options: str, data: Data, epochs: int, seed: int, device: torch.device | str) -> str:
-    # Layers and initial weights are in it, so that an edited plugin does not find its old checkpoint.
+def _key(
+    network: nn.Module, options: str, data: Data, epochs: int, seed: int, device: torch.device | str, code: str
+) -> str:
+    # Layers and initial weights are in it for those whose code nobody gives.
     parts = (
         RECIPE,
         options,
@@ -152,6 +156,7 @@ def _key(network: nn.Module, options: str, data: Data, epochs: int, seed: int, d
         seed,
         torch.device(device).type,
         torch.__version__,
+        *([code] if code else []),
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -63,7 +64,7 @@ class Layerwise(Backend):
         direct = _closed_form(problem)
         if direct is None:
             return facts
-        observed = dict(cast(Update, facts[direct.observed]))
+        observed = dict(direct.of(facts))
         left, right = {}, {}
         square = _square(observed)
         for layer in self._layers:
@@ -73,7 +74,8 @@ class Layerwise(Backend):
                 if factors is not None:
                     left[name], right[name] = factors
                     del observed[name]
-        return {**facts, direct.observed: observed, "_left": left, "_right": right, "_square": square}
+        ready = facts.plus(own={"_square": square}, named={"_left": left, "_right": right})
+        return replace(ready, message=observed) if direct.observed == "message" else replace(ready, update=observed)
 
     def __call__(self, problem: Problem, variables: Variables, facts: Facts) -> Values:
         """Losses and gradients of W stacked trials."""
@@ -182,12 +184,8 @@ class Layerwise(Backend):
 
     def _match_directly(self, direct: Direct, facts: Facts) -> tuple[Tensor, Pull]:
         """Closed forms: V = of_observed * g + of_own * G for coefficients of each victim."""
-        observed = ObservedUpdates(
-            cast(Update, facts[direct.observed]),
-            cast(Update, facts.get("_left", {})),
-            cast(Update, facts.get("_right", {})),
-        )
-        size = cast(Tensor, facts["_square"]) if "_square" in facts else _square(observed.dense)
+        observed = ObservedUpdates(direct.of(facts), facts.named.get("_left", {}), facts.named.get("_right", {}))
+        size = facts.own["_square"] if "_square" in facts.own else _square(observed.dense)
         if direct.objective == "cosine":
             sums = [layer.products(observed) for layer in self._layers]
             dot = torch.stack([first for first, _ in sums]).sum(0)

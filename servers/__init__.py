@@ -1,0 +1,1 @@
+"""Servers, one file each; the file stem is the name."""
