@@ -396,5 +396,5 @@ def _measured(bench: Bench) -> str:
     recipe, split = _recipe(bench), bench.workshop.images.split
     return (
         f"Accuracy: after {recipe.rounds} further rounds of {recipe.clients} such clients on {len(split.train)} of "
-        f"your images, from your weights, on {len(split.test)} others; points lost are against the same training as it is."
+        f"your images, from your weights, on {len(split.test)} others; points lost: against the same training as it is."
     )
