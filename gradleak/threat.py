@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import intake, structure
 from .client import PLAIN, Client
 from .dataset import Images
-from .defense import Defense, Message, View
+from .defense import Defense, Message, Public, View
 from .errors import GradleakError
 from .knowledge import BatchNorm, Knowledge, Labels, Level, Power, Setting, Tampering, rank
 from .mechanisms import batch_statistics
@@ -155,7 +155,8 @@ class Observation:
             mode: whether batch normalisation used the batch (train) or its running statistics (eval); by default as
                 the module is.
             client: its loss and arithmetic, and the optimiser of its local steps.
-            defense: what is known of the client's defense, for one whose messages are updates (noise, clipping).
+            defense: what is known of the client's defense, for one whose messages are updates (noise, clipping). A
+                round's randomness that the server shares is not known, unless there is none.
             auxiliary: public labelled images of the victims' kind.
             compute: how attacks may compute.
 
@@ -181,7 +182,7 @@ class Observation:
             network=network,
             message=rows,
             update=rows,
-            view=None if defense is None else View(defense, {}),
+            view=None if defense is None else View(defense, _agreed(defense, network, batch_size)),
             shape=shape,
             classes=classes,
             batch_size=batch_size,
@@ -219,3 +220,12 @@ class Observation:
             return self.update
         scale = (self.training.lr or 1.0) * self.training.steps
         return {name: -tensor / scale for name, tensor in self.update.items()}
+
+
+def _agreed(defense: Defense, network: Network, batch_size: int) -> Public | None:
+    """Return what a defense publishes in a round, if it draws none of it; else it cannot be told from an update."""
+    first, second = (
+        defense.public(dict(network.parameters), batch_size, torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
+    alike = first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    return first if alike else None

@@ -33,6 +33,8 @@ _SEARCH, _REMEDIES = 0.25, 0.4
 """Shares of the budget: of the first search of each attacker, and of all defenses together."""
 _PERFECT = 40.0
 """Mean PSNR in dB above which nothing more can come back that anybody would see."""
+_VICTIMS, _LARGE = 8, 5_000_000
+"""Clients that are attacked, and parameters of a model from which half as many are."""
 _SHOWN = 3
 _PREFERRED = ("dp-sgd", "gaussian-noise", "secure-aggregation", "sign", "top-k", "gradient-noise", "quantise")
 """Defenses that are tried first."""
@@ -85,7 +87,7 @@ def audit(
         defense: of the training, by name or with options; `a + b` chains several.
         normalise: mean and standard deviation by channel, where the model expects normalised images.
         budget: seconds for all of it.
-        victims: clients that are attacked; by default up to 8, as the data allows.
+        victims: clients that are attacked; by default up to 8 as the data allows, of large models up to 4.
         remedies: defenses to try if it leaks; by default those of the registry.
         seed: of the clients' and the attacks' draws.
         device: cpu or cuda.
@@ -113,7 +115,8 @@ def audit(
     most = len(images.split.test) // 2 // batch_size
     if most < 1:
         raise GradleakError(f"batch_size {batch_size}: {len(images.split.test) // 2} images are there to be attacked")
-    chosen = min(8, most) if victims is None else victims
+    size = sum(tensor.numel() for tensor in module.parameters())
+    chosen = min(_VICTIMS if size < _LARGE else _VICTIMS // 2, most) if victims is None else victims
     weights = hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in module.state_dict().values()))
     bench = Bench(
         workshop=Own(module, images, Resources(device=device)),
