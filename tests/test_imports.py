@@ -33,6 +33,7 @@ LAYERS = [
     },
     {"registry", "structure"},
     {"dataset", "datasets", "model", "models", "sources"},
+    {"client", "clients"},
     {"update"},
     {"knowledge", "intake", "engine.residuals", "privacy"},
     {"defense"},
@@ -62,6 +63,7 @@ LAYERS = [
     {"contract", "report"},
     {"reading"},
     {"evaluation"},
+    {"auditing"},
     {"cli", "testing"},
 ]
 """Lowest first. A room, or a module of its own; it imports its own layer and those below, through whatever others."""

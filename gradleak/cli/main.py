@@ -21,7 +21,7 @@ from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable
 from ..secret import Secret, is_secret
-from . import attack, catalogue, check, prior, verify
+from . import attack, audit, catalogue, check, prior, verify
 from . import store as store_commands
 from .asked import questions
 
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(prior.app, name="prior")
 app.command("attack")(attack.attack)
+app.command("audit")(audit.audit)
 app.command("check")(check.check)
 app.command("verify")(verify.verify)
 app.add_typer(store_commands.app, name="store")
@@ -99,7 +100,8 @@ def _list(
     group: Annotated[
         str,
         typer.Argument(
-            metavar="[GROUP]", help="attacks, defenses, models, datasets or servers [default: all, by name]."
+            metavar="[GROUP]",
+            help="attacks, clients, datasets, defenses, models or servers [default: all, by name].",
         ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,

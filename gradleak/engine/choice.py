@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..client import PLAIN
 from ..errors import unknown
 from ..process import default_cache
 from . import memory
@@ -208,6 +209,7 @@ def kind_of(problem: Problem, variables: Variables, facts: Facts, width: int = 0
         repr(match) if isinstance(match, Direct) else _described(match),
         [_described(part) for part in (problem.decode, problem.penalty, problem.per_example)],
         repr(problem.training),
+        *([] if problem.network.client == PLAIN else [repr(problem.network.client)]),
         torch.get_num_threads(),
         torch.__version__,
         __version__,

@@ -185,6 +185,8 @@ class GradientMatching(Attack):
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """Say why labels cannot be inferred where they must be, or what the model lacks for an option."""
         infers = self.needs.labels is Labels.INFERRED and rank(setting.grants.labels) < rank(Labels.COUNTS)
+        if infers and not setting.trains.shows_labels:
+            return "label inference reads the gradient of a cross-entropy; labels must be granted (grants: labels)"
         if not (infers or self.features):
             return None
         head = structure.of(module).head

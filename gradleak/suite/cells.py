@@ -119,6 +119,9 @@ class Cell(ABC):
         Part(sender.name, options=sender.options, code=sender.code).check_code("servers", root)
         for group, part in (("defenses", self.defense), ("models", self.model), ("datasets", self.dataset)):
             part.check_code(group, root)
+        conduct = self.setting.client
+        if conduct.name:
+            Part(conduct.name, options=conduct.options, code=conduct.file).check_code("clients", root)
 
     def _stored_suite(self) -> dict[str, Any]:
         return {"name": self.suite[0], "version": self.suite[1]}
@@ -238,6 +241,7 @@ class AttackCell(Cell):
         for name in ("dataset", "model", "defense"):
             bare[name].pop("code", None)
         bare["setting"].get("server", {}).pop("code", None)
+        bare["setting"].get("client", {}).pop("file", None)
         # The text is what seeds have been derived from ever since; it must not change.
         dataset, model, setting, defense = (
             json.dumps(bare[name], sort_keys=True) for name in ("dataset", "model", "setting", "defense")

@@ -117,6 +117,8 @@ class Layerwise(Backend):
             return
         if problem.training.lr is not None:
             raise NotUnderstoodError("local steps give every trial its own parameters")
+        if not problem.network.client.plain or problem.network.client.accumulation > 1:
+            raise NotUnderstoodError("the client's loss is not the plain cross-entropy of its batch")
         if problem.per_example is not None:
             raise NotUnderstoodError("the gradients of single examples are changed")
         network = problem.network
