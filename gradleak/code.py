@@ -21,7 +21,7 @@ from pathlib import Path
 
 LONGEST = 255
 """Characters of a literal that may name a file."""
-_ROOMS = ("attacks", "defenses", "models", "datasets", "servers")
+_ROOMS = ("attacks", "clients", "datasets", "defenses", "models", "servers")
 _SHARED = frozenset(
     "PIL lpips matplotlib numpy opacus pandas pennylane safetensors scipy skimage sklearn timm torch torchmetrics"
     " torchvision".split()

@@ -108,8 +108,8 @@ class Results:
             return self
         cells, rows = self.cells[chosen], self.rows[self.rows["server"].ne(HONEST) == malicious]
         unsuited = self.unsuited[self.unsuited["setting"].isin(cells["setting"])]
-        parts = [part.reset_index(drop=True) for part in (cells, rows, self.utility, unsuited)]
-        return Results(*parts, self.checked)
+        cells, rows, unsuited = (part.reset_index(drop=True) for part in (cells, rows, unsuited))
+        return Results(cells, rows, self.utility, unsuited, self.checked)
 
     @cached_property
     def contexts(self) -> list[tuple[str, ...]]:
