@@ -129,7 +129,10 @@ class Setting:
     mode: Literal["eval", "train"] = "eval"
     """Batch normalisation of the client: running statistics (eval) or its own batch's (train)."""
     epochs: Annotated[int, Ge(0)] = 0
-    """Epochs the model was trained for before the update; 0 is an untrained model."""
+    """Epochs the model was trained for, without a defense, before anything else; 0 is an untrained model."""
+    after_rounds: Annotated[int, Ge(0)] = field(default=0, metadata={"later": True})
+    """Rounds of federated training under the same defense before the update, as the suite's utility trains; the
+    client takes part for the first time."""
     local_steps: Annotated[int, Ge(1)] = 1
     """Local steps of FedAvg; a FedSGD client (`local_lr` unset) takes one and sends its gradient."""
     local_batch_size: Annotated[int, Ge(1)] | None = None

@@ -22,6 +22,7 @@ from ..errors import GradleakError, unknown
 from ..scales import CAP, METRICS, THRESHOLDS
 from ..suite import UTILITY
 from . import newest
+from .record import STATES
 from .statistics import APART, Floats, Pairs, Resamples, mean_over_known
 from .store import Store
 
@@ -66,6 +67,8 @@ class Results:
     """Cells of models trained under a defense; their `setting` is that training's."""
     unsuited: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(UNSUITED), dtype=str))
     """Attacks that do not apply to a defense in a context, each with its reason (`UNSUITED`)."""
+    checked: Mapping[str, str] = field(default_factory=dict)
+    """How far cells that came in bundles were checked (`record.STATES`), by key; of others nothing is said."""
 
     def where(self, **labels: str | Iterable[str]) -> Results:
         """Return the part with the given labels, e.g. `where(dataset="digits", model=["mlp", "lenet"])`.
@@ -84,7 +87,8 @@ class Results:
                 utility = utility[utility[name].isin(wanted)]
             if name in unsuited:
                 unsuited = unsuited[unsuited[name].isin(wanted)]
-        return Results(*(part.reset_index(drop=True) for part in (cells, rows, utility, unsuited)))
+        cells, rows, utility, unsuited = (part.reset_index(drop=True) for part in (cells, rows, utility, unsuited))
+        return Results(cells, rows, utility, unsuited, self.checked)
 
     @cached_property
     def contexts(self) -> list[tuple[str, ...]]:
@@ -98,7 +102,7 @@ class Results:
 
 
 def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None = None) -> Results:
-    """Read stores into one set of results; a cell that is in several counts once.
+    """Read stores into one set of results; a cell that is in several counts once, one's own before a bundle's.
 
     Equal labels with different options are told apart by the options that differ.
 
@@ -110,6 +114,7 @@ def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None =
     Raises:
         GradleakError: there is no cell at all.
     """
+    stores = tuple(sorted(stores, key=lambda store: bool(store.checked)))
     parts = [store.cells() for store in stores]
     cells = pd.concat(parts, ignore_index=True)
     if len(cells):
@@ -144,7 +149,18 @@ def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None =
         values = rows[line.metric]
         reached = values >= line.value if METRICS[line.metric].higher_is_better else values <= line.value
         rows[name] = reached.astype(float).where(values.notna())
-    return Results(cells, rows, utility, _unsuited(stores))
+    return Results(cells, rows, utility, _unsuited(stores), _checked(stores))
+
+
+def _checked(stores: Sequence[Store]) -> dict[str, str]:
+    """Return how far cells that only bundles hold were checked; of one that is in several, the furthest."""
+    found: dict[str, str] = {}
+    own: set[str] = set()
+    for store in stores:
+        own |= set() if store.checked else set(store.statuses())
+        for key, state in store.checked.items():
+            found[key] = max(state, found.get(key, state), key=STATES.index)
+    return {key: state for key, state in found.items() if key not in own}
 
 
 def _unsuited(stores: Sequence[Store]) -> pd.DataFrame:

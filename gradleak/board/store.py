@@ -71,6 +71,8 @@ class Store:
     def __init__(self, path: Path | str, create: bool = False):
         """Open the store at `path`; with `create`, make it if nothing is there."""
         self.path = Path(path)
+        self.checked: dict[str, str] = {}
+        """How far cells were checked, by key, where the store came in a bundle (`record`)."""
         if not self.path.exists() and not create:
             raise GradleakError(f"store {self.path}: no such file")
         if self.path.is_dir():

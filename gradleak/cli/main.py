@@ -21,7 +21,7 @@ from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable
 from ..secret import Secret, is_secret
-from . import attack, catalogue, check, prior
+from . import attack, catalogue, check, prior, verify
 from . import store as store_commands
 from .asked import questions
 
@@ -40,6 +40,7 @@ app = typer.Typer(
 app.add_typer(prior.app, name="prior")
 app.command("attack")(attack.attack)
 app.command("check")(check.check)
+app.command("verify")(verify.verify)
 app.add_typer(store_commands.app, name="store")
 
 PluginFiles = Annotated[
@@ -325,36 +326,6 @@ def _publish(
 
     manifest = publish(store, out)
     _say(f"{out}: {manifest['cells']} cells, {manifest['failed']} failed, {manifest['images']} images")
-
-
-@app.command("verify")
-def _verify(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A file that `gradleak publish` wrote.")],
-    sample: Annotated[int, typer.Option(min=0, metavar="N", help="Cells to run again.")] = 3,
-    seed: Annotated[int, typer.Option(metavar="N", help="Picks these cells.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
-    data_root: Annotated[
-        Path | None, typer.Option("--data-root", metavar="DIR", help="Where datasets are that do not come along.")
-    ] = None,
-    plugin: PluginFiles = None,
-) -> None:
-    """Recompute what a bundle claims; exit with 1 if anything differs."""
-    from .. import registry
-    from ..evaluation.verify import verify
-    from ..evaluation.workshop import Resources
-
-    for path in plugin or []:
-        registry.add_file(path)
-    found = verify(bundle, Resources(data_root=data_root, device=device), sample, seed)
-    for each in found:
-        state = {True: "ok", False: "DIFFERS", None: "not checked"}[each.ok]
-        print(printable(f"{state:11}  {each.check}: {each.detail}"))
-    wrong = sum(each.ok is False for each in found)
-    if wrong:
-        _say(f"{bundle}: {wrong} of {len(found)} checks differ")
-        raise typer.Exit(1)
-    unchecked = sum(each.ok is None for each in found)
-    _say(f"{bundle}: verified" + (f", {unchecked} of {len(found)} checks not possible here" if unchecked else ""))
 
 
 @app.command("doctor")

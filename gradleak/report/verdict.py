@@ -112,9 +112,13 @@ def of_setting(setting: Mapping[str, Any], knowledge: Sequence[str]) -> str:
     trained = f"trains {_count(steps, 'local step')} on" if setting.get("local_lr") else "computes one gradient of"
     epochs = int(setting.get("epochs", 0))
     network = f"a network trained for {_count(epochs, 'epoch')}" if epochs else "an untrained network"
+    after, rounds = int(setting.get("after_rounds", 0)), int(setting.get("rounds", 1))
+    if after:
+        network = f"{network}, after {_count(after, 'round')} of federated training under the same defense"
     known = ", ".join(_grants(setting.get("grants") or {}, knowledge))
     client = f"A client {trained} {_count(images, 'image')} with {network}"
-    return f"{client} and sends the result once. The attacker sees this message and the model, and is given {known}."
+    sent, seen = ("once", "this message") if rounds == 1 else (f"{rounds} times, with new randomness", "these messages")
+    return f"{client} and sends the result {sent}. The attacker sees {seen} and the model, and is given {known}."
 
 
 def _grants(grants: Mapping[str, Any], knowledge: Sequence[str]) -> list[str]:

@@ -128,6 +128,29 @@ class Cell(ABC):
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
+@dataclass(frozen=True)
+class Before:
+    """The federated training, under a cell's own defense, that its model went through before the attacked round."""
+
+    recipe: Utility
+    """Its `rounds` are those of the setting's `after_rounds`."""
+    epoch: int
+    """Epoch of the attacked round, from 0, for what follows a schedule."""
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Before:
+        """Return what is stored.
+
+        Raises:
+            GradleakError: something is missing, or is not what it has to be.
+        """
+        return cls(Utility.of(taken(stored, "recipe", dict)), taken(stored, "epoch", int))
+
+    def stored(self) -> dict[str, Any]:
+        """Return it as plain data, with the version of training."""
+        return {"recipe": self.recipe.model_dump(exclude={"seeds"}), "epoch": self.epoch, "version": Utility.VERSION}
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttackCell(Cell):
     """A cell that attacks a list of victims."""
@@ -143,6 +166,8 @@ class AttackCell(Cell):
     engine: Engine = field(default_factory=Engine)
     prior: LearnedPrior | GivenPrior | None = None
     """The generator that the attack is given."""
+    before: Before | None = None
+    """Training under the defense before the attacked round."""
     definitions: Mapping[str, Any] = field(default_factory=dict)
     """Versions of what every result depends on beside its plugins."""
     secret: Secret | None = None
@@ -172,6 +197,7 @@ class AttackCell(Cell):
             candidates=taken(stored, "candidates", int),
             engine=Engine.of(taken(stored, "engine", dict)),
             prior=prior_of(taken(stored, "prior", dict)) if "prior" in stored else None,
+            before=Before.of(taken(stored, "before", dict)) if "before" in stored else None,
             definitions=taken(stored, "definitions", dict),
             secret=known_secret if digest else None,
             **common,
@@ -195,6 +221,7 @@ class AttackCell(Cell):
             "suite": self._stored_suite(),
             **({} if self.prior is None else {"prior": self.prior.stored()}),
             **({} if self.secret is None else {"secret": self.secret.digest}),
+            **({} if self.before is None else {"before": self.before.stored()}),
         }
 
     @property
@@ -231,6 +258,16 @@ class AttackCell(Cell):
     def left_out(self, reason: str) -> LeftOut:
         """Return the note that its attack does not apply."""
         return LeftOut(*self.place, self.knowledge.value, reason)
+
+    @cached_property
+    def built_defense(self) -> Defense:
+        """The defense as it is in the attacked round, for all messages that the attacker has of a client."""
+        from ..repeated import repeated
+
+        defense = build_defense(self.defense.name, self.defense.options)
+        if self.before is not None:
+            defense = defense.at_round(self.before.recipe.rounds, self.before.epoch)
+        return repeated(defense, self.setting.rounds)
 
     @cached_property
     def built_attack(self) -> Attack:

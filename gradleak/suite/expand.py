@@ -15,7 +15,7 @@ from ..errors import GradleakError
 from ..privacy import Exposure
 from ..scales import METRICS
 from ..secret import Secret
-from .cells import AttackCell, Cell, LeftOut, Note, TrainingCell, build_defense, dataset_label, unnoted
+from .cells import AttackCell, Before, Cell, LeftOut, Note, TrainingCell, build_defense, dataset_label, unnoted
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, code_of, members, plain
 from .read import levels_enough, levels_of
 from .schema import Counter, Entry, Prior, Suite, Utility, build_setting, unused_of
@@ -72,6 +72,15 @@ def expand(
         if not _wanted(guard.entry, here):
             continue
         guard = axes.calibrated(guard, data_entry, setting)
+        if setting.after_rounds and guard.plugin.single_round:
+            place = (
+                attack.entry.title,
+                here["defenses"],
+                here["models"],
+                dataset_label(here["datasets"], suite.tuning),
+            )
+            note(LeftOut(*place, setting.name, "", "after_rounds: no model is trained under a defense of one round"))
+            continue
         if suite.controls == "all" and attack.plugin.family == "control" and attack.plugin.blind(setting):
             # Nothing of it depends on the defense but how many clients' images it answers.
             guess = (*list(here.values())[:3], seed, attack.entry.title, guard.plugin.cohort)
@@ -93,6 +102,7 @@ def expand(
                 seed=seed,
                 engine=suite.engine,
                 prior=_prior(suite.prior, dataset, digest, root) if takes_prior else None,
+                before=axes.before(data_entry, setting),
                 definitions=definitions,
                 suite=(suite.name, suite.version),
                 optional=attack.entry.optional,
@@ -188,6 +198,13 @@ class _Axes:
 
     def grid(self, seeds: Sequence[int]) -> Iterator[_Point]:
         return itertools.product(self.datasets, self.models, self.settings, seeds, self.defenses, self.attacks)
+
+    def before(self, data: Entry, setting: Setting) -> Before | None:
+        """Return the training under the defense that a setting asks for before the attacked round."""
+        if not setting.after_rounds:
+            return None
+        recipe = (self.utility or Utility()).at(setting).model_copy(update={"rounds": setting.after_rounds})
+        return Before(recipe, setting.after_rounds // max(1, recipe.batches_an_epoch(self.images[data.title])))
 
     def calibrated(self, guard: _Plugged[Defense], data: Entry, setting: Setting) -> _Plugged[Defense]:
         """Return a defense with the noise that a guarantee takes which it is asked for over the suite's training run.
