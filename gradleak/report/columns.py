@@ -291,6 +291,7 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         _label("standing", "standing", brief=_standing),
         _recovered(_RECOGNISABLE, rank=0),
         _interval("accuracy lost, points", "accuracy_lost", rank=1, percent=True),
+        _plain("false alarms, %", "false_alarms", rank=1, percent=True),
         Column("bytes", lambda line: number(line.get("bytes"), 0), rank=1, brief=lambda line: _size(line.get("bytes"))),
         Column("epsilon", _guarantee, rank=1, brief=_brief_guarantee),
         _label("doubt", "doubt", brief=_first),
