@@ -20,7 +20,7 @@ from rich.padding import Padding
 from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable
-from . import attack, catalogue, check, prior
+from . import attack, catalogue, check, new, prior
 from . import store as store_commands
 from .asked import questions
 
@@ -39,6 +39,7 @@ app = typer.Typer(
 app.add_typer(prior.app, name="prior")
 app.command("attack")(attack.attack)
 app.command("check")(check.check)
+app.command("new")(new.new)
 app.add_typer(store_commands.app, name="store")
 
 PluginFiles = Annotated[
