@@ -17,9 +17,11 @@ from . import values
 def check(
     plugin: Annotated[
         str,
-        typer.Argument(metavar="PLUGIN", help="A file with an attack, defense, model or dataset, or the name of one."),
+        typer.Argument(metavar="PLUGIN", help="A file with an attack, defense, model, dataset or server, or a name."),
     ],
-    group: Annotated[str, typer.Option(metavar="GROUP", help="Of a name: attacks, defenses, models or datasets.")] = "",
+    group: Annotated[
+        str, typer.Option(metavar="GROUP", help="Of a name: attacks, clients, defenses, models, datasets or servers.")
+    ] = "",
     options: Annotated[
         list[str] | None,
         typer.Option(metavar="OPTIONS", help="Its options, as '{lr: 0.1}' or lr=0.1; may be repeated."),

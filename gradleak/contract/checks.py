@@ -25,6 +25,7 @@ from .attacks import (
     attack_treats_victims_apart,
 )
 from .behaviour import Watch
+from .clients import client_can_be_imitated, client_declares_itself, client_gives_an_update
 from .datasets import (
     dataset_declares_itself,
     dataset_holds_images,
@@ -53,6 +54,15 @@ from .models import (
     model_gives_logits,
 )
 from .scan import looks_only_at_what_it_is_given
+from .servers import (
+    ServerCase,
+    server_changes_what_it_says,
+    server_declares_itself,
+    server_leaves_the_model_alone,
+    server_repeats_itself,
+    server_says_what_it_cannot,
+    server_sends_a_model,
+)
 from .victims import Ask
 
 Step = tuple[str, Callable[[], Finding]]
@@ -96,7 +106,7 @@ def steps(group: str, name: str, ask: Ask) -> Iterator[Step]:
 
         return promise, run
 
-    if path is not None and group in ("attacks", "defenses"):
+    if path is not None and group in ("attacks", "defenses", "servers"):
         package = (group,) if cls.__module__.startswith(f"gradleak.{group}.") else ()
         yield step(partial(keeps_away_from_the_truth, path, package), "does not reach the truth")
         yield step(partial(looks_only_at_what_it_is_given, path), _promise(looks_only_at_what_it_is_given))
@@ -122,9 +132,11 @@ def steps(group: str, name: str, ask: Ask) -> Iterator[Step]:
 def _case(group: str, name: str, ask: Ask) -> Any:
     prepare: dict[str, Callable[[], Any]] = {
         "attacks": lambda: AttackCase(name, ask=ask),
+        "clients": lambda: registry.build("clients", name, ask.options),
         "defenses": lambda: DefenseCase(registry.build("defenses", name, ask.options), ask),
         "models": lambda: ModelCase(registry.build("models", name, ask.options), ask.shape),
         "datasets": lambda: (registry.build("datasets", name, ask.options), name, ask.root),
+        "servers": lambda: ServerCase(registry.build("servers", name, ask.options), ask),
     }
     return prepare[group]()
 
@@ -150,7 +162,14 @@ def _promise(check: Callable[..., None]) -> str:
     return first[:1].lower() + first[1:]
 
 
-MAIN = {"attacks": ("reconstruct",), "defenses": ("protect",), "models": ("build",), "datasets": ("read",)}
+MAIN = {
+    "attacks": ("reconstruct",),
+    "clients": ("step",),
+    "defenses": ("protect",),
+    "models": ("build",),
+    "datasets": ("read",),
+    "servers": ("tamper",),
+}
 """The method that a group's plugins are made of."""
 
 CHECKS: dict[str, tuple[Callable[[Any], None], ...]] = {
@@ -161,6 +180,7 @@ CHECKS: dict[str, tuple[Callable[[Any], None], ...]] = {
         attack_repeats_itself,
         attack_treats_victims_apart,
     ),
+    "clients": (client_declares_itself, client_gives_an_update, client_can_be_imitated),
     "defenses": (
         defense_declares_itself,
         defense_sends_what_decodes,
@@ -174,6 +194,14 @@ CHECKS: dict[str, tuple[Callable[[Any], None], ...]] = {
     ),
     "models": (model_declares_itself, model_gives_logits, model_follows_its_seed, model_can_be_differentiated_twice),
     "datasets": (dataset_declares_itself, dataset_holds_images, dataset_repeats_itself, dataset_keeps_victims_private),
+    "servers": (
+        server_declares_itself,
+        server_sends_a_model,
+        server_changes_what_it_says,
+        server_leaves_the_model_alone,
+        server_repeats_itself,
+        server_says_what_it_cannot,
+    ),
 }
 """By group, the checks of one plugin."""
 
@@ -186,6 +214,9 @@ ABOUT: dict[Callable[[Any], None], tuple[str, ...]] = {
         ("nll", "simulate", "per_example"): CHECKS["defenses"][7:],
         ("build",): CHECKS["models"][1:],
         ("read",): CHECKS["datasets"][1:],
+        ("tamper",): CHECKS["servers"][1:5],
+        ("unsuited",): CHECKS["servers"][5:],
+        ("step", "objective"): CHECKS["clients"][1:],
     }.items()
     for check in checks
 }
