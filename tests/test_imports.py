@@ -42,7 +42,7 @@ LAYERS = [
     {"channel", "reconstruction", "server"},
     {"search"},
     {"captured"},
-    {"attack", "server"},
+    {"attack"},
     {"chain", "repeated", "training"},
     {
         "suite",
@@ -55,7 +55,7 @@ LAYERS = [
         "board.left_out",
         "board.claims",
     },
-    {"board.newest", "board.results"},
+    {"board.newest", "board.labels", "board.results"},
     {"board.evidence", "board.cost", "board.tables"},
     {"board.attack_board", "board.leaderboard", "board.flags", "board.malicious"},
     {"board.bundle", "board.compare", "board"},
