@@ -27,6 +27,7 @@ LAYERS = [
         "seeds",
         "scales",
         "state",
+        "status",
         "process",
         "pictures",
         "board.statistics",

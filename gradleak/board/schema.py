@@ -9,15 +9,16 @@ from typing import Any, Literal, Self
 
 import numpy.typing as npt
 
+from ..status import Status
 from ..suite import dataset_label
 
 SCHEMA = 2
 """Raised whenever the tables of results change; a store of another schema is refused, never converted in place."""
 
 REFUSED = "refused"
-"""The client looked at the model and sent nothing."""
-STATUSES = ("ok", "diverged", "oom", "timeout", "invalid", "error", REFUSED)
-"""How the attack on one victim ended; everything but `ok` is scored at the floor."""
+"""The client looked at the model and sent nothing: no attack ended so, and none may say that it did."""
+STATUSES = (*(state.value for state in Status), REFUSED)
+"""What a row says of its victim; everything but `ok` is scored at the floor."""
 
 Array = npt.NDArray[Any]
 
