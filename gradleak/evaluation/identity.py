@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..attack import Reconstruction
-from ..chain import Chain
-from ..defense import Defense
 from ..federation import client
 from ..reconstruction import threat_model
-from ..repeated import Repeated
 from ..suite import AttackCell
 from ..threat import Level
 
@@ -25,9 +22,7 @@ def identity(cell: AttackCell) -> dict[str, Any]:
     against it, or matches through what the defense publishes (which takes the round's randomness, if it has any).
     """
     attack, defense, level = cell.built_attack, cell.built_defense, cell.knowledge
-    once = defense.defense if isinstance(defense, Repeated) else defense
-    parts = once.defenses if isinstance(once, Chain) else (once,)
-    blind = level is Level.PARAMETERS and any(type(part).public is not Defense.public for part in parts)
+    blind = level is Level.PARAMETERS and defense.publishes
     answers = attack.family == "learned" or cell.attack.name in defense.counter_attacks
     adapts = answers or (defense.is_adaptive_target and not blind)
     return {
