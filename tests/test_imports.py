@@ -47,6 +47,7 @@ LAYERS = [
     {"chain", "repeated", "training"},
     {
         "suite",
+        "board.provenance",
         "board.schema",
         "board.codec",
         "board.file",

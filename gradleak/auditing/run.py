@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import registry
+from ..board.provenance import Provenance
 from ..board.store import Store, victim_list
 from ..errors import GradleakError
 from ..evaluation.evaluate import evaluate
@@ -216,7 +217,8 @@ class _Auditor:
         """Return the accuracy after further training under a defense; NaN where it cannot be trained under."""
         result = evaluate(plan.training(self.bench, defense, _recipe(self.bench)), self.bench.workshop)
         if not result.error:
-            return float(result.provenance["test_accuracy"])
+            accuracy = Provenance.of(result.provenance).test_accuracy
+            return math.nan if accuracy is None else accuracy
         if notes is not None:
             notes.append(f"accuracy: {result.error}")
         return math.nan

@@ -21,6 +21,7 @@ from ..scales import CAP, METRICS, THRESHOLDS
 from ..suite import UTILITY
 from . import newest
 from .labels import distinct
+from .provenance import Provenance
 from .record import STATES
 from .schema import HONEST, REFUSED
 from .statistics import APART, Floats, Pairs, Resamples, mean_over_known
@@ -157,11 +158,10 @@ def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None =
     trained = cells["attack_name"] == UTILITY
     cells, utility = cells[~trained].reset_index(drop=True), cells[trained].reset_index(drop=True)
     rows = _with_failed_cells(cells, rows)
-    facts = dict(zip(cells["key"], cells["provenance"], strict=True))
-    known = {key: fact.get("adaptive", False) for key, fact in facts.items()}
-    rows["adaptive"] = rows["key"].map(known).astype(bool) & rows["knowledge"].isin(ADAPTIVE)
-    rows["stochastic"] = rows["key"].map({key: fact.get("stochastic", False) for key, fact in facts.items()})
-    rows["stochastic"] = rows["stochastic"].astype(bool)
+    facts = {key: Provenance.of(fact) for key, fact in zip(cells["key"], cells["provenance"], strict=True)}
+    adaptive = {key: bool(fact.adaptive) for key, fact in facts.items()}
+    rows["adaptive"] = rows["key"].map(adaptive).astype(bool) & rows["knowledge"].isin(ADAPTIVE)
+    rows["stochastic"] = rows["key"].map({key: bool(fact.stochastic) for key, fact in facts.items()}).astype(bool)
     rows["refused"] = rows["status"] == REFUSED
     rows["failed"] = (rows["status"] != "ok") & ~rows["refused"]
     rows["stratum"] = rows["dataset"] + "/" + rows["batch_size"].astype(str)

@@ -158,5 +158,5 @@ def _without_answer(cell: Cell, status: str, error: str) -> CellResult:
     rows = [ImageRow(victim=victim, image=image, status=status) for victim, image in places]
     outcome: Literal["ok", "failed"] = "failed" if error else "ok"
     return CellResult(
-        key=cell.key, config=cell.stored(), status=outcome, error=error, rows=rows, provenance=identity(cell)
+        key=cell.key, config=cell.stored(), status=outcome, error=error, rows=rows, provenance=identity(cell).stored()
     )
