@@ -291,7 +291,7 @@ def _percent(share: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return data without what JSON has no word for."""
+    """Return data with None in place of numbers that JSON cannot write (NaN, infinity)."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -20,7 +20,8 @@ from .report import Audit, Exposed, Finding, Remedy
 from .request import Guard, Request, Tell, taking
 
 _SEARCH, _REMEDIES = 0.25, 0.4
-"""Shares of the budget: of the first search of each attacker, and of all defenses together."""
+"""Shares of the budget: of the first search of each attacker, which has to come to its end for the audit to say
+anything, and of all defenses together."""
 _PERFECT = 40.0
 """Mean PSNR in dB above which nothing more can come back that anybody would see."""
 _SHOWN = 3

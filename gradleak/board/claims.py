@@ -50,7 +50,8 @@ class Claims:
         with store.transaction() as database:
             found = database.execute("SELECT key, started, seconds FROM cells WHERE status = 'failed'").fetchall()
         self._again = {key: (started, seconds) for key, started, seconds in found} if retry_failed else {}
-        """Failures to try again: one that failed anew since this run began is another, and not tried for ever."""
+        """Failed cells to try again; one that has failed since this run began is not among them, or it would be tried
+        for ever."""
 
     def take(self, key: str) -> Claim:
         """Ask for a cell."""

@@ -36,7 +36,7 @@ def is_blank(path: Path | str) -> bool:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a database, or make an empty one; to be read only where this process may not write."""
+    """Open a database, or make an empty one; read-only where this process may not write."""
     mode = "rwc"
     if path.exists() and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
         # Without write permission SQLite cannot make the files beside the store that a reader needs.

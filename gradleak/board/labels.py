@@ -36,7 +36,7 @@ def _named(label: str, place: int, variants: list[dict[str, str]]) -> str:
 
 
 def _part(config: Mapping[str, Any], group: str) -> Any:
-    """Return all that `_options` reads."""
+    """Return all that `options_of` reads."""
     part = config[group]
     if group != "setting":
         return part

@@ -37,7 +37,7 @@ class Inspected(_Part):
     honest_rounds: int = 0
     """Rounds that this share is of."""
     thresholds: list[float] | None = None
-    """Suspicion from which on a model is refused."""
+    """Suspicion above which a model is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,10 +112,10 @@ class Store:
 
     @property
     def secret(self) -> Secret | None:
-        """What the private randomness of its clients is drawn from; None in stores of old, and in those of no run.
+        """What the private randomness of its clients is drawn from; None in older stores, and before any run.
 
         Raises:
-            GradleakError: it is none.
+            GradleakError: what is stored is no secret.
         """
         found = self.query("SELECT value FROM meta WHERE name = 'secret'")
         return Secret.of(str(found[0][0]), self._name) if found else None

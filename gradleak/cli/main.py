@@ -373,7 +373,7 @@ def _installed(package: str) -> str:
 
 
 def _conclude(summary: Summary, target: Path) -> None:
-    """Say how a run ended, and end with the code that says so too."""
+    """Say how a run ended, and exit with the code that says the same."""
     for title, error in summary.failed.items():
         _say(f"failed: {title}: {error}")
     for title, reason in summary.pending.items():

@@ -30,7 +30,7 @@ _READERS = frozenset(
 
 def looks_only_at_what_it_is_given(path: Path) -> None:
     """Looks at no frames, files, data sets or other processes, and makes no generator of its own."""
-    # What a module does that it brings along counts as its own.
+    # What a module that it brings along does counts as its own.
     files = [each for each in local_files(path) if each.suffix == ".py"]
     found = dict.fromkeys(f"{what} ({each.name}:{line})" for each in files for line, what in sorted(_suspicious(each)))
     require(not found, ", ".join([*found][:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else ""))

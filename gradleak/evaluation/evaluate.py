@@ -94,7 +94,7 @@ def _unheard(name: str) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """All that a cell's attack plays on: rounds of clients who sent messages, and the truth."""
+    """The clients' side of a cell before its attack: rounds with their messages, and the truth."""
 
     cell: AttackCell
     data: Data
@@ -107,7 +107,7 @@ class Stage:
     labels: Tensor
     """[N, B]."""
     accuracy: float
-    """That the agreed model was trained to."""
+    """Test accuracy of the agreed model, in [0, 1]."""
     generator: Generator | None
 
     def observation(self, each: Round, progress: Progress | None = None) -> Observation:
@@ -160,7 +160,7 @@ def _attack(
 ) -> CellResult:
     found = stage(cell, workshop)
     data, images, labels = found.data, found.images, found.labels
-    # Numbers that say nothing of whose they are.
+    # The attack gets these names: derived, so that they do not tell which victim is whose.
     names = [seeds.derive(*cell.draws.attack, index) for index in range(len(images))]
     streams = Generators(names, workshop.resources.device, cell.setting.dtype, seeds.derive(*cell.draws.attack))
     phase("attack")

@@ -24,7 +24,7 @@ BATCHES = 50
 
 @dataclass(frozen=True)
 class Threshold:
-    """Above what a client refuses."""
+    """The suspicion above which a client refuses."""
 
     defense: Defense
     value: float

@@ -39,9 +39,9 @@ class Plan:
     statuses: dict[str, str]
     """ok or failed, by key, for the cells that are stored."""
     left_out: list[LeftOut] = field(default_factory=list)
-    """What of the grid is not run, and why."""
+    """What the grid leaves out, and why."""
     anew: list[str] = field(default_factory=list)
-    """Why cells that the store has of other code are computed anew, a line for each reason."""
+    """Why cells that the store has from other code are computed anew, a line for each reason."""
     secret: Secret | None = None
     """What private randomness is drawn from: the store's, or the one that a new store gets."""
 

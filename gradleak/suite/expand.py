@@ -33,7 +33,8 @@ label rules change a result. Their code is no part of a cell's identity: it can 
 
 
 Digest = Callable[[str, Mapping[str, Any]], tuple[str, str] | tuple[str, str, int]]
-"""A dataset's name and options to its version, the hash of its images, and how many there are to train on."""
+"""Takes a dataset's name and options; returns its version, the hash of its images, and how many there are to train
+on."""
 
 
 _Point: TypeAlias = (
@@ -172,9 +173,9 @@ class _Axes:
     images: dict[str, int]
     """By title of a dataset, how many images there are to train on."""
     root: Path | None
-    """The data root, where files are that options name."""
+    """The data root, where the files are that options name."""
     known: dict[tuple[str, str, str], _Plugged[Defense]] = dataclasses.field(default_factory=dict)
-    """Defenses with the noise that a wanted guarantee takes, by what it depends on."""
+    """Defenses with the noise that reaches a wanted epsilon, by what that noise depends on."""
 
     @classmethod
     def of(cls, suite: Suite, digest: Digest, root: Path | None) -> _Axes:
@@ -212,10 +213,10 @@ class _Axes:
         return Before(recipe, setting.after_rounds // max(1, recipe.batches_an_epoch(self.images[data.title])))
 
     def calibrated(self, guard: _Plugged[Defense], data: Entry, setting: Setting) -> _Plugged[Defense]:
-        """Return a defense with the noise that a guarantee takes which it is asked for over the suite's training run.
+        """Return a defense with the noise that reaches the epsilon it is asked for over the suite's training run.
 
         Raises:
-            GradleakError: there is no such guarantee here.
+            GradleakError: no noise reaches it.
         """
         place = (guard.entry.title, data.title, setting.name)
         if place not in self.known:

@@ -79,7 +79,7 @@ class Scene:
 
     @property
     def stage(self) -> Stage:
-        """The plain one."""
+        """What the clients send from the weights as they are."""
         return self._of(0)[0]
 
     @property
