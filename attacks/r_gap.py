@@ -47,6 +47,8 @@ class RGAP(Attack):
         if setting.batch_size != 1:
             return f"needs a batch of 1, not {setting.batch_size}"
         found = structure.of(module)
+        if not setting.trains.plain:
+            return "needs a client that minimises the plain cross-entropy"
         layers = [module.get_submodule(link.name) for link in found.chain]
         whole = bool(layers) and found.on_pixels[0].whole
         if not whole or not all(_invertible(layer) for layer in layers) or not isinstance(layers[-1], nn.Linear):

@@ -1,13 +1,16 @@
 """gradleak: which defense stops which gradient inversion attack, and at what cost.
 
-`attack` answers one captured update, `read` opens what was measured. All of it is imported when it is first asked for.
+`attack` answers one captured update, `audit` tries a training of one's own, `read` opens what was measured. All of it
+is imported when it is first asked for.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .auditing import Audit, audit
     from .captured import Captured, attack
+    from .client import Client
     from .errors import GradleakError
     from .reading import read
     from .reconstruction import Reconstruction
@@ -17,17 +20,23 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "Captured",
+    "Client",
     "GradleakError",
     "LocalTraining",
     "Observation",
     "Reconstruction",
     "__version__",
     "attack",
+    "audit",
     "read",
 ]
 
 _HOMES = {
+    "Audit": "auditing",
+    "audit": "auditing",
+    "Client": "client",
     "Captured": "captured",
     "GradleakError": "errors",
     "LocalTraining": "update",

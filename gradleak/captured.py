@@ -14,10 +14,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from . import registry, seeds
+from .client import PLAIN
 from .defense import Defense
 from .engine import memory
 from .engine.gauss_newton import LevenbergMarquardt
 from .errors import GradleakError
+from .knowledge import Conduct
 from .plugins import said
 from .reconstruction import Attack, Reconstruction, complete, left_alone, mistakes_of_victims
 from .search.gradient_matching import GradientMatching
@@ -210,12 +212,22 @@ def _unfit(plugin: Attack, observation: Observation) -> str | None:
         local_batch_size=training.batch_size,
         # Of unknown steps all that counts here is that there were some.
         local_lr=(training.lr or 1.0) if observation.weight_difference else None,
+        client=_conduct(observation),
         grants=known,
     )
     try:
         return plugin.unsuited(observation.network.module, setting, Defense() if view is None else view.defense)
     except GradleakError as error:
         return str(error)
+
+
+def _conduct(observation: Observation) -> Conduct:
+    """The client's loss as a setting names it; what it is called makes no difference."""
+    client = observation.network.client
+    if client == PLAIN:
+        return Conduct()
+    loss = {"loss": client.loss, "label_smoothing": client.label_smoothing, "forward": client.forward}
+    return Conduct(name="sgd", options=loss)
 
 
 def _known(observation: Observation) -> Knowledge:
@@ -417,6 +429,8 @@ def _assumed(observation: Observation) -> Iterator[str]:
         yield f"it is the weight difference of {training.steps} local steps{of} at rate {training.lr:g}"
     if observation.labels is None:
         yield "labels are not known; attacks infer them, or search for them"
+    client = observation.network.client
+    yield f"the client minimises {client.loss}" + (f" in {client.forward}" if client.forward != "float32" else "")
     yield f"batch normalisation, if any, ran in {'train' if observation.network.module.training else 'eval'} mode"
     if observation.view is None:
         yield "no defense changed the update"

@@ -38,6 +38,8 @@ class Batch:
     """Class probabilities, [B, classes]."""
     buffers: dict[str, Tensor]
     """Private randomness of the model, [B, ...]."""
+    order: Tensor | None = None
+    """Images that each local step uses, [steps, width], where the client draws it."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,25 @@ class Channel:
             inputs, soft = self.defense.encode(images, targets, generator)
         with answers.draws_its_own(self.defense, "private_buffers"):
             buffers = self.defense.private_buffers(self.network.module, inputs, generator)
-        return Batch(inputs, soft, buffers)
+        return Batch(inputs, soft, buffers, self.training.drawn(len(inputs), generator))
 
     def update(self, batch: Batch) -> Update:
         """Return the update before the defense acts on it, without a graph."""
-        update = self._train(batch.images, batch.targets, batch.buffers, by_autograd)
+        update = self._train(batch.images, batch.targets, batch.buffers, batch.order, by_autograd)
         return {name: tensor.detach() for name, tensor in update.items()}
 
     def updates(self, batches: Sequence[Batch]) -> list[Update]:
         """Return the updates of several batches, computed in one stack: faster, and equal up to rounding."""
-        stacked = vmap(lambda images, targets, buffers: self._train(images, targets, buffers, by_transform))(
+        orders = [batch.order for batch in batches if batch.order is not None]
+
+        def train(images: Tensor, targets: Tensor, buffers: dict[str, Tensor], order: dict[str, Tensor]) -> Update:
+            return self._train(images, targets, buffers, order.get("order"), by_transform)
+
+        stacked = vmap(train)(
             torch.stack([batch.images for batch in batches]),
             torch.stack([batch.targets for batch in batches]),
             stack([batch.buffers for batch in batches]),
+            {"order": torch.stack(orders)} if orders else {},
         )
         return [{name: tensor[index] for name, tensor in stacked.items()} for index in range(len(batches))]
 
@@ -111,7 +119,12 @@ class Channel:
         return self.release(batch, self.update(batch), generator)[0]
 
     def _train(
-        self, images: Tensor, targets: Tensor, buffers: dict[str, Tensor], differentiate: Differentiate
+        self,
+        images: Tensor,
+        targets: Tensor,
+        buffers: dict[str, Tensor],
+        order: Tensor | None,
+        differentiate: Differentiate,
     ) -> Update:
         per_example = partial(self.defense.per_example, public=self.public)
         return local_update(
@@ -121,5 +134,6 @@ class Channel:
             self.training,
             per_example=per_example if self.defense.per_example_gradients else None,
             buffers=buffers,
+            order=order,
             differentiate=differentiate,
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import structure
+from .client import PLAIN, Client
 from .errors import GradleakError
 from .update import Network, Update
 
@@ -20,13 +21,14 @@ _FEW = 4
 """Names that an error shows."""
 
 
-def network_of(model: object, shape: Sequence[int], mode: str | None = None) -> Network:
+def network_of(model: object, shape: Sequence[int], mode: str | None = None, client: Client = PLAIN) -> Network:
     """Return a model as its clients run it.
 
     Args:
         model: an `nn.Module` that maps images [B, C, H, W] in [0, 1] to logits [B, classes], or a `Network`.
         shape: of an image, (C, H, W).
         mode: train or eval; by default the mode that the module is in.
+        client: whose loss and arithmetic it has.
 
     Raises:
         GradleakError: it is neither, or cannot take such images.
@@ -34,7 +36,7 @@ def network_of(model: object, shape: Sequence[int], mode: str | None = None) -> 
     if isinstance(model, Network):
         network = model
     elif isinstance(model, nn.Module):
-        network = Network.of(model, mode or ("train" if model.training else "eval"))
+        network = Network.of(model, mode or ("train" if model.training else "eval"), client)
     else:
         hint = "; call it to get one" if isinstance(model, type) else ""
         raise GradleakError(f"model: {type(model).__name__} (allowed: torch.nn.Module, gradleak.update.Network){hint}")

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge, Gt
 
+from . import registry
+from .client import PLAIN, Client
 from .update import LocalTraining
 
 
@@ -106,6 +108,27 @@ class Knowledge:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conduct:
+    """What a client does with its batch: a client of the registry by its name, with every option."""
+
+    name: str = ""
+    """Empty for plain gradient descent on the cross-entropy."""
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Plain values."""
+    version: str = ""
+    file: str = ""
+    """Digest of its code, of every client but the plain one."""
+
+    @property
+    def built(self) -> Client:
+        """The client itself."""
+        if not self.name:
+            return PLAIN
+        client: Client = registry.build("clients", self.name, self.options)
+        return client
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tampering:
     """Who sends the model: a server by its name, with every option."""
 
@@ -129,7 +152,10 @@ class Setting:
     mode: Literal["eval", "train"] = "eval"
     """Batch normalisation of the client: running statistics (eval) or its own batch's (train)."""
     epochs: Annotated[int, Ge(0)] = 0
-    """Epochs the model was trained for before the update; 0 is an untrained model."""
+    """Epochs the model was trained for, without a defense, before anything else; 0 is an untrained model."""
+    after_rounds: Annotated[int, Ge(0)] = field(default=0, metadata={"later": True})
+    """Rounds of federated training under the same defense before the update, as the suite's utility trains; the
+    client takes part for the first time."""
     local_steps: Annotated[int, Ge(1)] = 1
     """Local steps of FedAvg; a FedSGD client (`local_lr` unset) takes one and sends its gradient."""
     local_batch_size: Annotated[int, Ge(1)] | None = None
@@ -139,6 +165,10 @@ class Setting:
     trainable: Literal["all", "head"] | tuple[str, ...] = field(default="all", metadata={"later": True})
     """What the client trains and sends: all that the model lets train, its last layer, or parameters and modules by
     name; the rest stays as the server sent it."""
+    local_order: Literal["fixed", "shuffled"] = field(default="fixed", metadata={"later": True})
+    """How each pass over the batch goes: in its own order, or in one that the client draws and nobody else knows."""
+    client: Conduct = field(default=Conduct(), metadata={"later": True})
+    """Loss, arithmetic and optimiser of the client."""
     rounds: Annotated[int, Ge(1)] = field(default=1, metadata={"later": True})
     """Messages that the attacker has of each client: of the same images and the same model, each with private and
     public randomness of its own."""
@@ -155,4 +185,15 @@ class Setting:
     @property
     def local_training(self) -> LocalTraining:
         """The client's protocol."""
-        return LocalTraining(steps=self.local_steps, batch_size=self.local_batch_size, lr=self.local_lr)
+        return LocalTraining(
+            steps=self.local_steps,
+            batch_size=self.local_batch_size,
+            lr=self.local_lr,
+            order=self.local_order,
+            client=self.trains,
+        )
+
+    @property
+    def trains(self) -> Client:
+        """The client's loss, arithmetic and optimiser."""
+        return self.client.built

@@ -28,7 +28,7 @@ _NEAR = 0.8
 """Likeness from which a name counts as a misspelt one, by difflib."""
 
 _packages: set[str] = set()
-_BUILT_IN = re.compile(r"gradleak\.(attacks|defenses|models|datasets|servers)\.")
+_BUILT_IN = re.compile(r"gradleak\.(attacks|clients|defenses|models|datasets|servers)\.")
 
 
 class PluginError(GradleakError):

@@ -1,4 +1,4 @@
-"""Names to plugin classes: the files of the five folders, entry points of other packages, and single files.
+"""Names to plugin classes: the files of the six folders, entry points of other packages, and single files.
 
 A plugin is a frozen dataclass whose fields are its hyper-parameters. Its name is the stem of its file, with
 hyphens for underscores; a file holds exactly one public class. Nothing is imported before it is asked for.
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 GROUPS = {
     "attacks": "attack",
+    "clients": "client",
     "datasets": "dataset",
     "defenses": "defense",
     "models": "model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from . import intake, structure
+from .client import PLAIN, Client
 from .dataset import Images
-from .defense import Defense, Message, View
+from .defense import Defense, Message, Public, View
 from .errors import GradleakError
 from .knowledge import BatchNorm, Knowledge, Labels, Level, Power, Setting, Tampering, rank
 from .mechanisms import batch_statistics
@@ -133,6 +135,7 @@ class Observation:
         local: LocalTraining | None = None,
         weight_difference: bool | None = None,
         mode: Literal["train", "eval"] | None = None,
+        client: Client = PLAIN,
         defense: Defense | None = None,
         auxiliary: Images | None = None,
         compute: Compute | None = None,
@@ -151,24 +154,26 @@ class Observation:
                 a rate, and then its sign is looked at.
             mode: whether batch normalisation used the batch (train) or its running statistics (eval); by default as
                 the module is.
-            defense: what is known of the client's defense, for one whose messages are updates (noise, clipping).
+            client: its loss and arithmetic, and the optimiser of its local steps.
+            defense: what is known of the client's defense, for one whose messages are updates (noise, clipping). A
+                round's randomness that the server shares is not known, unless there is none.
             auxiliary: public labelled images of the victims' kind.
             compute: how attacks may compute.
 
         Raises:
             GradleakError: model, update, shape or labels do not fit each other; the line says which and how.
         """
-        network = intake.network_of(model, shape, mode)
+        network = intake.network_of(model, shape, mode, client)
         rows = intake.stacked(update, network)
         if batch_size < 1:
             raise GradleakError(f"batch_size: {batch_size} (allowed: 1 or more)")
-        training = local or LocalTraining()
+        training = dataclasses.replace(local or LocalTraining(), client=client)
         if local is not None and local.lr is None and (local.steps > 1 or weight_difference):
             raise GradleakError(
                 "local: steps need their rate, as LocalTraining(steps=4, lr=0.01); leave it out if unknown"
             )
         difference = training.lr is not None if weight_difference is None else weight_difference
-        if defense is None and weight_difference is None:
+        if defense is None and weight_difference is None and client.shows_labels:
             intake.refuse_other_kind(rows, network, batch_size, difference)
         victims, classes = len(next(iter(rows.values()))), structure.of(network.module).classes
         like = next(iter(rows.values()))
@@ -177,7 +182,7 @@ class Observation:
             network=network,
             message=rows,
             update=rows,
-            view=None if defense is None else View(defense, {}),
+            view=None if defense is None else View(defense, _agreed(defense, network, batch_size)),
             shape=shape,
             classes=classes,
             batch_size=batch_size,
@@ -215,3 +220,12 @@ class Observation:
             return self.update
         scale = (self.training.lr or 1.0) * self.training.steps
         return {name: -tensor / scale for name, tensor in self.update.items()}
+
+
+def _agreed(defense: Defense, network: Network, batch_size: int) -> Public | None:
+    """Return what a defense publishes in a round, if it draws none of it; else it cannot be told from an update."""
+    first, second = (
+        defense.public(dict(network.parameters), batch_size, torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
+    alike = first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    return first if alike else None

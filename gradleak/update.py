@@ -11,14 +11,16 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from . import structure
+from .client import PLAIN, Client, cross_entropy
 from .errors import GradleakError
 
 Update = dict[str, Tensor]
@@ -57,6 +59,10 @@ class LocalTraining:
     steps: int = 1
     batch_size: int | None = None
     lr: float | None = None
+    order: Literal["fixed", "shuffled"] = "fixed"
+    """How each pass goes through the client's batch: in its own order, or in one that the client draws every time."""
+    client: Client = PLAIN
+    """Its optimiser."""
 
     def batches(self, size: int) -> list[slice]:
         """Slice of the client's batch that each step uses: consecutive slices, starting over at the end.
@@ -69,6 +75,19 @@ class LocalTraining:
             raise GradleakError(f"local_batch_size {width} does not divide the batch of {size} images")
         starts = range(0, size, width)
         return [slice(starts[k % len(starts)], starts[k % len(starts)] + width) for k in range(self.steps)]
+
+    def drawn(self, size: int, generator: torch.Generator) -> Tensor | None:
+        """Draw the images [steps, width] that each step uses; None where the order is fixed.
+
+        Raises:
+            GradleakError: as `batches`.
+        """
+        if self.order == "fixed" or self.lr is None:
+            return None
+        used = self.batches(size)
+        passes = -(-self.steps * (used[0].stop - used[0].start) // size)
+        order = torch.cat([torch.randperm(size, generator=generator) for _ in range(passes)])
+        return order[: self.steps * (used[0].stop - used[0].start)].view(self.steps, -1)
 
 
 class Extended(nn.Module):
@@ -89,9 +108,11 @@ class Network:
     module: nn.Module
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    client: Client = PLAIN
+    """The loss that clients minimise, and their arithmetic."""
 
     @classmethod
-    def of(cls, module: nn.Module, mode: str = "eval") -> Network:
+    def of(cls, module: nn.Module, mode: str = "eval", client: Client = PLAIN) -> Network:
         """Freeze a copy of `module`; in train mode its batch normalisation uses the batch and keeps no state.
 
         Raises:
@@ -115,11 +136,12 @@ class Network:
         every = {name: tensor.detach() for name, tensor in module.named_parameters()}
         constants = {name: tensor for name, tensor in every.items() if name not in sent}
         buffers = {name: tensor.detach() for name, tensor in module.named_buffers()}
-        return cls(module, {name: every[name] for name in every if name in sent}, {**constants, **buffers})
+        return cls(module, {name: every[name] for name in every if name in sent}, {**constants, **buffers}, client)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Network:
         """Copy to a device and a floating point type."""
-        return Network.of(copied(self.module).to(device, dtype), "train" if self.module.training else "eval")
+        mode = "train" if self.module.training else "eval"
+        return Network.of(copied(self.module).to(device, dtype), mode, self.client)
 
     def logits(
         self, images: Tensor, parameters: Update | None = None, buffers: dict[str, Tensor] | None = None
@@ -134,7 +156,7 @@ class Network:
         parameters: Update | None = None,
         buffers: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Mean cross-entropy of images [B, C, H, W] against class probabilities `targets` [B, classes].
+        """Loss of images [B, C, H, W] against class probabilities `targets` [B, classes]: of the client, a mean.
 
         An `Extended` model adds its own term.
         """
@@ -142,14 +164,19 @@ class Network:
             scores, term = cast(tuple[Tensor, Tensor], self._call((images, targets), parameters, buffers))
         else:
             scores, term = self.logits(images, parameters, buffers), images.new_zeros(())
-        return cross_entropy(scores, targets) + term
+        return self.client.objective(scores, targets) + term
 
     def _call(
         self, inputs: tuple[Tensor, ...], parameters: Update | None, buffers: dict[str, Tensor] | None
     ) -> Tensor | tuple[Tensor, Tensor]:
         state = {**self.buffers, **(buffers or {}), **self.parameters, **(parameters or {})}
         with twice_differentiable_kernels(self.module, next(iter(state.values()), None)):
-            return cast(Tensor, functional_call(self.module, state, inputs, strict=False))
+            if self.client.forward == "float32":
+                return cast(Tensor, functional_call(self.module, state, inputs, strict=False))
+            # Without its cache, which would hand one trial's weights on to another.
+            with torch.autocast(inputs[0].device.type, torch.bfloat16, cache_enabled=False):
+                answer = functional_call(self.module, state, inputs, strict=False)
+            return cast(Tensor, tree_map(lambda scores: scores.to(inputs[0].dtype), answer))
 
 
 @contextlib.contextmanager
@@ -230,11 +257,6 @@ def loss_after(
     return loss
 
 
-def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of class scores [B, classes] against class probabilities [B, classes]."""
-    return -(targets * scores.log_softmax(dim=-1)).sum(dim=-1).mean()
-
-
 def local_update(
     network: Network,
     images: Tensor,
@@ -244,6 +266,7 @@ def local_update(
     per_example: Callable[[Update], Update] | None = None,
     buffers: dict[str, Tensor] | None = None,
     parameters: Update | None = None,
+    order: Tensor | None = None,
     differentiate: Differentiate = by_autograd,
 ) -> Update:
     """Update of one client, differentiable in images, targets and buffers.
@@ -256,31 +279,43 @@ def local_update(
         per_example: applied to each example's gradient before averaging (clipping); None computes one gradient.
         buffers: replaced buffers with a row an image, such as dropout masks, [B, ...].
         parameters: where the gradient is taken; the network's own when None.
+        order: images that each local step uses, [steps, width]; by default one slice of the batch after the other.
         differentiate: how the gradient is taken.
 
     Raises:
-        GradleakError: local steps with a `per_example` that leaves the space of the parameters.
+        GradleakError: `accumulation` does not divide the images of a step, or local steps with a `per_example` that
+            leaves the space of the parameters.
     """
     start = dict(network.parameters if parameters is None else parameters)
 
-    def gradient(at: Update, batch: slice) -> Update:
+    def gradient(at: Update, batch: slice | Tensor) -> Update:
         if per_example is None:
-            return differentiate(lambda p: network.loss(images[batch], targets[batch], p, _rows(buffers, batch)), at)
+            parts = _parts(batch, len(images), network.client.accumulation)
+            each = [
+                differentiate(
+                    lambda p, part=part: network.loss(images[part], targets[part], p, _rows(buffers, part)),  # type: ignore[misc]
+                    at,
+                )
+                for part in parts
+            ]
+            return (
+                each[0] if len(each) == 1 else {name: torch.stack([one[name] for one in each]).mean(0) for name in at}
+            )
         rows = _each_gradient(network, images[batch], targets[batch], _rows(buffers, batch), at, differentiate)
         limited = [per_example(row) for row in rows]
         return {name: torch.stack([row[name] for row in limited]).mean(0) for name in limited[0]}
 
     if training.lr is None:
         return gradient(start, slice(None))
-    current = start
-    for batch in training.batches(len(images)):
+    current, state = start, training.client.begin(start)
+    for batch in training.batches(len(images)) if order is None else order:
         step = gradient(current, batch)
         if step.keys() != current.keys():
             raise GradleakError(
                 "the defense takes each example's gradient out of the space of the parameters, where local steps "
                 "(local_lr) cannot follow; use FedSGD"
             )
-        current = {name: current[name] - training.lr * step[name] for name in current}
+        current, state = training.client.step(current, step, state, training.lr)
     return {name: current[name] - start[name] for name in start}
 
 
@@ -302,7 +337,19 @@ def _each_gradient(
     ]
 
 
-def _rows(buffers: dict[str, Tensor] | None, batch: slice) -> dict[str, Tensor]:
+def _parts(batch: slice | Tensor, size: int, count: int) -> Sequence[slice | Tensor]:
+    """Cut a step's images into equal parts."""
+    if count == 1:
+        return [batch]
+    start, stop = batch.indices(size)[:2] if isinstance(batch, slice) else (0, len(batch))
+    if (stop - start) % count:
+        raise GradleakError(f"accumulation {count} does not divide a step of {stop - start} images")
+    width = (stop - start) // count
+    slices = [slice(first, first + width) for first in range(start, stop, width)]
+    return slices if isinstance(batch, slice) else [batch[part] for part in slices]
+
+
+def _rows(buffers: dict[str, Tensor] | None, batch: slice | Tensor) -> dict[str, Tensor]:
     return {name: tensor[batch] for name, tensor in (buffers or {}).items()}
 
 

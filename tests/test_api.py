@@ -22,13 +22,16 @@ from gradleak.update import Network
 
 SHAPE = (1, 6, 6)
 EXPORTS = [
+    "Audit",
     "Captured",
+    "Client",
     "GradleakError",
     "LocalTraining",
     "Observation",
     "Reconstruction",
     "__version__",
     "attack",
+    "audit",
     "read",
 ]
 
@@ -55,7 +58,7 @@ def test_the_package_exports_what_is_promised_and_nothing_else() -> None:
     assert dir(gradleak) == EXPORTS
     for name in EXPORTS:
         assert getattr(gradleak, name) is not None
-    with pytest.raises(AttributeError, match="it has Captured"):
+    with pytest.raises(AttributeError, match="it has Audit"):
         gradleak.nonsense  # noqa: B018
 
 

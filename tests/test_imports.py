@@ -19,6 +19,7 @@ HALL = {"", "__main__"}
 LAYERS = [
     {
         "code",
+        "secret",
         "errors",
         "options",
         "plugins",
@@ -32,6 +33,7 @@ LAYERS = [
     },
     {"registry", "structure"},
     {"dataset", "datasets", "model", "models", "sources"},
+    {"client", "clients"},
     {"update"},
     {"knowledge", "intake", "engine.residuals", "privacy"},
     {"defense"},
@@ -41,13 +43,14 @@ LAYERS = [
     {"search"},
     {"captured"},
     {"attack", "server"},
-    {"chain", "training"},
+    {"chain", "repeated", "training"},
     {
         "suite",
         "board.schema",
         "board.codec",
         "board.file",
         "board.trust",
+        "board.record",
         "board.store",
         "board.left_out",
         "board.claims",
@@ -60,6 +63,7 @@ LAYERS = [
     {"contract", "report"},
     {"reading"},
     {"evaluation"},
+    {"auditing"},
     {"cli", "testing"},
 ]
 """Lowest first. A room, or a module of its own; it imports its own layer and those below, through whatever others."""

@@ -65,6 +65,7 @@ def rounds(
         auxiliary=source.split.train,
         classes=source.classes,
         identity=("test",),
+        private=("test", "private"),
         seed=("server", seed),
     )
     return serving, serving.rounds(images, labels)

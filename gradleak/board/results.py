@@ -22,6 +22,7 @@ from ..errors import GradleakError, unknown
 from ..scales import CAP, METRICS, THRESHOLDS
 from ..suite import UTILITY
 from . import newest
+from .record import STATES
 from .schema import HONEST, REFUSED
 from .statistics import APART, Floats, Pairs, Resamples, mean_over_known
 from .store import Store
@@ -68,6 +69,8 @@ class Results:
     """Cells of models trained under a defense; their `setting` is that training's."""
     unsuited: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(UNSUITED), dtype=str))
     """Attacks that do not apply to a defense in a context, each with its reason (`UNSUITED`)."""
+    checked: Mapping[str, str] = field(default_factory=dict)
+    """How far cells that came in bundles were checked (`record.STATES`), by key; of others nothing is said."""
 
     def where(self, **labels: str | Iterable[str]) -> Results:
         """Return the part with the given labels, e.g. `where(dataset="digits", model=["mlp", "lenet"])`.
@@ -86,7 +89,8 @@ class Results:
                 utility = utility[utility[name].isin(wanted)]
             if name in unsuited:
                 unsuited = unsuited[unsuited[name].isin(wanted)]
-        return Results(*(part.reset_index(drop=True) for part in (cells, rows, utility, unsuited)))
+        cells, rows, utility, unsuited = (part.reset_index(drop=True) for part in (cells, rows, utility, unsuited))
+        return Results(cells, rows, utility, unsuited, self.checked)
 
     @cached_property
     def honest(self) -> Results:
@@ -104,8 +108,8 @@ class Results:
             return self
         cells, rows = self.cells[chosen], self.rows[self.rows["server"].ne(HONEST) == malicious]
         unsuited = self.unsuited[self.unsuited["setting"].isin(cells["setting"])]
-        parts = [part.reset_index(drop=True) for part in (cells, rows, self.utility, unsuited)]
-        return Results(*parts)
+        cells, rows, unsuited = (part.reset_index(drop=True) for part in (cells, rows, unsuited))
+        return Results(cells, rows, self.utility, unsuited, self.checked)
 
     @cached_property
     def contexts(self) -> list[tuple[str, ...]]:
@@ -119,7 +123,7 @@ class Results:
 
 
 def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None = None) -> Results:
-    """Read stores into one set of results; a cell that is in several counts once.
+    """Read stores into one set of results; a cell that is in several counts once, one's own before a bundle's.
 
     Equal labels with different options are told apart by the options that differ.
 
@@ -131,6 +135,7 @@ def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None =
     Raises:
         GradleakError: there is no cell at all.
     """
+    stores = tuple(sorted(stores, key=lambda store: bool(store.checked)))
     parts = [store.cells() for store in stores]
     cells = pd.concat(parts, ignore_index=True)
     if len(cells):
@@ -166,7 +171,18 @@ def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None =
         values = rows[line.metric]
         reached = values >= line.value if METRICS[line.metric].higher_is_better else values <= line.value
         rows[name] = reached.astype(float).where(values.notna())
-    return Results(cells, rows, utility, _unsuited(stores))
+    return Results(cells, rows, utility, _unsuited(stores), _checked(stores))
+
+
+def _checked(stores: Sequence[Store]) -> dict[str, str]:
+    """Return how far cells that only bundles hold were checked; of one that is in several, the furthest."""
+    found: dict[str, str] = {}
+    own: set[str] = set()
+    for store in stores:
+        own |= set() if store.checked else set(store.statuses())
+        for key, state in store.checked.items():
+            found[key] = max(state, found.get(key, state), key=STATES.index)
+    return {key: state for key, state in found.items() if key not in own}
 
 
 def _unsuited(stores: Sequence[Store]) -> pd.DataFrame:
@@ -206,38 +222,43 @@ def _named(label: str, place: int, variants: list[dict[str, str]]) -> str:
 def _part(config: Mapping[str, Any], group: str) -> Any:
     """Return all that `_options` reads."""
     part = config[group]
-    return (part, config.get("candidates"), config.get("engine")) if group == "setting" else part
+    if group != "setting":
+        return part
+    return part, config.get("candidates"), config.get("engine"), config.get("secret")
 
 
 def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
     """Flatten a part of a configuration to comparable text; what is an axis of its own is left out.
 
-    What applies to every cell alike (candidates of re-identification, the engine) counts as the setting's.
+    What applies to every cell alike (candidates of re-identification, the engine, the secret that clients draw from)
+    counts as the setting's.
     """
     part = {name: value for name, value in config[group].items() if name != "label"}
     if group == "setting":
-        part |= {"candidates": config.get("candidates"), **config.get("engine", {})}
+        part |= {"candidates": config.get("candidates"), **config.get("engine", {}), "secret": config.get("secret")}
         part["grants"] = {name: value for name, value in part.get("grants", {}).items() if name != "defense"}
         if "server" in part:
             part["server"] = json.dumps(part["server"], sort_keys=True)
     flat: dict[str, str] = {}
     for name, value in part.items():
+        value = _asked(value)
         if isinstance(value, Mapping):
-            value = _asked(value)
             flat |= {inner: json.dumps(item, sort_keys=True) for inner, item in value.items()}
         else:
-            flat[name] = value[:8] if name in ("digest", "code") else json.dumps(value, sort_keys=True)
+            flat[name] = (
+                value[:8] if name in ("digest", "code", "secret") and value else json.dumps(value, sort_keys=True)
+            )
     return flat
 
 
-def _asked(options: Mapping[str, Any]) -> dict[str, Any]:
+def _asked(options: Any) -> Any:
     """Leave out the noise that was found for a wanted epsilon: it differs from context to context by right."""
+    if isinstance(options, list):  # the options of a chain's members
+        return [_asked(each) for each in options]
+    if not isinstance(options, Mapping):
+        return options
     found = options.get("epsilon") is not None
-    return {
-        name: _asked(value) if isinstance(value, Mapping) else value
-        for name, value in options.items()
-        if not (found and name == "sigma")
-    }
+    return {name: _asked(value) for name, value in options.items() if not (found and name == "sigma")}
 
 
 def _families(cells: pd.DataFrame, group: str) -> pd.Series[str]:

@@ -101,6 +101,7 @@ class _Config(_Stored):
     tuning: bool = False
     engine: dict[str, Any] = Field(default_factory=dict)
     suite: _Named | None = None
+    secret: Text | None = None
 
 
 class _Guarantee(_Stored):

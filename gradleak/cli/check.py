@@ -20,7 +20,7 @@ def check(
         typer.Argument(metavar="PLUGIN", help="A file with an attack, defense, model, dataset or server, or a name."),
     ],
     group: Annotated[
-        str, typer.Option(metavar="GROUP", help="Of a name: attacks, defenses, models, datasets or servers.")
+        str, typer.Option(metavar="GROUP", help="Of a name: attacks, clients, defenses, models, datasets or servers.")
     ] = "",
     options: Annotated[
         list[str] | None,

@@ -88,3 +88,18 @@ def plugin(text: str, flag: str) -> tuple[str, dict[str, Any]]:
         if isinstance(name, str) and isinstance(given, dict | None):
             return name, given or {}
     raise GradleakError(f"{flag} {text}: write a name, or 'name: {{option: value}}'")
+
+
+def numbers(text: str, flag: str) -> list[float]:
+    """Return the numbers of `0.5,0.5,0.5`.
+
+    Raises:
+        GradleakError: one is none.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise GradleakError(f"{flag} {text}: write numbers, as 0.5,0.5,0.5") from error
+    if not all(map(math.isfinite, found)):
+        raise GradleakError(f"{flag} {text}: finite numbers are needed")
+    return found

@@ -25,6 +25,7 @@ from .attacks import (
     attack_treats_victims_apart,
 )
 from .behaviour import Watch
+from .clients import client_can_be_imitated, client_declares_itself, client_gives_an_update
 from .datasets import (
     dataset_declares_itself,
     dataset_holds_images,
@@ -131,6 +132,7 @@ def steps(group: str, name: str, ask: Ask) -> Iterator[Step]:
 def _case(group: str, name: str, ask: Ask) -> Any:
     prepare: dict[str, Callable[[], Any]] = {
         "attacks": lambda: AttackCase(name, ask=ask),
+        "clients": lambda: registry.build("clients", name, ask.options),
         "defenses": lambda: DefenseCase(registry.build("defenses", name, ask.options), ask),
         "models": lambda: ModelCase(registry.build("models", name, ask.options), ask.shape),
         "datasets": lambda: (registry.build("datasets", name, ask.options), name, ask.root),
@@ -162,6 +164,7 @@ def _promise(check: Callable[..., None]) -> str:
 
 MAIN = {
     "attacks": ("reconstruct",),
+    "clients": ("step",),
     "defenses": ("protect",),
     "models": ("build",),
     "datasets": ("read",),
@@ -177,6 +180,7 @@ CHECKS: dict[str, tuple[Callable[[Any], None], ...]] = {
         attack_repeats_itself,
         attack_treats_victims_apart,
     ),
+    "clients": (client_declares_itself, client_gives_an_update, client_can_be_imitated),
     "defenses": (
         defense_declares_itself,
         defense_sends_what_decodes,
@@ -212,6 +216,7 @@ ABOUT: dict[Callable[[Any], None], tuple[str, ...]] = {
         ("read",): CHECKS["datasets"][1:],
         ("tamper",): CHECKS["servers"][1:5],
         ("unsuited",): CHECKS["servers"][5:],
+        ("step", "objective"): CHECKS["clients"][1:],
     }.items()
     for check in checks
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .findings import require
 
-TRUTH = frozenset({"board", "cli", "contract", "datasets", "evaluation", "federation", "suite"})
+TRUTH = frozenset({"auditing", "board", "cli", "contract", "datasets", "evaluation", "federation", "suite"})
 """Rooms that an attack or a defense must not reach: they hold victims' images, or what became of them."""
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..client import PLAIN
 from ..errors import unknown
 from ..process import default_cache
 from . import memory
@@ -31,9 +32,10 @@ log = logging.getLogger(__name__)
 _LADDER = ("layerwise", "vmap", "sequential")
 """What follows a backend that cannot compute a problem, or not rightly."""
 _WORTH_TIMING = 64
-"""Fewer victim-iterations than this are computed sooner than the other backends are tried."""
+"""Fewer victim-iterations than this are computed sooner than the other backends are tried: which takes a
+comparison with the reference and two timed calls each."""
 _TIE = 1.1
-"""`sequential` is kept unless another backend is faster by this factor."""
+"""`sequential` is kept unless another backend is faster by this factor, so that noise does not decide."""
 
 
 class Choice(NamedTuple):
@@ -207,6 +209,7 @@ def kind_of(problem: Problem, variables: Variables, facts: Facts, width: int = 0
         repr(match) if isinstance(match, Direct) else _described(match),
         [_described(part) for part in (problem.decode, problem.penalty, problem.per_example)],
         repr(problem.training),
+        *([] if problem.network.client == PLAIN else [repr(problem.network.client)]),
         torch.get_num_threads(),
         torch.__version__,
         __version__,

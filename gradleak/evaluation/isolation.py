@@ -15,11 +15,18 @@ from ..seeds import Generators
 from ..server import Server
 from ..threat import Observation
 from ..update import Update, one_hot
-from .answer import Answer, ask
+from .answer import Answer, Asker, ask
 
 
 def ask_isolated(
-    name: str, attack: Attack, server: Server, round_: Round, seen: Observation, streams: Generators, public: Images
+    name: str,
+    attack: Attack,
+    server: Server,
+    round_: Round,
+    seen: Observation,
+    streams: Generators,
+    public: Images,
+    asker: Asker = ask,
 ) -> tuple[Answer, Observation | None]:
     """Let an attack answer what a server isolated; the other images of the batch are answered by the public mean.
 
@@ -30,7 +37,7 @@ def ask_isolated(
     blank = mean.expand(seen.victims, seen.batch_size, *seen.shape).clone()
     if shown is None:
         return Answer(Reconstruction(images=blank), ["ok"] * seen.victims, 0.0), None
-    given = ask(name, attack, shown, streams)
+    given = asker(name, attack, shown, streams)
     found = given.reconstruction
     if found is None:
         return given, shown

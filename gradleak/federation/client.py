@@ -81,7 +81,7 @@ def freeze(prepared: nn.Module, defense: Defense, setting: Setting) -> Network:
             f"setting {setting.name!r}: mode 'train' mixes the examples of a batch in batch normalisation, "
             "but the defense clips each example's gradient; use mode 'eval' or a model without it"
         )
-    return Network.of(choose(copied(prepared), setting.trainable).to(setting.dtype), setting.mode)
+    return Network.of(choose(copied(prepared), setting.trainable).to(setting.dtype), setting.mode, setting.trains)
 
 
 def send(

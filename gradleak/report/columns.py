@@ -295,6 +295,7 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("bytes", lambda line: number(line.get("bytes"), 0), rank=1, brief=lambda line: _size(line.get("bytes"))),
         Column("epsilon", _guarantee, rank=1, brief=_brief_guarantee),
         _label("doubt", "doubt", brief=_first),
+        _label("checked", "checked", rank=4),
         _recovered(_EXACT, rank=2),
         _interval("PSNR, dB", "psnr", rank=2),
         _plain("floor, dB", "psnr_floor", rank=2),

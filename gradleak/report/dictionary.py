@@ -36,6 +36,10 @@ _FACTS: Mapping[str, tuple[str, str]] = {
     "knowledge": ("", "what the attacker knows of the defense"),
     "control": ("true or false", "whether an attack reads nothing of the message"),
     "standing": ("", "at the floor, or why a row has no rank"),
+    "checked": (
+        "",
+        "how far a verifier checked the row: as submitted, recomputed or re-run; empty for one's own stores",
+    ),
     "doubt": ("", "why a row may show too little leakage, words separated by spaces"),
     "above": ("dB", "PSNR beyond the floor"),
     "bytes": ("byte", "size of one message"),

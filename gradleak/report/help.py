@@ -27,6 +27,7 @@ HELP: Mapping[str, str] = {
     "training epsilon": "Differential privacy of the whole training run. Lower is safer.",
     "noise multiplier": "Standard deviation of the noise on what the attacker saw, over the most that one example "
     "changes of it. Higher is safer.",
+    "checked": "How far the row was verified: as submitted; recomputed, what needs no attack; re-run, all of it.",
     "doubt": "Why the row may show too little leakage; the words stand in the notes. Empty: no doubt was found.",
     "PSNR, dB": f"Mean over images under the worst attack, each capped at {CAP:g} dB. {_LEAKS}",
     "floor, dB": "PSNR of the best guess that reads nothing of the message.",

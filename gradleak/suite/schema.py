@@ -26,6 +26,7 @@ from ..options import check, count, finite, whole
 from ..paths import RelativeFile
 
 if TYPE_CHECKING:
+    from ..knowledge import Conduct
     from ..threat import Setting, Tampering
 from .parts import code_of, plain
 
@@ -38,6 +39,9 @@ HELD_OUT = 10
 KNOWLEDGE = ("oblivious", "parameters", "public", "oracle")
 """Levels of knowledge of the defense, weakest first (`gradleak.threat.Level`)."""
 
+
+EPOCHS = "local_epochs"
+"""Key of a setting that stands for as many local steps as so many passes over the batch take."""
 
 AXES = ("datasets", "models", "settings", "defenses")
 
@@ -183,18 +187,30 @@ class Utility(_Strict):
     local_lr: Rate | None = None
     trainable: Literal["all", "head"] | tuple[str, ...] = "all"
     """What the clients train and send; see `gradleak.threat.Setting`."""
+    local_order: Literal["fixed", "shuffled"] = "fixed"
+    client: Any = None
+    """Loss and optimiser of the clients: a name, or `{name: {options}}`."""
     seeds: Seeds | None = None
     """By default the suite's."""
 
     @model_serializer(mode="wrap")
     def _as_ever(self, plain: Callable[[Utility], dict[str, Any]]) -> dict[str, Any]:
         """Leave out what came later while it is not used: cells keep their keys."""
-        return {key: value for key, value in plain(self).items() if key != "trainable" or value != "all"}
+        later = {"trainable": "all", "local_order": "fixed", "client": None}
+        return {key: value for key, value in plain(self).items() if key not in later or value != later[key]}
 
     VERSION: ClassVar[str] = "1"
     """Raised whenever training changes, so that old accuracies are not taken for new ones."""
 
-    _CLIENT: ClassVar[tuple[str, ...]] = ("batch_size", "local_steps", "local_batch_size", "local_lr", "trainable")
+    _CLIENT: ClassVar[tuple[str, ...]] = (
+        "batch_size",
+        "local_steps",
+        "local_batch_size",
+        "local_lr",
+        "trainable",
+        "local_order",
+        "client",
+    )
 
     @property
     def batch(self) -> int:
@@ -219,7 +235,10 @@ class Utility(_Strict):
             if getattr(self, key) != type(self).model_fields[key].default:
                 place = f"{where}: " if where else ""
                 raise GradleakError(f"{place}{key}: is the setting's, as batch_size is; give batch_size a number")
-        return self.model_copy(update={key: getattr(setting, key) for key in self._CLIENT})
+        known = {key: getattr(setting, key) for key in self._CLIENT}
+        client = setting.client
+        known["client"] = {"name": client.name, "options": dict(client.options)} if client.name else None
+        return self.model_copy(update=known)
 
     def part_size(self, images: int) -> int:
         """Return how many of a train split's images each client has."""
@@ -240,7 +259,8 @@ class Utility(_Strict):
             GradleakError: values that do not fit each other, or are left to the setting.
         """
         keys, _ = self._CLIENT, self.batch
-        return build_setting({"name": UTILITY, **{key: getattr(self, key) for key in keys}}, where)
+        given = {key: getattr(self, key) for key in keys}
+        return build_setting({"name": UTILITY, **given, "client": given["client"] or {"name": ""}}, where)
 
 
 Plugins = Annotated[list[Plugin], MinLen(1)]
@@ -276,9 +296,10 @@ class Suite(_Strict):
     prior: Prior = Prior()
     utility: Utility | None = None
     """Unset, no model is trained under the defenses."""
-    controls: Literal["all", "listed"] = "listed"
+    controls: Literal["all", "listed"] = "all"
     """`all`: every control runs in every context whose grants allow it, whatever `only` says, and once a context where
-    it reads no message; but for those that attack another victim, which have to be listed."""
+    it reads no message; but for those that attack another victim, which have to be listed. `listed`: those that the
+    suite lists, where it wants them; for tables of papers, which have rows of their own."""
     datasets: Plugins
     models: Plugins
     settings: Annotated[list[Annotated[dict[str, Any], AfterValidator(_grants_no_defense)]], MinLen(1)] = [{}]
@@ -303,13 +324,16 @@ def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
         if not isinstance(given, Mapping):
             raise GradleakError(f"{place}grants: expected keys and values, found {given!r}")
         allowed = [field.name for field in dataclasses.fields(cls)]
+        allowed += [EPOCHS] if cls is Setting else []
         for key in given:
             if key not in allowed:
                 raise unknown("key", str(key), allowed, where)
     trainable = values.get("trainable", "all")
     if trainable not in ("all", "head") and not isinstance(trainable, list | tuple):
         raise GradleakError(f"{place}trainable: expected all, head or a list of names, found {_short(trainable)}")
-    plain = dict(values)
+    plain = _with_steps(values, place)
+    if "client" in plain:
+        plain["client"] = _conduct(plain["client"], place)
     if "grants" in plain:
         plain["grants"] = Knowledge(**check(Knowledge, values.get("grants") or {}, f"{place}grants"))
     if "server" in plain:
@@ -321,11 +345,68 @@ def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
     setting = Setting(**checked)
     if setting.local_lr is None and (setting.local_steps > 1 or setting.local_batch_size is not None):
         raise GradleakError(f"{place}local_steps and local_batch_size need local_lr (FedAvg)")
+    _check_client(setting, place)
     try:
         setting.local_training.batches(setting.batch_size)
     except GradleakError as error:
         raise GradleakError(f"{place}{error}") from error
     return setting
+
+
+def _with_steps(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return the values of a setting with `local_epochs` as the local steps that they take."""
+    found = dict(values)
+    if EPOCHS not in found:
+        return found
+    epochs, size = found.pop(EPOCHS), found.get("batch_size", 1)
+    width = found.get("local_batch_size") or size
+    if "local_steps" in found:
+        raise GradleakError(f"{place}{EPOCHS} and local_steps say the same; write one of them")
+    if any(type(number) is not int or number < 1 for number in (epochs, size, width)):
+        raise GradleakError(f"{place}{EPOCHS}: whole numbers of epochs and images are needed, found {_short(epochs)}")
+    # A batch that the width does not divide is refused like any other.
+    return {**found, "local_steps": epochs * max(1, size // width)}
+
+
+def _conduct(value: Any, place: str) -> Conduct:
+    """Return a client by `name`, `{name: {options}}`, or its stored form."""
+    from ..knowledge import Conduct
+
+    if isinstance(value, Conduct):
+        return value
+    if isinstance(value, Mapping) and "name" in value:
+        name, options = value["name"], value.get("options") or {}
+    elif isinstance(value, Mapping) and len(value) == 1:
+        ((name, options),) = value.items()
+    else:
+        name, options = value, {}
+    options = options or {}
+    if not isinstance(name, str) or not isinstance(options, Mapping):
+        raise GradleakError(f"{place}client: expected a name, or {{name: {{options}}}}, found {_short(value)}")
+    if not name:
+        return Conduct()
+    if isinstance(value, Mapping) and {"version", "file"} <= set(value):
+        return Conduct(**check(Conduct, value, f"{place}client"))
+    built = registry.build("clients", name, options, f"{place}client")
+    known = plain(registry.options_of(built))
+    return Conduct(name=name, options=known, version=built.version, file=code_of("clients", name, known))
+
+
+def _check_client(setting: Setting, place: str) -> None:
+    client = setting.trains
+    if client.optimises and setting.local_lr is None:
+        raise GradleakError(
+            f"{place}client: {setting.client.name!r} takes local steps of its own; give local_lr (FedAvg)"
+        )
+    if setting.local_order == "shuffled" and setting.local_lr is None:
+        raise GradleakError(f"{place}local_order: needs local_lr (FedAvg)")
+    if client.forward != "float32" and setting.precision == "float64":
+        raise GradleakError(f"{place}client: forward {client.forward!r} has no use for precision float64; leave it out")
+    step = setting.local_batch_size or setting.batch_size
+    if step % client.accumulation:
+        raise GradleakError(
+            f"{place}client: accumulation {client.accumulation} does not divide a step of {step} images"
+        )
 
 
 def stored_setting(setting: Setting) -> dict[str, Any]:

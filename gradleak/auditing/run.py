@@ -1,0 +1,403 @@
+"""The audit itself: attackers, attacks and defenses in turn, within a budget."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import registry, structure
+from ..board.store import Store, victim_list
+from ..dataset import Data
+from ..errors import GradleakError
+from ..evaluation.evaluate import evaluate
+from ..evaluation.workshop import Resources
+from ..federation.trainable import Trainable
+from ..intake import network_of
+from ..model import Normalise
+from ..suite import DatasetPart, Part, Utility, build_setting
+from ..suite.parts import members
+from . import plan, report
+from .inputs import Labels, Shape, Source, data_of, read
+from .plan import ATTACKERS, Attacker, Bench, Clock, Own, Ran
+from .report import Audit, Exposed, Finding, Remedy
+
+BUDGET = 600.0
+"""Seconds."""
+_SEARCH, _REMEDIES = 0.25, 0.4
+"""Shares of the budget: of the first search of each attacker, and of all defenses together."""
+_PERFECT = 40.0
+"""Mean PSNR in dB above which nothing more can come back that anybody would see."""
+_VICTIMS, _LARGE = 8, 5_000_000
+"""Clients that are attacked, and parameters of a model from which half as many are."""
+_SHOWN = 3
+_PREFERRED = ("dp-sgd", "gaussian-noise", "secure-aggregation", "sign", "top-k", "gradient-noise", "quantise")
+"""Defenses that are tried first."""
+
+Tell = Callable[[str, float], None]
+"""Told in a few words what is done now, and the seconds that are left."""
+
+
+def audit(
+    model: nn.Module,
+    data: Source | Data,
+    *,
+    labels: Labels = None,
+    shape: Shape | None = None,
+    batch_size: int = 1,
+    client: str | dict[str, Any] | None = None,
+    local_steps: int = 1,
+    local_batch_size: int | None = None,
+    local_lr: float | None = None,
+    trainable: Trainable = "all",
+    mode: str = "eval",
+    defense: str | tuple[str, dict[str, Any]] = "none",
+    normalise: tuple[Sequence[float], Sequence[float]] | None = None,
+    budget: float = BUDGET,
+    victims: int | None = None,
+    remedies: Sequence[str | tuple[str, dict[str, Any]]] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    store: Path | None = None,
+    tell: Tell | None = None,
+) -> Audit:
+    """Attack one's own training with everything of `auto-v2` that can run, and say what came back.
+
+    Half of the data is public; clients are made of the private half. Attackers in turn (see `plan.ATTACKERS`), attacks
+    in turn, then, if anything came back, the defenses of the registry against the strongest attacks, each with the
+    accuracy that it leaves.
+
+    Args:
+        model: images [B, C, H, W] in [0, 1] to logits; as it is, its weights are those that clients are sent.
+        data: a folder, tensors (images, labels), pairs of image and label, or `Data`.
+        labels: of a folder's files: a CSV, a mapping, a function of the file's name; by default its class folders.
+        shape: (C, H, W) to which files are fitted.
+        batch_size: images of a client.
+        client: loss and optimiser, as in a suite: a name of `gradleak list clients`, or {name: {options}}.
+        local_steps: of FedAvg; with `local_lr`.
+        local_batch_size: images of a local step; by default the whole batch.
+        local_lr: rate of local steps; None is one gradient (FedSGD).
+        trainable: what is trained and sent: all, head, or names.
+        mode: of batch normalisation: eval or train.
+        defense: of the training, by name or with options; `a + b` chains several.
+        normalise: mean and standard deviation by channel, where the model expects normalised images.
+        budget: seconds for all of it.
+        victims: clients that are attacked; by default up to 8 as the data allows, of large models up to 4.
+        remedies: defenses to try if it leaks; by default those of the registry.
+        seed: of the clients' and the attacks' draws.
+        device: cpu or cuda.
+        store: where finished cells are kept, for `gradleak leaderboard` and `gradleak report`.
+        tell: told what is done now.
+
+    Raises:
+        GradleakError: model, data and client do not fit each other, or the budget is none.
+    """
+    if not budget > 0:
+        raise GradleakError(f"budget: {budget} (allowed: seconds above 0)")
+    clock = Clock(budget)
+    module, images = _fitted(model, data, labels, shape, normalise)
+    given = {
+        "batch_size": batch_size,
+        "mode": mode,
+        "trainable": trainable,
+        "local_steps": local_steps,
+        "local_batch_size": local_batch_size,
+        "local_lr": local_lr,
+        **({"client": client} if client else {}),
+    }
+    setting = build_setting({key: value for key, value in given.items() if value is not None}, "audit")
+    guard = (defense, {}) if isinstance(defense, str) else defense
+    most = len(images.split.test) // 2 // batch_size
+    if most < 1:
+        raise GradleakError(f"batch_size {batch_size}: {len(images.split.test) // 2} images are there to be attacked")
+    size = sum(tensor.numel() for tensor in module.parameters())
+    chosen = min(_VICTIMS if size < _LARGE else _VICTIMS // 2, most) if victims is None else victims
+    weights = hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in module.state_dict().values()))
+    bench = Bench(
+        workshop=Own(module, images, Resources(device=device)),
+        setting=setting,
+        victims=chosen,
+        seed=seed,
+        model=Part("own", type(model).__name__, {"weights": weights.hexdigest()}),
+        dataset=DatasetPart("own", images.name, {}, "1", "", images.digest),
+    )
+    opened = None if store is None else Store(store, create=True)
+    try:
+        return _Auditor(bench, guard, clock, opened, tell or _untold).audit(remedies)
+    finally:
+        if opened is not None:
+            opened.close()
+
+
+def _untold(what: str, left: float) -> None:
+    pass
+
+
+def _fitted(
+    model: nn.Module, data: Source | Data, labels: Labels, shape: Shape | None, normalise: Any
+) -> tuple[nn.Module, Data]:
+    """Return the model, ready to be frozen, and the data that it takes."""
+    if not isinstance(model, nn.Module):
+        raise GradleakError(f"model: {type(model).__name__} (allowed: torch.nn.Module)")
+    module: nn.Module = model.eval()
+    if isinstance(data, Data):
+        size = data.shape
+    else:
+        pixels, numbers = read(data, labels, shape)
+        channels, height, width = pixels.shape[1:]
+        size = (int(channels), int(height), int(width))
+    if normalise is not None:
+        mean, std = normalise
+        if len(mean) not in (1, size[0]) or len(std) not in (1, size[0]):
+            raise GradleakError(f"normalise: {len(mean)} means for images of {size[0]} channels")
+        module = nn.Sequential(Normalise(size[0], tuple(mean), tuple(std)), module).eval()
+    classes = structure.of(network_of(module, size).module).classes
+    structure.mark(module, size)
+    return module, data if isinstance(data, Data) else data_of(pixels, numbers, classes)
+
+
+@dataclass
+class _Auditor:
+    """One audit under way."""
+
+    bench: Bench
+    defense: tuple[str, dict[str, Any]]
+    clock: Clock
+    store: Store | None
+    tell: Tell
+
+    def audit(self, wanted: Sequence[str | tuple[str, dict[str, Any]]] | None) -> Audit:
+        """Run everything, in order."""
+        skipped: list[str] = []
+        floor = report.guesses(self._controls())
+        ran: list[Ran] = []
+        for attacker in ATTACKERS:
+            share = 1 - _REMEDIES if attacker is ATTACKERS[-1] else (1 - _REMEDIES) * 0.6
+            ran += self._attacked(attacker, share * self.clock.budget, ran, floor, skipped)
+        findings = [report.finding(each, floor) for each in ran]
+        worst, verdict = report.strongest(findings), report.verdict_of(findings)
+        tried: list[Remedy] = []
+        if verdict == report.LEAKS and worst is not None:
+            tried = self._remedies(wanted, ran, findings, floor, skipped)
+        images = self.bench.victims * self.bench.setting.batch_size
+        return Audit(
+            verdict=verdict,
+            share=report.interval(0.0 if worst is None else worst.share, images),
+            images=images,
+            training=self._described(),
+            worst=worst,
+            findings=tuple(findings),
+            floor=sum(floor.values()) / len(floor) if floor else math.nan,
+            exposed=tuple(self._exposed(ran[findings.index(worst)])) if worst is not None else (),
+            remedies=tuple(tried),
+            not_run=tuple(dict.fromkeys(skipped)),
+            trained=_measured(self.bench) if tried else "",
+            seconds=self.clock.spent,
+            store="" if self.store is None else str(self.store.path),
+        )
+
+    def _controls(self) -> list[Ran]:
+        self.tell("guesses that read nothing", self.clock.left)
+        return [
+            self._keep(self.bench.run(self.bench.cell(ATTACKERS[0], each, self.defense, self.clock.budget / 10), 60.0))
+            for each in plan.controls()
+        ]
+
+    def _attacked(
+        self,
+        attacker: Attacker,
+        until: float,
+        before: Sequence[Ran],
+        floor: dict[tuple[int, int], float],
+        skipped: list[str],
+    ) -> list[Ran]:
+        """Run the attacks of one attacker, the first search the longest, until so many seconds are gone."""
+        found: list[Ran] = []
+        waiting = list(plan.attacks())
+        for index, attack in enumerate(waiting):
+            left = until - self.clock.spent
+            name, label, options = attack
+            plugin = registry.build("attacks", name, options)
+            if any(_everything(report.finding(each, floor)) for each in found):
+                skipped.append(f"{attacker.name}, {label}: every image had come back already")
+                continue
+            if left <= 0:
+                skipped.append(f"{attacker.name}, {label}: no time was left")
+                continue
+            share = left / (len(waiting) - index)
+            if label == "inverting-gradients":
+                share = max(share, min(left, _SEARCH * self.clock.budget))
+            cell = self.bench.cell(attacker, attack, self.defense, 1.5 * share)
+            reason = self.bench.fits(cell)
+            if reason is None and _second_order(plugin) and self._too_slow([*before, *found], cell, share):
+                reason = "an iteration takes too long for this budget"
+            if reason is not None:
+                skipped.append(f"{attacker.name}, {label}: {reason}")
+                continue
+            self.tell(f"{attacker.name}: {label}", self.clock.left)
+            found.append(self._keep(self.bench.run(cell, share)))
+        return found
+
+    def _too_slow(self, ran: Sequence[Ran], cell: Any, seconds: float) -> bool:
+        """Whether a step of a second-order search would not fit, by what a gradient took in a first-order one."""
+        from ..engine.gauss_newton import LevenbergMarquardt
+
+        searches = [each for each in ran if each.iterations and each.result.seconds]
+        if not searches:
+            return True
+        last = searches[-1]
+        gradient = last.result.seconds / (last.iterations or 1)
+        unknowns = self.bench.setting.batch_size * math.prod(self.bench.workshop.images.shape)
+        restarts = cell.attack.options.get("restarts", 1)
+        # In float64, and with a derivative in the forward direction for every product.
+        return bool(3 * gradient * LevenbergMarquardt().gradients(unknowns) * restarts * 5 > seconds)
+
+    def _remedies(
+        self,
+        wanted: Sequence[str | tuple[str, dict[str, Any]]] | None,
+        ran: Sequence[Ran],
+        findings: Sequence[Finding],
+        floor: dict[tuple[int, int], float],
+        skipped: list[str],
+    ) -> list[Remedy]:
+        """Try defenses against the strongest attacks, as long as there is time, and train under each."""
+        candidates = _candidates(wanted, self.defense[0])
+        strongest = _strongest_attacks(ran, findings)
+        plain, each = self._accuracy(self.defense), 0.0
+        found: list[Remedy] = []
+        for index, defense in enumerate(candidates):
+            share = self.clock.left / (len(candidates) - index)
+            share = max(share, each, self.clock.budget / 20)
+            if self.clock.left < share / 2:
+                skipped.append(f"defense {defense[0]}: no time was left")
+                continue
+            begun = self.clock.spent
+            self.tell(f"defense {defense[0]}", self.clock.left)
+            found.append(self._remedy(defense, strongest, floor, share, plain))
+            each = min(self.clock.spent - begun, share)
+        return found
+
+    def _remedy(
+        self,
+        defense: tuple[str, dict[str, Any]],
+        attacks: Sequence[tuple[str, str, dict[str, Any]]],
+        floor: dict[tuple[int, int], float],
+        seconds: float,
+        plain: float,
+    ) -> Remedy:
+        faced: list[Finding] = []
+        notes: list[str] = []
+        for attack in attacks:
+            try:
+                cell = self.bench.cell(ATTACKERS[0], attack, defense, 1.5 * seconds)
+                reason = self.bench.fits(cell)
+            except GradleakError as error:
+                reason = plan.refused(error)
+            if reason is not None:
+                notes.append(f"{attack[1]}: {reason}")
+                continue
+            ran = self._keep(self.bench.run(cell, 0.7 * seconds / len(attacks)))
+            faced.append(report.finding(ran, floor))
+            if ran.result.error:
+                notes.append(f"{attack[1]}: {ran.result.error}")
+        worst = report.strongest(faced)
+        accuracy = math.nan
+        if faced and self.clock.left > 0:
+            accuracy = self._accuracy(defense, notes)
+        elif faced:
+            notes.append("accuracy: no time was left")
+        return Remedy(
+            defense=defense[0],
+            verdict=report.verdict_of(faced),
+            share=0.0 if worst is None else worst.share,
+            psnr=math.nan if worst is None else worst.psnr,
+            attacks=tuple(each.attack for each in faced),
+            accuracy=accuracy,
+            lost=plain - accuracy,
+            note="; ".join(notes),
+        )
+
+    def _accuracy(self, defense: tuple[str, dict[str, Any]], notes: list[str] | None = None) -> float:
+        """Return the accuracy after further training under a defense; NaN where it cannot be trained under."""
+        result = evaluate(plan.training(self.bench, defense, _recipe(self.bench)), self.bench.workshop)
+        if not result.error:
+            return float(result.provenance["test_accuracy"])
+        if notes is not None:
+            notes.append(f"accuracy: {result.error}")
+        return math.nan
+
+    def _exposed(self, worst: Ran) -> list[Exposed]:
+        """Return the images that came back best, beside the truth."""
+        images, labels = self.bench.workshop.victims_of(worst.cell)
+        rows = [row for row in worst.result.rows if row.psnr is not None and row.matched is not None]
+        found = []
+        for row in sorted(rows, key=lambda row: -(row.psnr or 0.0))[:_SHOWN]:
+            assert row.psnr is not None and row.matched is not None
+            answer = worst.result.reconstructions[row.victim][row.matched]
+            truth, label = images[row.victim][row.image], int(labels[row.victim][row.image])
+            found.append(Exposed(truth, answer, row.psnr, label))
+        return found
+
+    def _keep(self, ran: Ran) -> Ran:
+        if self.store is not None:
+            self.store.write_victims(victim_list(ran.cell.stored()), *self.bench.workshop.victims_of(ran.cell))
+            self.store.offer(ran.result)
+        return ran
+
+    def _described(self) -> str:
+        setting, size = self.bench.setting, self.bench.setting.batch_size
+        step = "one gradient" if setting.local_lr is None else f"{setting.local_steps} local steps"
+        client = setting.trains
+        by = setting.client.name or "sgd"
+        guard = "no defense" if self.defense[0] == "none" else f"defense {self.defense[0]}"
+        return (
+            f"{self.bench.model.label}, {client.loss}, {step} of {size} image{'s' * (size > 1)} ({by}), {guard}, "
+            f"{self.bench.victims} clients"
+        )
+
+
+def _everything(found: Finding) -> bool:
+    """Whether no attack could do better."""
+    return found.share == 1 and found.psnr >= _PERFECT
+
+
+def _second_order(plugin: Any) -> bool:
+    return getattr(plugin, "optimiser", "") == "levenberg-marquardt"
+
+
+def _strongest_attacks(ran: Sequence[Ran], findings: Sequence[Finding]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return the two strongest attacks of the undefended training, and a search that adapts to defenses."""
+    order = sorted(range(len(ran)), key=lambda index: (findings[index].share, findings[index].psnr), reverse=True)
+    wanted = [ran[index].attack for index in order][:2]
+    known = {label: (name, label, options) for name, label, options in plan.attacks()}
+    return [known[label] for label in dict.fromkeys([*wanted, "inverting-gradients"])][:3]
+
+
+def _candidates(
+    wanted: Sequence[str | tuple[str, dict[str, Any]]] | None, own: str
+) -> list[tuple[str, dict[str, Any]]]:
+    if wanted is not None:
+        return [(each, {}) if isinstance(each, str) else each for each in wanted]
+    names = [name for name in registry.names("defenses") if name not in members(own) and name != "none"]
+    first = [name for name in _PREFERRED if name in names]
+    return [(name, {}) for name in (*first, *(name for name in names if name not in first))]
+
+
+def _recipe(bench: Bench) -> Utility:
+    """Return a short further training of the user's clients on the public half."""
+    setting, images = bench.setting, len(bench.workshop.images.split.train)
+    clients = max(1, min(4, images * 9 // 10 // max(4, setting.batch_size)))
+    return Utility(clients=clients, rounds=40, batch_size="setting", lr=[0.1]).at(setting)
+
+
+def _measured(bench: Bench) -> str:
+    recipe, split = _recipe(bench), bench.workshop.images.split
+    return (
+        f"Accuracy: after {recipe.rounds} further rounds of {recipe.clients} such clients on {len(split.train)} of "
+        f"your images, from your weights, on {len(split.test)} others; points lost: against the same training as it is."
+    )

@@ -1,0 +1,158 @@
+"""`gradleak audit`: does my training leak?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import GradleakError
+from ..paths import printable
+from . import values
+
+ABOVE, UNSURE = 1, 3
+"""Exit codes of `--fail-above`: more came back than allowed; less did, but no search came to its end."""
+
+
+def audit(
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODULE:FUNCTION", help="Returns the model; also FILE.py:FUNCTION.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option("--data", metavar="FOLDER|MODULE:FUNCTION", help="Images; a function returns (images, labels)."),
+    ],
+    weights: Annotated[
+        Path | None, typer.Option("--weights", metavar="FILE", help="Of the model: safetensors or a state dict.")
+    ] = None,
+    model_options: Annotated[
+        list[str] | None, typer.Option("--model-options", metavar="OPTIONS", help="Of the function, as '{width: 8}'.")
+    ] = None,
+    labels: Annotated[
+        str,
+        typer.Option(
+            "--labels", metavar="CSV|MODULE:FUNCTION", help="Of a folder's files [default: its class folders]."
+        ),
+    ] = "",
+    shape: Annotated[str, typer.Option("--shape", metavar="C,H,W", help="To which files are fitted.")] = "",
+    mean: Annotated[str, typer.Option(help="By channel, if the model expects normalised images: 0.485,0.456,…")] = "",
+    std: Annotated[str, typer.Option(help="By channel, with --mean.")] = "",
+    loss: Annotated[
+        str, typer.Option("--loss", metavar="NAME", help="cross-entropy, bce, mse or module:function.")
+    ] = "cross-entropy",
+    optimiser: Annotated[
+        str, typer.Option("--optimiser", metavar="NAME", help="Of local steps, as 'sgd: {momentum: 0.9}' or adam.")
+    ] = "sgd",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Images of a client.")] = 1,
+    local_steps: Annotated[int, typer.Option("--local-steps", min=1, metavar="N", help="With --local-lr.")] = 1,
+    local_batch_size: Annotated[
+        int | None,
+        typer.Option("--local-batch-size", min=1, metavar="N", help="Images of a local step [default: all]."),
+    ] = None,
+    local_lr: Annotated[
+        float | None, typer.Option("--local-lr", metavar="RATE", help="Of local steps [default: one gradient].")
+    ] = None,
+    mode: Annotated[str, typer.Option("--mode", help="Of batch normalisation: eval or train.")] = "eval",
+    defense: Annotated[
+        list[str] | None,
+        typer.Option("--defense", metavar="NAME", help="Of the training, as 'top-k: {ratio: 0.1}'; may be repeated."),
+    ] = None,
+    victims: Annotated[int | None, typer.Option("--victims", min=2, metavar="N", help="Clients to attack.")] = None,
+    budget: Annotated[str, typer.Option("--budget", metavar="TIME", help="As 90s, 10m or 1h.")] = "10m",
+    fail_above: Annotated[
+        float | None,
+        typer.Option(
+            "--fail-above",
+            min=0.0,
+            max=1.0,
+            metavar="SHARE",
+            help="Exit with 1 if more of the images come back, with 3 if that is not sure.",
+        ),
+    ] = None,
+    remedies: Annotated[bool, typer.Option(help="If it leaks, try the defenses of the registry.")] = True,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of clients and attacks.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where page, JSON and store go.")] = Path("audit"),
+) -> None:
+    """Attack your own training: what share of your images comes back, to whom, and which defense would stop that.
+
+    OUT/index.html says it in words and pictures, OUT/report.json in numbers; OUT/audit.sqlite is a store for
+    `gradleak leaderboard` and `gradleak report`.
+    """
+    from .. import sources
+    from ..auditing import audit as run
+
+    limit = values.seconds(budget, "--budget")
+    if bool(mean) != bool(std):
+        raise GradleakError("--mean and --std belong together")
+    normalise = (values.numbers(mean, "--mean"), values.numbers(std, "--std")) if mean else None
+    module = sources.network(model, weights, values.options(model_options or [], "--model-options"))
+    out.mkdir(parents=True, exist_ok=True)
+    found = run(
+        module,
+        _data(data),
+        labels=_labels(labels),
+        shape=values.shape(shape) if shape else None,
+        batch_size=batch_size,
+        client=_client(optimiser, loss),
+        local_steps=local_steps,
+        local_batch_size=local_batch_size,
+        local_lr=local_lr,
+        mode=mode,
+        defense=_chain(defense or []),
+        normalise=normalise,
+        budget=limit,
+        victims=victims,
+        remedies=None if remedies else (),
+        seed=seed,
+        device=device,
+        store=_fresh(out / "audit.sqlite"),
+        tell=_tell,
+    )
+    found.write(out)
+    for line in found.lines():
+        print(printable(line))
+    print(f"gradleak: {found.seconds:.0f} s; see {out / 'index.html'}", file=sys.stderr)
+    if fail_above is not None and (passes := found.passes(fail_above)) is not True:
+        raise typer.Exit(UNSURE if passes is None else ABOVE)
+
+
+def _fresh(store: Path) -> Path:
+    """Return the path of a store, without what an earlier audit left there."""
+    for end in ("", "-wal", "-shm"):
+        Path(f"{store}{end}").unlink(missing_ok=True)
+    return store
+
+
+def _data(given: str) -> Any:
+    from .. import sources
+
+    if Path(given).is_dir() or ":" not in given:
+        return Path(given)
+    return sources.imported(given, "--data")()
+
+
+def _labels(given: str) -> Any:
+    from .. import sources
+
+    if not given:
+        return None
+    return Path(given) if Path(given).is_file() or ":" not in given else sources.imported(given, "--labels")
+
+
+def _client(optimiser: str, loss: str) -> dict[str, Any] | None:
+    name, options = values.plugin(optimiser, "--optimiser")
+    return None if (name, options, loss) == ("sgd", {}, "cross-entropy") else {name: {"loss": loss, **options}}
+
+
+def _chain(given: list[str]) -> tuple[str, dict[str, Any]]:
+    parts = [values.plugin(each, "--defense") for each in given]
+    if len(parts) < 2:
+        return parts[0] if parts else ("none", {})
+    return " + ".join(name for name, _ in parts), dict(parts)
+
+
+def _tell(what: str, left: float) -> None:
+    print(f"gradleak: {what}; {max(0.0, left):.0f} s left", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Clients, one file each; the file stem is the name."""
