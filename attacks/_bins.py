@@ -18,7 +18,7 @@ from gradleak.threat import Observation
 
 _SILENT = 1e3  # roundings of the strongest bin's weight below which a bin is empty
 _OUTSIDE = 1e-3  # how far outside [0, 1] rounding may bring a pixel
-_STEPS = 200  # of the search for the image behind the inputs of a later layer
+_STEPS = 400  # of the search for the image behind the inputs of a later layer
 
 
 def blocks(module: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -39,15 +39,18 @@ def answer(sums: Tensor, weights: Tensor, layer: str, observation: Observation) 
         observation: what is answered.
     """
     size = weights.abs()
-    alive = size > _SILENT * torch.finfo(observation.dtype).eps * size.amax(1, keepdim=True).clamp(min=1e-300)
+    largest = size.amax(1, keepdim=True).clamp(min=1e-300)
+    alive = size > _SILENT * torch.finfo(observation.dtype).eps * largest
     inputs = torch.where(alive[..., None], sums / torch.where(alive, weights, 1.0)[..., None], 0.0)
-    images = to_images(inputs, layer, observation)
-    outside = (images - images.clamp(0, 1)).abs().flatten(2).amax(2) > _OUTSIDE
-    # An image alone in its bin lies in [0, 1]; among those, the strongest is hurt least by noise.
-    order = (size / size.amax(1, keepdim=True).clamp(min=1e-300) - 2.0 * outside - 10.0 * ~alive).argsort(1, True)
-    victims = torch.arange(len(images), device=images.device)[:, None]
-    count = observation.batch_size
-    picked, lit = images[victims, order[:, :count]], alive[victims, order[:, :count]]
+    worth = size / largest - 10.0 * ~alive
+    pixels = read_directly(inputs, layer, observation)
+    if pixels is not None:
+        # An image alone in its bin lies in [0, 1]; among those, the strongest is hurt least by noise.
+        worth = worth - 2.0 * ((pixels - pixels.clamp(0, 1)).abs().flatten(2).amax(2) > _OUTSIDE)
+    victims, count = torch.arange(len(inputs), device=inputs.device)[:, None], observation.batch_size
+    order = worth.argsort(1, True)[:, :count]
+    picked = searched(inputs[victims, order], layer, observation) if pixels is None else pixels[victims, order]
+    lit = alive[victims, order]
     blank = _blank(observation)
     kept = torch.where(lit[..., None, None, None], picked.clamp(0, 1), blank)
     missing = count - kept.shape[1]
@@ -64,29 +67,29 @@ def _blank(observation: Observation) -> Tensor:
     return observation.auxiliary.images.double().mean(0).to(observation.device)
 
 
-def to_images(inputs: Tensor, layer: str, observation: Observation) -> Tensor:
-    """Images [N, K, C, H, W] that give a layer inputs [N, K, P].
-
-    Exactly, where it reads scaled and shifted pixels; else the images whose inputs are nearest, searched in [0, 1].
-    """
+def read_directly(inputs: Tensor, layer: str, observation: Observation) -> Tensor | None:
+    """Images [N, K, C, H, W] that give a layer inputs [N, K, P]; None where it reads no scaled and shifted pixels."""
     for found in structure.of(observation.network.module).on_pixels:
         if found.whole and found.name == layer and found.index.numel() == inputs.shape[-1]:
             return found.to_images(inputs, observation.shape)
-    return _searched(inputs, layer, observation)
+    return None
 
 
-def _searched(inputs: Tensor, layer: str, observation: Observation) -> Tensor:
+def searched(inputs: Tensor, layer: str, observation: Observation) -> Tensor:
+    """Images [N, K, C, H, W] whose inputs of a layer are nearest to [N, K, P], by least squares."""
     network = observation.network.to(observation.device, torch.float64)
     flat = inputs.flatten(0, 1)
-    code = torch.zeros(len(flat), *observation.shape, dtype=torch.float64, device=inputs.device, requires_grad=True)
-    search = torch.optim.LBFGS([code], max_iter=_STEPS, history_size=20, line_search_fn="strong_wolfe")
+    images = torch.full((len(flat), *observation.shape), 0.5, dtype=torch.float64, device=inputs.device)
+    images.requires_grad_()
+    search = torch.optim.LBFGS([images], max_iter=_STEPS, history_size=20, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         search.zero_grad()
-        away: Tensor = (inputs_at(network.module, layer, code.sigmoid()) - flat).square().sum()
-        away.backward()  # type: ignore[no-untyped-call]
+        away: Tensor = (inputs_at(network.module, layer, images) - flat).square().sum()
+        away.backward()
         return away
 
     with torch.enable_grad():
-        search.step(loss)  # type: ignore[arg-type]
-    return code.detach().sigmoid().unflatten(0, inputs.shape[:2])
+        search.step(loss)
+    found: Tensor = images.detach().unflatten(0, inputs.shape[:2])
+    return found

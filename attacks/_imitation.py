@@ -41,7 +41,6 @@ def imitate(
     message has its own.
     """
     assert observation.auxiliary is not None and observation.view is not None
-    defense, public = observation.view.defense, observation.view.public
     rows, images, labels = [], [], []
     for index in _batches(observation.auxiliary, count, observation.batch_size, stream):
         if observation.compute.expired:
@@ -50,15 +49,47 @@ def imitate(
         picked = observation.auxiliary[index[order]]
         batch = picked.images.to(observation.device, observation.dtype)
         targets = one_hot(picked.labels.to(observation.device), observation.classes, observation.dtype)
-        network, training = observation.network, observation.training
-        if public is None:
-            channel = Channel.drawn(network, defense, training, len(batch) // defense.cohort, stream)
-        else:
-            channel = Channel(network, defense, public, training)
+        channel = channel_of(observation, len(batch) // observation.view.defense.cohort, stream)
         rows.append({name: row[0] for name, row in read(stack([summed(channel, batch, targets, stream)])).items()})
         images.append(batch)
         labels.append(picked.labels)
     return Imitations(stack(rows), torch.stack(images), torch.stack(labels).to(observation.device))
+
+
+def channel_of(observation: Observation, batch_size: int, stream: torch.Generator) -> Channel:
+    """Return the way from a batch to its message, in the round observed or, where that is not known, in a new one."""
+    assert observation.view is not None
+    network, training = observation.network, observation.training
+    if observation.view.public is None:
+        return Channel.drawn(network, observation.view.defense, training, batch_size, stream)
+    return Channel(network, observation.view.defense, observation.view.public, training)
+
+
+class Hashing:
+    """Shortens messages [M, ...] to at most `features` entries, each a sum of the message's with random signs.
+
+    Inner products are kept on average (Weinberger et al., ICML 2009, arXiv:0902.2206).
+    """
+
+    def __init__(self, messages: Message, features: int, stream: torch.Generator, dtype: torch.dtype) -> None:
+        """Draw where each entry goes, for messages shaped like these; those that are short stay as they are."""
+        self.lengths = [tensor[0].numel() for tensor in messages.values()]
+        self.features, self.dtype = features, dtype
+        self.bucket: Tensor | None = None
+        total, device = sum(self.lengths), next(iter(messages.values())).device
+        if total > features:
+            self.bucket = torch.randint(features, (total,), generator=stream).to(device)
+            self.sign = (torch.randint(2, (total,), generator=stream) * 2.0 - 1).to(device, dtype)
+
+    def flat(self, messages: Message) -> Tensor:
+        """All entries of messages, [M, K]."""
+        return torch.cat([tensor.detach().flatten(1).to(self.dtype) for tensor in messages.values()], dim=1)
+
+    def shorten(self, rows: Tensor) -> Tensor:
+        """What entries [M, K] are hashed to, [M, features] at most."""
+        if self.bucket is None:
+            return rows
+        return rows.new_zeros(len(rows), self.features).index_add_(1, self.bucket, rows * self.sign)
 
 
 def summed(channel: Channel, images: Tensor, targets: Tensor, stream: torch.Generator) -> Message:

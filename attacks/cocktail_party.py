@@ -1,7 +1,8 @@
-"""Cocktail party attack: the gradient's rows are mixtures of the images, which independent component analysis parts."""
+"""Cocktail party attack: the gradient's rows mix the images, and independent component analysis separates them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -55,7 +56,7 @@ class CocktailParty(Attack):
         return None
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
-        """Part the mixtures and scale them to images."""
+        """Separate the mixtures and scale them to images."""
         layer, size = _layer(observation), observation.batch_size
         weight, bias = gradients(observation, layer)
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
@@ -107,8 +108,8 @@ class CocktailParty(Attack):
         layer = _layer(observation)
         signals = self._signals(layer.arranged(to_inputs(images, layer), observation.shape))
         unit = signals / (signals.std(2, keepdim=True) + 1e-12)
-        # log cosh without overflow
-        smooth = unit.abs() + torch.log1p((-2 * unit.abs()).exp()) - 0.6931471805599453
+        # log cosh u = |u| + log(1 + e^(-2 |u|)) - log 2, which does not overflow.
+        smooth = unit.abs() + torch.log1p((-2 * unit.abs()).exp()) - math.log(2)
         return (smooth.mean(2) - _GAUSSIAN).square().mean(1)
 
 
@@ -121,6 +122,7 @@ def _layer(observation: Observation) -> OnPixels:
 def _white(signals: Tensor) -> tuple[Tensor, Tensor]:
     """Uncorrelated signals of unit variance [N, B, S] and the matrix [N, B, B] that makes them."""
     variance, axes = torch.linalg.eigh(signals @ signals.mT / signals.shape[2])
+    # Images that are alike leave directions without variance: they stay finite and are no image.
     whitening = axes.mT / variance.clamp(min=1e-24 * variance[:, -1:] + 1e-300).sqrt()[..., None]
     return whitening @ signals, whitening
 

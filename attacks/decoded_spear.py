@@ -21,7 +21,7 @@ from gradleak.threat import Knowledge, Labels, Level, Observation, Setting
 from ._imitation import class_prior
 
 _AMISS = 5e-3
-"""How much of the self-check rounding may spoil."""
+"""How far below 1 rounding may bring the self-check of encoded images that are the right ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

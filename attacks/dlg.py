@@ -1,4 +1,4 @@
-"""Deep leakage from gradients: squared distance, labels searched along, L-BFGS."""
+"""Deep leakage from gradients: squared distance, labels searched for as well, L-BFGS."""
 
 from __future__ import annotations
 

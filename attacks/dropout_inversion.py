@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -82,11 +82,11 @@ class DropoutInversion(GradientMatching):
         masks = facts.named.get("masks") or {n: mask for n, mask in variables.items() if n.endswith(".mask")}
         return replace(super().decode(variables, facts), buffers=masks)
 
-    def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
-        """Total variation plus how far each mask's share of zeros is from the rate."""
-        rates = facts.named.get("rates", {})
-        gaps = [(1 - guess.buffers[name].mean() - rate).abs() for name, rate in rates.items()]
-        return super().regularise(guess, variables, facts) + self.mask_prior * sum(gaps)
+    def terms(self, guess: Guess, variables: Variables, facts: Facts) -> Iterator[Tensor]:
+        """How far each mask's share of zeros is from the rate."""
+        gaps = [(1 - guess.buffers[name].mean() - rate).abs() for name, rate in facts.named.get("rates", {}).items()]
+        if gaps:
+            yield self.mask_prior * sum(gaps[1:], gaps[0])
 
     def project(self, variables: Variables, mean: Tensor, std: Tensor) -> None:
         """Clamp images and masks to [0, 1], in place."""

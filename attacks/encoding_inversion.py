@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from gradleak.attack import GradientMatching, Reconstruction
 from gradleak.defense import Defense
@@ -25,8 +25,8 @@ class EncodingInversion(GradientMatching):
     """Minimises one minus the cosine plus total variation over images and latents of an encoding, with Adam.
 
     Counters mixup (arXiv:2112.00059), InstaHide (arXiv:2010.02772) and augmentation (arXiv:2011.12505): the guess goes
-    through the encoding that the client used, its mixing coefficients and signs searched along, and the images before
-    it are returned. Labels must be known. Our own attack.
+    through the encoding that the client used, whose mixing coefficients and signs are searched for too; the images
+    before it are returned. Labels must be known. Our own attack.
     """
 
     tuning = "tv, lr, schedule, restarts: 11 trials on 4 tuning victims of digits (lenet, mlp), augmentation and mixup"
@@ -58,7 +58,7 @@ class EncodingInversion(GradientMatching):
             guess = plain.decode(variables, facts)
             numbers = {name.removeprefix("latent "): v for name, v in variables.items() if name.startswith("latent ")}
             images, targets = encoding.apply(guess.images, guess.targets, encoding.relax(numbers))
-            return Guess(images, targets, {_IMAGES: guess.images})
+            return Guess(images, targets, {_IMAGES: guess.images}, before=guess.images)
 
         return replace(plain, decode=decode)
 
@@ -66,10 +66,6 @@ class EncodingInversion(GradientMatching):
         """What is known of each victim; targets are labels, which the guess sends through the encoding."""
         targets = one_hot(self.labels(observation), observation.classes, observation.dtype)
         return replace(super().facts(observation), targets=targets)
-
-    def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
-        """Prior on the images before the encoding."""
-        return self.penalty(guess.buffers[_IMAGES])
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Return the images before the encoding."""

@@ -56,9 +56,9 @@ class GGL(LatentMatching):
         """Objective between the guess, changed as the defense is estimated to, and the observation."""
         return super().distance(_transformed(guess, observed) if self.estimate else guess, observed)
 
-    def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+    def terms(self, guess: Guess, variables: Variables, facts: Facts) -> Iterator[Tensor]:
         """KL divergence of the code."""
-        return self.penalty(guess.images) + self.divergence * _divergence(variables["latent"])
+        yield self.divergence * _divergence(variables["latent"])
 
     def phases(self, observation: Observation, trials: Trials) -> Iterator[tuple[Outcome, Final]]:
         """The code only."""
@@ -114,6 +114,9 @@ class _Evolution:
     """CMA-ES (Hansen, arXiv:1604.00772) with its default constants, for T populations at once."""
 
     def __init__(self, mean: Tensor, population: int, spread: float):
+        # The tutorial's defaults, in its names: the better half of the points count, by the logarithm of their rank, as
+        # if they were mu_eff (`mass`) equal ones; then the rates of the paths (c_c, c_sigma) and of the covariance
+        # (c_1, c_mu), the damping d_sigma, and the expected length of a standard normal vector.
         (count, size), parents = mean.shape, population // 2
         weights = math.log((population + 1) / 2) - torch.arange(1, parents + 1).to(mean).log()
         self.parents, self.weights = parents, weights / weights.sum()
@@ -149,15 +152,18 @@ class _Evolution:
         rate = self.spread_rate
         self.spread_path = (1 - rate) * self.spread_path + math.sqrt(rate * (2 - rate) * self.mass) * whitened
         norm = self.spread_path.norm(dim=1, keepdim=True)
+        # h_sigma: while the step size still grows fast, the covariance's path waits.
         settled = norm / math.sqrt(1 - (1 - rate) ** (2 * self.round)) < (1.4 + 2 / (self.size + 1)) * self.expected
         rate = self.path_rate
         push = math.sqrt(rate * (2 - rate) * self.mass) * move
         self.path = (1 - rate) * self.path + torch.where(settled, push, torch.zeros_like(push))
+        # What the path's variance then lacks.
         stalled = torch.where(settled, 0.0, rate * (2 - rate)).unsqueeze(-1)
         one = self.path[:, :, None] * self.path[:, None] + stalled * self.covariance
         many = (self.weights[:, None] * steps).mT @ steps
         kept = 1 - self.rank_one - self.rank_many
         self.covariance = kept * self.covariance + self.rank_one * one + self.rank_many * many
+        # No more than e at once, against overflow.
         growth = self.spread_rate / self.damping * (norm / self.expected - 1)
         self.spread = self.spread * growth.clamp(max=1).exp()
         if self.round % self.every == 0:

@@ -41,12 +41,10 @@ class GIAS(LatentMatching):
     weights_iterations: Annotated[int, Ge(0)] = 8000
     """Steps on the generator's weights; 0 searches the code only."""
 
-    def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
-        """Total variation, and the norm of the code while it is searched."""
-        prior = self.penalty(guess.images)
+    def terms(self, guess: Guess, variables: Variables, facts: Facts) -> Iterator[Tensor]:
+        """The norm of the code while it is searched."""
         if self.code_norm and "latent" in variables:
-            prior = prior + self.code_norm * variables["latent"].square().mean()
-        return prior
+            yield self.code_norm * variables["latent"].square().mean()
 
     def phases(self, observation: Observation, trials: Trials) -> Iterator[tuple[Outcome, Final]]:
         """Code, then weights."""

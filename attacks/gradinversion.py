@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -91,28 +91,27 @@ class GradInversion(GradientMatching):
             facts = facts.plus(named={"statistics": observation.batch_statistics})
         return facts
 
-    def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
-        """Total variation, norm, and distance to the seeds' mean once there is one."""
+    def terms(self, guess: Guess, variables: Variables, facts: Facts) -> Iterator[Tensor]:
+        """The batch's norm, and its distance to the seeds' mean once there is one."""
         images = guess.images
-        prior = self.penalty(images) + self.l2 * (images.square().sum() + 1e-12).sqrt()
+        yield self.l2 * (images.square().sum() + 1e-12).sqrt()
         if "agreed" in facts.own:
-            prior = prior + self.group * ((images - facts.own["agreed"]).square().mean() + 1e-12).sqrt()
-        return prior
+            yield self.group * ((images - facts.own["agreed"]).square().mean() + 1e-12).sqrt()
 
-    def prior(self, observation: Observation) -> Callable[[Guess, Variables, Facts], Tensor]:
-        """Whole prior of one trial: also the distance of statistics."""
-        others, network = super().prior(observation), observation.network
+    def problem(self, observation: Observation) -> Problem:
+        """One trial's loss: also the distance of statistics."""
+        plain, network = super().problem(observation), observation.network
         batch_statistics.layers(network.module)  # found once, before the search
 
-        def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
-            total = others(guess, variables, facts)
+        def penalty(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+            total = plain.penalty(guess, variables, facts)
             known = facts.named.get("statistics")
             if known is not None:
                 found = batch_statistics.of_batch(network, guess.images, guess.buffers)
                 total = total + self.statistics_weight * batch_statistics.distance(found, known)
             return total
 
-        return prior
+        return dataclasses.replace(plain, penalty=penalty)
 
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Search in rounds and return each victim's seed of lowest matching loss."""

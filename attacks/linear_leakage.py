@@ -86,7 +86,7 @@ class LinearLeakage(Attack):
         return rows
 
     def _compared(self, ratios: Tensor, observation: Observation) -> tuple[Tensor, Tensor]:
-        """Return candidates [N, O, P] in units in which 1 is large, and which of them no image can be."""
+        """Return candidates [N, O, P] in units in which 1 is large, and which of them cannot be images."""
         pixels = to_pixels(ratios, self._layer(observation), observation).double().flatten(2)
         return pixels, (pixels - pixels.clamp(0, 1)).abs().amax(-1) > _OUTSIDE
 
@@ -107,7 +107,7 @@ class LinearLeakage(Attack):
         return loss
 
     def _recurring_rows(self, weight: Tensor, bias: Tensor, observation: Observation) -> Tensor:
-        """Pick B distinct rows a victim, those first that recur in most other rows, [N, B, P]."""
+        """Pick B distinct rows a victim, first those that recur most, [N, B, P]."""
         alive = bias != 0
         ratios = torch.where(alive[..., None], weight / torch.where(alive, bias, 1.0)[..., None], 0.0)
         points, outside = self._compared(ratios, observation)
@@ -116,6 +116,8 @@ class LinearLeakage(Attack):
         same = (apart < _SAME) & alive[:, None]
         # Ties go to the row of the largest bias gradient, which rounding hurts least.
         size = bias.abs() / bias.abs().amax(1, keepdim=True).clamp(min=1e-300)
+        # By the number of twins; rows that are no image need a thousand more, rows without a bias gradient come last.
+        # What was picked falls below all of these, and its twins below the rest.
         votes = same.sum(2) + 0.5 * size - 1e3 * outside - 1e6 * ~alive
         victim = torch.arange(len(bias), device=bias.device)
         picked = []

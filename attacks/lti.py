@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradleak.attack import Attack, Reconstruction
-from gradleak.channel import Channel
 from gradleak.dataset import Images
-from gradleak.defense import Defense, Message
+from gradleak.defense import Defense
 from gradleak.engine.loop import Status
 from gradleak.engine.optimisers import cosine_decay
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Knowledge, Level, Observation, Setting
 from gradleak.update import one_hot, stack
 
-from ._imitation import untold
+from ._imitation import Hashing, channel_of, untold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +30,9 @@ class LTI(Attack):
     """Trains a network from message to images on public images that go through the defense as a client's would.
 
     References: Wu, Chen, Guo, Weinberger, UAI 2023, arXiv:2210.10880. It learns whatever the defense does, noise
-    included, and so is the adaptive attack of last resort. One network serves all victims; which victims there are
-    changes nothing in it, the suite's seed does. Messages are a client's first: it has no memory yet. Images of a batch
-    may come in any order: the loss assigns them. Longer messages are hashed with random signs. If the round's public
+    included, and so is the adaptive attack of last resort. One network serves all victims; it depends on the suite's
+    seed, not on which victims there are. Messages are a client's first: it has no memory yet. Images of a batch may
+    come in any order: the loss assigns them. Longer messages are hashed with random signs. If the round's public
     randomness is not known, each training message has its own. Deviations: entries are standardised by the training
     messages; layers are narrower, and their number of steps is for small images; the defense acts on the whole batch,
     as it does at a client, not on each image. Labels are not used.
@@ -69,7 +68,8 @@ class LTI(Attack):
     def reconstruct(self, observation: Observation, generator: Generators) -> Reconstruction:
         """Collect messages, learn, and answer all victims; `details` has the last training loss."""
         assert observation.auxiliary is not None and observation.view is not None
-        hashing = _Hash(observation.message, self.features, generator.shared("hash"))
+        sent = observation.view.summary(observation.message)
+        hashing = Hashing(sent, self.features, generator.shared("hash"), torch.float32)
         rows, images = self._collect(observation, observation.auxiliary, hashing, generator.shared("messages"))
         if images is None:
             return self._too_late(observation)
@@ -80,7 +80,7 @@ class LTI(Attack):
         if network is None:
             return self._too_late(observation)
         with torch.no_grad():
-            answer = network((hashing(observation.message) - mean) * scale)
+            answer = network((hashing.shorten(hashing.flat(sent)) - mean) * scale)
         shape = (observation.victims, observation.batch_size, *observation.shape)
         return Reconstruction(
             images=answer.view(shape).to(observation.dtype),
@@ -88,11 +88,11 @@ class LTI(Attack):
         )
 
     def _collect(
-        self, observation: Observation, public: Images, hashing: _Hash, stream: torch.Generator
+        self, observation: Observation, public: Images, hashing: Hashing, stream: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
         """Hashed messages [M, features] of random batches, and their images [M, B, C, H, W]; None if time ran out."""
         assert observation.view is not None
-        network, defense, size = observation.network, observation.view.defense, observation.batch_size
+        size = observation.batch_size
         rows, truths = [], []
         for _ in range(self.messages):
             if observation.compute.expired:
@@ -100,12 +100,8 @@ class LTI(Attack):
             index = torch.randint(len(public), (size,), generator=stream)
             images = public.images[index].to(observation.device, observation.dtype)
             targets = one_hot(public.labels[index].to(images.device), observation.classes, images.dtype)
-            if observation.view.public is None:
-                channel = Channel.drawn(network, defense, observation.training, size, stream)
-            else:
-                channel = Channel(network, defense, observation.view.public, observation.training)
-            message = channel.message(images, targets, stream)
-            rows.append(hashing(stack([message])))
+            message = channel_of(observation, size, stream).message(images, targets, stream)
+            rows.append(hashing.shorten(hashing.flat(observation.view.summary(stack([message])))))
             truths.append(images.float())
         return torch.cat(rows), torch.stack(truths)
 
@@ -143,31 +139,13 @@ class LTI(Attack):
         return Reconstruction(images=blank, status=[Status.TIMEOUT] * observation.victims)
 
 
-class _Hash:
-    """Flattens messages [M, ...] to at most `features` entries: sums of entries with random signs."""
-
-    def __init__(self, messages: Message, features: int, stream: torch.Generator) -> None:
-        length = sum(tensor[0].numel() for tensor in messages.values())
-        device = next(iter(messages.values())).device
-        self.features = features
-        self.bucket: Tensor | None = None
-        if length > features:
-            self.bucket = torch.randint(features, (length,), generator=stream).to(device)
-            self.sign = (torch.randint(2, (length,), generator=stream) * 2.0 - 1).to(device)
-
-    def __call__(self, messages: Message) -> Tensor:
-        rows = torch.cat([tensor.detach().flatten(1).float() for tensor in messages.values()], dim=1)
-        if self.bucket is None:
-            return rows
-        return rows.new_zeros(len(rows), self.features).index_add_(1, self.bucket, rows * self.sign)
-
-
 def _perceptron(sizes: list[int], stream: torch.Generator) -> nn.Sequential:
     """Linear layers with ReLU between them and a sigmoid at the end."""
     layers: list[nn.Module] = []
     for width, out in itertools.pairwise(sizes):
         linear = nn.utils.skip_init(nn.Linear, width, out)
         with torch.no_grad():
+            # He et al., arXiv:1502.01852.
             linear.weight.normal_(0, (2 / width) ** 0.5, generator=stream)
             linear.bias.zero_()
         layers += [linear, nn.ReLU()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -17,7 +18,7 @@ from gradleak.engine.loop import Status
 from gradleak.seeds import Generators
 from gradleak.threat import Knowledge, Level, Observation, Setting
 
-from ._imitation import Imitations, class_prior, imitate, sorted_labels, untold
+from ._imitation import Hashing, Imitations, class_prior, imitate, sorted_labels, untold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,17 @@ class MessageRegression(Attack):
         seen = None if asked is None else asked[0]
         shape = (observation.victims, observation.batch_size, *observation.shape)
         images, errors = class_prior(observation, seen), (math.nan, math.nan)
-        hashing = _Hash(observation.message, self.features, generator.shared("hash"))
-        known = imitate(observation, self.messages, generator.shared("messages"), hashing)
+        assert observation.view is not None
+        summary = observation.view.summary
+        sent = summary(observation.message)
+        hashing = Hashing(sent, self.features, generator.shared("hash"), torch.float64)
+        read = partial(_views, hashing=hashing)
+        known = imitate(
+            observation, self.messages, generator.shared("messages"), lambda message: read(summary(message))
+        )
         if known is not None:
             learner = self._learn(known, observation, labelled=seen is not None)
-            images = images + learner.answer(hashing(observation.message), seen).view(shape).to(images)
+            images = images + learner.answer(read(sent), seen).view(shape).to(images)
             errors = learner.error, learner.prior_error
         if asked is not None:
             images = images.gather(1, asked[1].view(*shape[:2], 1, 1, 1).expand_as(images))
@@ -192,22 +199,10 @@ class _Learner:
         return answer
 
 
-class _Hash:
-    """Flattens messages [M, ...] to at most `features` standardised entries, and the norms of their tensors."""
-
-    def __init__(self, messages: Message, features: int, stream: torch.Generator) -> None:
-        self.lengths = [tensor[0].numel() for tensor in messages.values()]
-        total = sum(self.lengths)
-        device = next(iter(messages.values())).device
-        self.width = min(total, features)
-        self.bucket = torch.randint(features, (total,), generator=stream).to(device) if total > features else None
-        self.sign = (torch.randint(2, (total,), generator=stream) * 2.0 - 1).double().to(device)
-
-    def __call__(self, messages: Message) -> _Views:
-        """Entries [M, features], their directions, and logarithms of the tensors' norms [M, tensors], float64."""
-        flat = torch.cat([tensor.detach().flatten(1).double() for tensor in messages.values()], dim=1)
-        norms = torch.stack([part.norm(dim=1) for part in flat.split(self.lengths, dim=1)], dim=1)
-        if self.bucket is not None:
-            flat = flat.new_zeros(len(flat), self.width).index_add_(1, self.bucket, flat * self.sign)
-        directions = flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-30)
-        return {"entries": flat, "directions": directions, "norms": norms.clamp(min=1e-30).log()}
+def _views(messages: Message, hashing: Hashing) -> _Views:
+    """Entries [M, features], their directions, and logarithms of the tensors' norms [M, tensors], float64."""
+    flat = hashing.flat(messages)
+    norms = torch.stack([part.norm(dim=1) for part in flat.split(hashing.lengths, dim=1)], dim=1)
+    entries = hashing.shorten(flat)
+    directions = entries / entries.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    return {"entries": entries, "directions": directions, "norms": norms.clamp(min=1e-30).log()}

@@ -134,7 +134,7 @@ class _TimeIsUp(Exception):
 
 @dataclass
 class _Question:
-    """A message, and what is thought of its images so far."""
+    """A message, and the estimate of its images so far."""
 
     message: Message
     images: Tensor
@@ -161,7 +161,7 @@ class _Bank:
         self.members = {kind: order[(self.public.labels[order] == kind) | (kind < 0)][:most] for kind in kinds}
 
     def trials(self, count: int) -> tuple[list[_Question], list[Tensor]]:
-        """Questions that public images make, in batches whose labels ascend, and these images [B, C, H, W]."""
+        """Questions made of public images, in batches of ascending labels, and these images [B, C, H, W]."""
         stream = self.context.shared("trials")
         questions, truths = [], []
         for trial in range(count):

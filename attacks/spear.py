@@ -25,7 +25,7 @@ _DEPENDENT = 1e-2  # length of what is new in a normal, below which it adds no d
 
 @dataclass(frozen=True, kw_only=True)
 class Spear(Attack):
-    """_Factors dL/dW = D^T X by the zeros that a ReLU leaves in D, and scales X by dL/db = D^T 1.
+    """Factors dL/dW = D^T X by the zeros that a ReLU leaves in D, and scales X by dL/db = D^T 1.
 
     References: Dimitrov, Baader, Müller, Vechev, NeurIPS 2024, arXiv:2403.03945. With r the rank of dL/dW = U R,
     each neuron is a point (a row of U) in r dimensions; neurons that are inactive for one image lie on a plane

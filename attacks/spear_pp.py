@@ -63,6 +63,7 @@ class SpearPP(Spear):
             # Below the noise nothing tells zeros from others.
             floor = noise * (normals / factors.values[:, None]).norm(dim=2)
             far = torch.maximum((normals @ points).abs(), torch.maximum(smooth, floor[..., None] / lengths[:, None]))
+            # Weights of iterated least squares for the sum of |distance|^(1/2), which zeros make small.
             normals = _weighted_step(points, torch.where(alive[:, None], far**-1.5, 0.0), normals)
             smooth = smooth * rate
         if neurons.shape[1] > _BY_CHANCE:
@@ -75,6 +76,7 @@ def _weighted_step(points: Tensor, weights: Tensor, normals: Tensor) -> Tensor:
     found = []
     for weight, normal in zip(weights.unbind(1), normals.unbind(1), strict=True):
         spread = (points * (weight / weight.amax(1, keepdim=True))[:, None]) @ points.mT
+        # A plane through points makes the matrix singular; its null vector is what is looked for.
         ridge = 1e-15 * spread.diagonal(dim1=1, dim2=2).mean(1)[:, None]
         spread.diagonal(dim1=1, dim2=2).add_(ridge)
         step = torch.linalg.solve_ex(spread, normal[..., None]).result[..., 0]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 HEAD = (
     "| defense | standing | images ≥ 20 dB, % | exact, % | PSNR, dB | floor | worst attack | accuracy | lost, points "
-    "| bytes | epsilon of one message | doubt |\n"
+    "| bytes | epsilon | doubt |\n"
     "| --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | --- |"
 )
 

@@ -30,7 +30,8 @@ class DSnr(Detection):
         network = Network.of(module)
 
         def gradient(image: Tensor, target: Tensor) -> dict[str, Tensor]:
-            return grad(lambda at: network.loss(image[None], target[None], at))(network.parameters)
+            found: dict[str, Tensor] = grad(lambda at: network.loss(image[None], target[None], at))(network.parameters)
+            return found
 
         found = 0.0
         sizes = vmap(lambda image, target: _norms(gradient(image, target)), chunk_size=16)(images, targets)

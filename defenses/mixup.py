@@ -21,7 +21,7 @@ class Mixup(Encoding):
 
     References: Zhang et al., arXiv:1710.09412; as a defense with several images, Huang et al., arXiv:2112.00059.
     Coefficients are Dirichlet(3, 1, …, 1), drawn anew while one exceeds `largest`. Mixed labels are the
-    weakness: who finds them (the last layer's gradient shows them) knows the mixing and solves for the images.
+    weakness: whoever finds them (the last layer's gradient shows them) knows the mixing and solves for the images.
     """
 
     reference = "arXiv:2112.00059"

@@ -76,6 +76,7 @@ class Outpost(Defense):
 
     def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Differences of the entries that were sent, as `nll` weighs them: where noise lies is only guessed."""
+        # As in `nll`.
         floor = 1e-2 * torch.stack([sent.square().mean() for sent in message.values()]).mean() + 1e-30
         rows, sizes = [], []
         for name, sent in message.items():

@@ -70,7 +70,7 @@ class QSGD(Defense):
         return torch.stack(losses).sum() / (torch.stack(of_zero).sum() + 1e-30)
 
     def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
-        """Differences in levels, over the mean deviation of stochastic rounding: the root of a sixth."""
+        """Differences in levels over the deviation of stochastic rounding: p (1 - p), on average a sixth."""
         rows = [self._scaled(guess, message[name + _NORMS]) - message[name] for name, guess in simulated.items()]
         return torch.cat([row.flatten() for row in rows]) * 6**0.5
 

@@ -47,7 +47,7 @@ class SecureAggregation(Defense):
 
     @property
     def is_adaptive_target(self) -> bool:
-        """Who knows the number of clients looks for all their images."""
+        """An attacker who knows the number of clients looks for all their images."""
         return self.clients > 1
 
     def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:

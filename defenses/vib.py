@@ -19,7 +19,7 @@ class VIB(Defense):
 
     References: Alemi, Fischer, Dillon, Murphy, arXiv:1612.00410. The loss gets `beta` times the divergence from
     N(0, 1) in bits; each image has its own noise, drawn by the client. Answered like PRECODE, which differs in
-    that it goes back to the features and keeps the last layer. An oblivious attacker runs the mean.
+    that it goes back to the features and keeps the last layer. An oblivious attacker takes the mean code.
     """
 
     family = "representation"

@@ -227,6 +227,10 @@ class Chain(Defense):
         """As the last member that changes messages; what members before it added is not known here."""
         return self.defenses[self._last].noise_floor(message, _own(public, self._last))
 
+    def summary(self, message: Message, public: Public | None) -> Message:
+        """As the last member that changes messages."""
+        return self.defenses[self._last].summary(message, None if public is None else _own(public, self._last))
+
     def pack(self, message: Message, public: Public) -> bytes:
         """As the last member that changes messages, or as the shares of a sum."""
         aggregating = [index for index, defense in enumerate(self.defenses) if defense.cohort > 1]

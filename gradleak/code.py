@@ -21,7 +21,7 @@ from pathlib import Path
 
 LONGEST = 255
 """Characters of a literal that may name a file."""
-_ROOMS = ("attacks", "defenses", "models", "datasets", "servers")
+_ROOMS = ("attacks", "clients", "datasets", "defenses", "models", "servers")
 _SHARED = frozenset(
     "PIL lpips matplotlib numpy opacus pandas pennylane safetensors scipy skimage sklearn timm torch torchmetrics"
     " torchvision".split()
@@ -59,6 +59,13 @@ def of_file(path: Path, own: bytes | None = None, package: str = "") -> str:
     found: dict[str, str] = {}
     _follow(path.stem, path, package, path.parent, found, own)
     return combined(found.items())
+
+
+def local_files(path: Path, package: str = "") -> list[Path]:
+    """Return the files of the local modules that a Python file imports, itself first; see `of_file`."""
+    files: list[Path] = []
+    _follow(path.stem, path, package, path.parent, {}, files=files)
+    return files
 
 
 def of_entry(entry: EntryPoint) -> str:
@@ -226,12 +233,22 @@ def _note(node: ast.AST, imports: list[tuple[int, str, str]], literals: list[str
 # Modules
 
 
-def _follow(name: str, path: Path, package: str, beside: Path, found: dict[str, str], own: bytes | None = None) -> None:
+def _follow(
+    name: str,
+    path: Path,
+    package: str,
+    beside: Path,
+    found: dict[str, str],
+    own: bytes | None = None,
+    files: list[Path] | None = None,
+) -> None:
     """Add the digest of a file, and of what is local of what it imports."""
     if name in found:
         return
     scanned = _scan(path) if own is None else _scanned(own)
     found[name] = scanned.digest
+    if files is not None:
+        files.append(path)
     for text in scanned.literals:
         if digest := _content(path.parent, text):
             found[f"{name}: {text}"] = digest
@@ -240,7 +257,7 @@ def _follow(name: str, path: Path, package: str, beside: Path, found: dict[str, 
             spec = _local(target, beside)
             if spec is not None and spec.origin and Path(spec.origin).is_file():
                 inner = target if spec.submodule_search_locations else target.rpartition(".")[0]
-                _follow(target, Path(spec.origin), inner, beside, found)
+                _follow(target, Path(spec.origin), inner, beside, found, files=files)
 
 
 def _targets(level: int, module: str, taken: str, package: str) -> list[str]:

@@ -197,6 +197,10 @@ class Defense(Options):
         """Return the expected squared norm of `residual` at the truth, a scalar; 0 without noise, but for rounding."""
         return next(iter(message.values())).new_zeros(())
 
+    def summary(self, message: Message, public: Public | None) -> Message:
+        """Return what an attack that learns should read of messages [M, ...]. Default: all of them."""
+        return message
+
     def pack(self, message: Message, public: Public) -> bytes:
         """Encode a message as it travels; its length is the price in bytes. Default: dense float32."""
         return b"".join(tensor.detach().float().cpu().numpy().tobytes() for tensor in message.values())
@@ -296,6 +300,10 @@ class View:
     def noise_floor(self, message: Message) -> Tensor:
         """Expected squared norm of the residual at the truth, a scalar."""
         return self.defense.noise_floor(message, self._public())
+
+    def summary(self, message: Message) -> Message:
+        """What an attack that learns should read of messages [M, ...]."""
+        return self.defense.summary(message, self.public)
 
     def _public(self) -> Public:
         if self.public is None:

@@ -136,8 +136,8 @@ class Tampering:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Plain values."""
     version: str = ""
-    file: str = ""
-    """Hash of the plugin file that brought it; empty for others."""
+    code: str = ""
+    """Digest of what it computes by."""
     surface: Power = Power.HONEST
     """What it changes of the model."""
 
@@ -152,7 +152,10 @@ class Setting:
     mode: Literal["eval", "train"] = "eval"
     """Batch normalisation of the client: running statistics (eval) or its own batch's (train)."""
     epochs: Annotated[int, Ge(0)] = 0
-    """Epochs the model was trained for before the update; 0 is an untrained model."""
+    """Epochs the model was trained for, without a defense, before anything else; 0 is an untrained model."""
+    after_rounds: Annotated[int, Ge(0)] = field(default=0, metadata={"later": True})
+    """Rounds of federated training under the same defense before the update, as the suite's utility trains; the
+    client takes part for the first time."""
     local_steps: Annotated[int, Ge(1)] = 1
     """Local steps of FedAvg; a FedSGD client (`local_lr` unset) takes one and sends its gradient."""
     local_batch_size: Annotated[int, Ge(1)] | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -72,6 +74,21 @@ def memory_of(pid: int, kind: str = "VmRSS") -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
     except (OSError, StopIteration, ValueError):
         return 0
+
+
+def bound(memory: int | None) -> None:
+    """Let requests for more memory fail, which an attack's victims are marked for, instead of ending the machine.
+
+    Args:
+        memory: bytes beyond what this process has asked for by now; None for no bound.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("800")  # if memory is short all the same, nobody else pays
+    if memory is None or not sys.platform.startswith("linux"):
+        return
+    most = memory_of(os.getpid(), "VmData") + memory
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def stopped(pid: int) -> bool:

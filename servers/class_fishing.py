@@ -14,7 +14,7 @@ from gradleak.dataset import Images
 from gradleak.defense import Defense
 from gradleak.knowledge import Power, Setting
 from gradleak.mechanisms import fishing
-from gradleak.mechanisms.fishing import Line
+from gradleak.mechanisms.fishing import Line, note, noted
 from gradleak.server import Query, Server
 from gradleak.threat import Observation
 from gradleak.update import Update
@@ -53,8 +53,7 @@ class ClassFishing(Server):
         row = line.rows(module.get_parameter(line.weight))[self.target].detach()
         # Kept for the other classes' turn: what the head was.
         changed = line.with_row(module, self.target, self.factor * row, 0.0, self.bias)
-        vars(changed)["fished"] = (self.target, line.rows(module.get_parameter(line.weight)).detach().clone())
-        return changed
+        return note(changed, _Asked(self.target, line.rows(module.get_parameter(line.weight)).detach().clone()))
 
     def next_query(self, queries: Sequence[Query], auxiliary: Images | None) -> nn.Module | None:
         """Return the model that asks for the rarest class, unless the first target is as rare."""
@@ -62,22 +61,21 @@ class ClassFishing(Server):
             return None
         first = queries[0]
         line = Line.of(first.module, "server 'class-fishing'")
-        label, rows = vars(first.module)["fished"]
-        counts = _counts(first, line, label)
+        asked = _asked(first.module)
+        counts = _counts(first, line, asked.label)
         there = torch.where(counts >= 1, counts, torch.inf)
         rarest = int(there.argmin())
-        if not there.isfinite().any() or counts[label] == counts[rarest]:
+        if not there.isfinite().any() or counts[asked.label] == counts[rarest]:
             return None
-        changed = line.with_row(first.module, rarest, self.factor * rows[rarest], 0.0, self.bias)
-        vars(changed)["fished"] = (rarest, rows)
-        return changed
+        changed = line.with_row(first.module, rarest, self.factor * asked.rows[rarest], 0.0, self.bias)
+        return note(changed, _Asked(rarest, asked.rows))
 
     def isolate(self, observation: Observation, queries: Sequence[Query]) -> Observation | None:
         """Return what the images of the last target sent; None if it has none."""
         first, last = queries[0], queries[-1]
         line = Line.of(first.module, "server 'class-fishing'")
-        label, _ = vars(last.module)["fished"]
-        count = int(_counts(first, line, vars(first.module)["fished"][0])[label])
+        label = _asked(last.module).label
+        count = int(_counts(first, line, _asked(first.module).label)[label])
         if count < 1 or count > observation.batch_size:
             return None
         alone: Update = line.isolated(last.update, label, last.images, count)
@@ -86,6 +84,20 @@ class ClassFishing(Server):
     def unsuited(self, module: nn.Module, setting: Setting, defense: Defense) -> str | None:
         """It needs one gradient, and a linear head."""
         return fishing.unsuited(module, setting, defense)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a model asks: for which class, and the rows [K, F] of the head before."""
+
+    label: int
+    rows: Tensor
+
+
+def _asked(module: nn.Module) -> _Asked:
+    found = noted(module)
+    assert isinstance(found, _Asked)
+    return found
 
 
 def _counts(query: Query, line: Line, label: int) -> Tensor:

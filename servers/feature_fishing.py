@@ -16,7 +16,7 @@ from gradleak.dataset import Images
 from gradleak.defense import Defense
 from gradleak.knowledge import Knowledge, Power, Setting
 from gradleak.mechanisms import fishing
-from gradleak.mechanisms.fishing import Line
+from gradleak.mechanisms.fishing import Line, note, noted
 from gradleak.server import Query, Server
 from gradleak.threat import Observation
 
@@ -74,7 +74,8 @@ class FeatureFishing(Server):
         """Return what is read of features [M, F], of unit norm: [F]."""
         if self.direction == "random":
             row = torch.randn(features.shape[1], generator=generator, dtype=torch.float64)
-            return row / row.norm()
+            unit: Tensor = row / row.norm()
+            return unit
         scaled = (features - features.mean(0)) / features.std(0).clamp(min=1e-12)
         fits = [stats.kstest(column.numpy(), "norm").statistic for column in scaled.mT]
         varies = features.std(0) > 1e-9
@@ -84,13 +85,12 @@ class FeatureFishing(Server):
         """Return the model with a threshold."""
         slope = self.steepness / search.deviation
         changed = search.line.with_row(module, self.label, slope * search.row, -slope * search.threshold, 0.0)
-        vars(changed)["fished"] = search
-        return changed
+        return note(changed, search)
 
     def next_query(self, queries: Sequence[Query], auxiliary: Images | None) -> nn.Module | None:
         """Return the model with the next threshold; None once one image is left above, or too many were asked."""
         last, images = queries[-1], queries[-1].images
-        search: _Search = vars(last.module)["fished"]
+        search = _asked(last.module)
         if len(queries) == 1:
             threshold = search.quantile(1 - 1 / images)
         elif len(queries) >= self.limit(images):
@@ -106,7 +106,7 @@ class FeatureFishing(Server):
     def _threshold(self, search: _Search, queries: Sequence[Query], count: float, mean: float) -> float:
         """Return where to ask next, of how many were above the last threshold and their mean."""
         beside = _BESIDE * search.deviation / self.steepness
-        tried = [(vars(query.module)["fished"].threshold, self._above(queries[0], query)[0]) for query in queries[1:]]
+        tried = [(_asked(query.module).threshold, self._above(queries[0], query)[0]) for query in queries[1:]]
         crowded = [threshold for threshold, above in tried if above > 1 + _WHOLE and threshold < search.threshold]
         if count > 1 + _WHOLE:
             return max(mean, search.threshold + beside)
@@ -119,7 +119,7 @@ class FeatureFishing(Server):
 
     def _above(self, first: Query, query: Query) -> tuple[float, float]:
         """How many images were above a query's threshold, and the mean of their h."""
-        search: _Search = vars(query.module)["fished"]
+        search = _asked(query.module)
         line = search.line
         moved = fishing.difference([query.update, first.update])
         share = float(moved[line.bias][self.label])
@@ -131,7 +131,7 @@ class FeatureFishing(Server):
         if len(queries) < 2 or abs(self._above(queries[0], queries[-1])[0] - 1) > 0.5:
             return None
         first, last = queries[0], queries[-1]
-        line = vars(first.module)["fished"].line
+        line = _asked(first.module).line
         # Of the first query's model p_c is 0, where this image had 1 more.
         moved = fishing.difference([first.update, last.update])
         alone = line.isolated(moved, self.label, last.images, 1)
@@ -154,3 +154,9 @@ class _Search:
 
     def quantile(self, share: float) -> float:
         return self.mean + self.deviation * float(stats.norm.ppf(share))
+
+
+def _asked(module: nn.Module) -> _Search:
+    found = noted(module)
+    assert isinstance(found, _Search)
+    return found

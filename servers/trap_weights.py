@@ -39,7 +39,7 @@ class TrapWeights(Server):
     share: Annotated[float, Gt(0), Lt(1)] | None = None
     """s."""
     sigma: Annotated[float, Gt(0)] = 0.5
-    images: Annotated[int, Ge(1)] = 64
+    batch: Annotated[int, Ge(1)] = 64
     """Images of a message that s is tuned for."""
 
     def tamper(
@@ -77,7 +77,7 @@ class TrapWeights(Server):
     def _tuned(self, negative: Tensor, positive: Tensor, pixels: Tensor, generator: torch.Generator) -> float:
         """Return the share of the grid by which most public images are alone in a row."""
         below, above = pixels @ negative.mT, pixels @ positive.mT
-        orders = [torch.randperm(len(pixels), generator=generator)[: self.images] for _ in range(_BATCHES)]
+        orders = [torch.randperm(len(pixels), generator=generator)[: self.batch] for _ in range(_BATCHES)]
 
         def alone(share: float) -> float:
             active = below + share * above > 0

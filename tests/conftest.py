@@ -16,7 +16,7 @@ os.environ["GRADLEAK_CACHE"] = tempfile.mkdtemp(prefix="gradleak-tests-")
 import pytest
 import torch
 
-from gradleak import registry
+from gradleak import registry, secret
 
 torch.set_num_threads(1)
 
@@ -29,3 +29,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def _plugins_of_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget with each test the plugin files that it added."""
     monkeypatch.setattr(registry, "_files", dict(registry._files))
+
+
+@pytest.fixture(autouse=True)
+def _secret_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let new stores draw one secret, so that runs can be compared; no value that is pinned may depend on another."""
+    monkeypatch.setattr(secret, "draw", lambda: secret.Secret.of("0123456789abcdef" * 2))

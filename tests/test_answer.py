@@ -197,6 +197,7 @@ victims: 3
 seeds: [0]
 candidates: 4
 knowledge: [oblivious]
+controls: listed
 datasets: [digits]
 models: [linear]
 settings: [{name: b1, batch_size: 1}]

@@ -29,6 +29,9 @@ CASES = {
     "sme": Case("lenet", {}, {"iterations": 30}, local_lr=0.1),
     "tract-inversion": Case("mlp", {"widths": (32,)}, defense="tract"),
     "encoding-inversion": Case("lenet", {}, {"iterations": 30}, "augmentation"),
+    "imprint-readout": Case("mlp", {"widths": (32,)}, server="imprint"),
+    "loki-readout": Case("mlp", {"widths": (32,)}, server="loki", server_options={"clients": 2}),
+    "trap-readout": Case("mlp", {"widths": (64,)}, server="trap-weights"),
 }
 """Cases of attacks that need a certain model; all others run on the first of `USUAL` that suits them."""
 

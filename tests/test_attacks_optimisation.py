@@ -353,6 +353,7 @@ AUTO = """
 name: auto
 victims: 2
 knowledge: [public]
+controls: listed
 datasets: [digits]
 models: [{name: mlp, options: {widths: [16]}}, lenet]
 settings: [{name: plain}, {name: rich, grants: {auxiliary: true}}]

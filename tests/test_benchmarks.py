@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gradleak import registry, suite
+from gradleak.evaluation import check
+from gradleak.evaluation.workshop import Resources, Workshop
 from gradleak.report.reproduction import read_reported
 from gradleak.suite import AttackCell, Cell
 
@@ -39,9 +43,40 @@ def test_boards_cover_every_family_of_attacks_and_every_defense(name: str) -> No
     families = {registry.build("attacks", attack).family for attack in registry.names("attacks")}
     assert {registry.build("attacks", attack).family for attack in attacks} == families
     single = {part for config in found for part in config["defense"]["name"].split(" + ")}
-    assert single == set(registry.names("defenses"))
+    # Those that look at the model are the plain update where the server is honest.
+    looking = {name for name in registry.names("defenses") if registry.build("defenses", name).inspectors}
+    assert single == set(registry.names("defenses")) - looking
+
+
+def read_outs() -> set[str]:
+    """Attacks that need a malicious server."""
+    return {name for name in registry.names("attacks") if registry.build("attacks", name).needs.server != "honest"}
 
 
 def test_the_standard_board_runs_every_attack() -> None:
     found = {cell.attack.name for cell in cells(ROOT / "standard.yaml") if isinstance(cell, AttackCell)}
-    assert set(registry.names("attacks")) - found == set()
+    assert set(registry.names("attacks")) - found == read_outs()
+
+
+def test_the_front_pages_picture_is_of_photographs_that_no_attack_has_seen(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "picture.py")
+    assert spec is not None and spec.loader is not None
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    picture.squares(tmp_path / "photographs")
+    (tmp_path / "picture.yaml").write_text(yaml.safe_dump(picture.SUITE))
+    shop = Workshop(Resources(data_root=tmp_path))
+    found = suite.attacking(check.check(suite.expand(suite.read(tmp_path / "picture.yaml"), shop.digest), shop))
+    assert {cell.defense.label for cell in found} >= {"none", "dp-sgd"}
+    assert not any(cell.setting.grants.auxiliary for cell in found)
+    images, _ = shop.victims_of(found[0])
+    assert images.shape == (picture.VICTIMS, 1, 3, picture.SIDE, picture.SIDE)
+    assert images.std(axis=(1, 3, 4)).min() > 0.02, "colour photographs, none of them flat"
+
+
+def test_the_malicious_board_runs_every_server_read_out_and_detection() -> None:
+    found = [cell for cell in cells(ROOT / "malicious.yaml") if isinstance(cell, AttackCell)]
+    assert {cell.setting.server.name for cell in found} == set(registry.names("servers"))
+    assert read_outs() <= {cell.attack.name for cell in found}
+    looking = {name for name in registry.names("defenses") if registry.build("defenses", name).inspectors}
+    assert looking <= {cell.defense.name for cell in found}

@@ -34,7 +34,7 @@ def _own_cache_and_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def _suite(folder: Path, **changes: Any) -> Path:
     path = folder / "suite.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(SMOKE.read_text()), **changes}))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(SMOKE.read_text()), "controls": "listed", **changes}))
     return path
 
 
@@ -55,11 +55,11 @@ def test_a_suite_runs_once_and_its_leaderboard_is_true(tmp_path: Path, capsys: p
     assert _run(SMOKE, "--store", store) == 0
     said = capsys.readouterr()
     assert said.out == ""
-    assert "9 cells: 9 run, 0 stored already, 0 failed" in said.err
-    assert "100%  cells 9/9, victims 18/18, loss " in said.err
+    assert "10 cells: 10 run, 0 stored already, 0 failed" in said.err
+    assert "100%  cells 10/10, victims 20/20, loss " in said.err
     table = _table(store, capsys)
     assert _run(SMOKE, "--store", store) == 0
-    assert "9 cells: 0 run, 9 stored already, 0 failed" in capsys.readouterr().err
+    assert "10 cells: 0 run, 10 stored already, 0 failed" in capsys.readouterr().err
     assert table.equals(_table(store, capsys))
     defenses = table[table["board"] == "defenses"].to_dict("records")
     assert [line["defense"] for line in defenses] == ["top-k(ratio=0.1)", "none"]
@@ -321,7 +321,7 @@ def test_a_suite_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     )
     paths = [tmp_path / f"{name}.yaml" for name in suites]
     for path, text in zip(paths, suites.values(), strict=True):
-        path.write_text("name: x\nmodels: [mlp]\ndatasets: [digits]\ndefenses: [none]\n" + text)
+        path.write_text("name: x\ncontrols: listed\nmodels: [mlp]\ndatasets: [digits]\ndefenses: [none]\n" + text)
     done = subprocess.run(
         [sys.executable, "-c", program, "nosuch.yaml", *map(str, paths)], capture_output=True, text=True, check=True
     )

@@ -78,7 +78,27 @@ DATASET = (
             return Split(Images(images[:6], labels[:6]), Images(images[6:].contiguous(), labels[6:]), ("a", "b"))
 """
 )
-KEPT = {"attacks": ATTACK, "defenses": DEFENSE, "models": MODEL, "datasets": DATASET}
+SERVER = (
+    HEAD.replace(
+        "import torch\n",
+        "import torch\n    from gradleak.server import Server\n    from gradleak.threat import Power\n"
+        "    from gradleak.update import copied\n",
+    )
+    + """
+    class Thing(Server):
+        reference = "test"
+        surface = Power.PARAMETERS
+
+        def tamper(self, module, auxiliary, generator, client=0):
+            changed = copied(module)
+            weight = next(changed.parameters())
+            with torch.no_grad():
+                LINE
+                weight.mul_(2).add_(torch.rand(weight.shape, generator=generator).to(weight))
+            return changed
+"""
+)
+KEPT = {"attacks": ATTACK, "defenses": DEFENSE, "models": MODEL, "datasets": DATASET, "servers": SERVER}
 
 # The plugin, what is done to it, and the beginning of the promise that it breaks.
 BROKEN = [
@@ -110,6 +130,11 @@ BROKEN = [
     ("datasets", "labels = labels + 1", "holds images of one shape"),
     ("datasets", "images[6:] = images[:6]", "shows no private image"),
     ("datasets", "images = torch.rand(12, 1, 4, 4)", "reads the same images"),
+    ("servers", "return module", "changes what its surface says"),
+    ("servers", "changed.append(torch.nn.Linear(10, 10).to(weight))", "changes what its surface says"),
+    ("servers", "next(module.parameters()).mul_(2)", "changes a copy"),
+    ("servers", "weight = weight.add_(torch.rand(weight.shape).to(weight))", "changes a copy"),
+    ("servers", "changed.append(torch.nn.Flatten(0))", "sends a model"),
 ]
 
 
@@ -172,7 +197,7 @@ def test_a_plugin_that_keeps_its_promises_passes(
     said = capsys.readouterr()
     lines = said.out.splitlines()
     # Besides: two that read its source, its names, and three of what it does to the process.
-    assert len(lines) == len(checks.CHECKS[group]) + 4 + 2 * (group in ("attacks", "defenses"))
+    assert len(lines) == len(checks.CHECKS[group]) + 4 + 2 * (group in ("attacks", "defenses", "servers"))
     assert all(line.startswith("ok  ") for line in lines) and said.err == ""
 
 

@@ -171,6 +171,7 @@ def test_a_cell_from_end_to_end(tmp_path: Path) -> None:
         "name": "tiny",
         "victims": 2,
         "candidates": 10,
+        "controls": "listed",
         "datasets": ["digits"],
         "models": ["lenet"],
         "settings": [{"batch_size": 2, "grants": {"labels": "known"}}],

@@ -162,6 +162,7 @@ SUITE = """
 name: sums
 victims: 2
 knowledge: [oblivious, public]
+controls: listed
 datasets: [digits]
 models: [{name: mlp, options: {widths: [128]}}]
 settings: [{name: one, batch_size: 1, grants: {labels: known}}]

@@ -20,6 +20,7 @@ RANDOM = {
     **dict.fromkeys(("qsgd", "terngrad", "mixup", "instahide", "dropout", "precode", "vib"), True),
     **dict.fromkeys(("none", "dgc", "quantise", "sign", "top-k", "augmentation", "discrete-bottleneck"), False),
     **dict.fromkeys(("quantum-encoding", "soteria", "tract", "secure-aggregation"), False),
+    **dict.fromkeys(("architecture-check", "d-snr", "head-check", "row-similarity", "weight-balance"), False),
     # Their randomness is the round's, which the server knows.
     **dict.fromkeys(("random-k", "sketch"), False),
 }

@@ -257,7 +257,7 @@ def test_mask_prior_is_the_distance_of_the_share_of_zeros_to_the_rate() -> None:
     variables["3.1.mask"] = torch.zeros(1, 24)
     variables["5.1.mask"] = torch.ones(1, 16)
     guess = attack.decode(variables, facts)
-    assert float(attack.regularise(guess, variables, facts)) == pytest.approx(2 * (0.75 + 0.25))
+    assert float(sum(attack.terms(guess, variables, facts))) == pytest.approx(2 * (0.75 + 0.25))
 
 
 def test_masks_stay_between_zero_and_one_and_belong_to_each_image() -> None:

@@ -177,6 +177,7 @@ def written(path: Path, **changes: Any) -> Path:
         "name": "tiny",
         "victims": 2,
         "prior": {"options": {"latent": 8, "width": 8, "epochs": 10}},
+        "controls": "listed",
         "datasets": ["digits"],
         "models": ["lenet"],
         "settings": [{"grants": {"generator": True}}],

@@ -19,6 +19,7 @@ HALL = {"", "__main__"}
 LAYERS = [
     {
         "code",
+        "secret",
         "errors",
         "options",
         "plugins",
@@ -38,24 +39,25 @@ LAYERS = [
     {"defense"},
     {"threat", "mechanisms"},
     {"engine"},
-    {"channel", "reconstruction"},
+    {"channel", "reconstruction", "server"},
     {"search"},
     {"captured"},
     {"attack", "server"},
-    {"chain", "training"},
+    {"chain", "repeated", "training"},
     {
         "suite",
         "board.schema",
         "board.codec",
         "board.file",
         "board.trust",
+        "board.record",
         "board.store",
         "board.left_out",
         "board.claims",
     },
     {"board.newest", "board.results"},
     {"board.evidence", "board.cost", "board.tables"},
-    {"board.attack_board", "board.leaderboard", "board.flags"},
+    {"board.attack_board", "board.leaderboard", "board.flags", "board.malicious"},
     {"board.bundle", "board.compare", "board"},
     {"federation"},
     {"contract", "report"},
@@ -107,14 +109,17 @@ def test_no_circle_hides_behind_the_type_checker() -> None:
 def test_the_core_knows_no_attack_and_no_defense() -> None:
     for name, path in core().items():
         package = tuple(name.split("."))[:-1]
-        found = {target for target in imports(path, package) if target.split(".")[0] in ("attacks", "defenses")}
+        found = {
+            target for target in imports(path, package) if target.split(".")[0] in ("attacks", "defenses", "servers")
+        }
         assert not found, f"{name} imports {found}"
 
 
-@pytest.mark.parametrize("folder", ["attacks", "defenses"])
+@pytest.mark.parametrize("folder", ["attacks", "defenses", "servers"])
 def test_plugins_cannot_reach_the_truth(folder: str) -> None:
     for path in _plugins(folder):
-        siblings = {target for target in imports(path, (folder,)) if target.split(".")[0] in ("attacks", "defenses")}
+        parts = ("attacks", "defenses", "servers")
+        siblings = {target for target in imports(path, (folder,)) if target.split(".")[0] in parts}
         assert all(target.split(".")[0] == folder for target in siblings), f"{path.name} imports {siblings}"
         keeps_away_from_the_truth(path, (folder,))
 

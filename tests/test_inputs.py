@@ -19,6 +19,7 @@ SUITE = {
     "name": "tiny",
     "victims": 1,
     "candidates": 2,
+    "controls": "listed",
     "datasets": ["digits"],
     "models": [{"mlp": {"widths": [4]}}],
     "settings": [{"grants": {"labels": "known"}}],

@@ -29,6 +29,7 @@ SUITE: dict[str, Any] = {
     "candidates": 4,
     "tuning": True,
     "knowledge": ["oblivious"],
+    "controls": "listed",
     "datasets": ["digits"],
     "models": [{"name": "mlp", "options": {"widths": [8]}, "label": "mlp"}],
     "settings": [{"name": "fedsgd", "grants": {"labels": "known"}}],

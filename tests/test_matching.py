@@ -445,7 +445,8 @@ def test_attacks_that_need_all_restarts_refuse_to_halve() -> None:
 def configs(tmp_path: Path, text: str) -> list[dict[str, Any]]:
     path = tmp_path / "suite.yaml"
     path.write_text(
-        "name: tiny\ndatasets: [digits]\nmodels: [linear]\ndefenses: [none]\nknowledge: [oblivious]\n" + text
+        "name: tiny\ncontrols: listed\ndatasets: [digits]\nmodels: [linear]\ndefenses: [none]\nknowledge: [oblivious]\n"
+        + text
     )
     return [cell.stored() for cell in suite.expand(suite.read(path), lambda name, options: ("1", "0"))]
 

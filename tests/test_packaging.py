@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("folder", ["attacks", "defenses"])
+@pytest.mark.parametrize("folder", ["attacks", "defenses", "servers"])
 def test_plugin_folders_are_flat_and_linked(folder: str) -> None:
     link = ROOT / "gradleak" / folder
     assert link.is_symlink() and link.readlink() == Path("..") / folder

@@ -413,12 +413,21 @@ def test_every_published_column_has_a_meaning(made: Path) -> None:
     assert (units["psnr_low"], units["bytes"], units["accuracy_lost"]) == ("dB", "byte", "share, 0 to 1")
 
 
+def test_a_chain_names_the_papers_of_its_members() -> None:
+    from gradleak.report import papers
+
+    text = papers.reference("defenses", "sketch + dp-sgd")
+    assert text == f"{papers.reference('defenses', 'sketch')} + {papers.reference('defenses', 'dp-sgd')}"
+    assert papers.link(text) == "https://arxiv.org/abs/2210.08371"
+    assert papers.reference("defenses", "secure-aggregation + of-mine").startswith("arXiv:")
+
+
 # Verdicts
 
 
 def board_of(*lines: tuple[str, str, float, str]) -> Board:
     names = ["defense", "standing", "accuracy_lost", "doubt"]
-    table = pd.DataFrame(lines, columns=names).assign(family="noise", success_psnr_20=1.0)
+    table = pd.DataFrame(lines, columns=names).assign(family="noise", success_psnr_20=1.0, success_psnr_54=0.25)
     table["rank_low"] = pd.array([None if " of " in line[1] else 1 for line in lines], dtype="Int64")
     table.loc[table["defense"] == "none", "family"] = "none"
     return Board("defenses", "Defenses", table)
@@ -436,7 +445,7 @@ FLOOR_ = "at the floor"
             [("a", FLOOR_, 0.01, ""), ("b", FLOOR_, 0.2, "fit"), ("none", "", 0.0, "")],
             "1 of 3 defenses stays at the floor and loses under 5 points of accuracy: a. 1 more stays there at a "
             "higher or unknown price. b carries a doubt: a better attack may still break it. Without a defense 100 % "
-            "of images are recovered.",
+            "of images are recovered, 25 % pixel-exact.",
         ),
         (
             [("a", FLOOR_, math.nan, ""), ("b", "3 of 4 attacks", math.nan, "")],

@@ -40,6 +40,7 @@ victims: 2
 attacks: [ATTACK]
 defenses: [DEFENSE]
 models: [MODEL]
+controls: listed
 datasets: [DATASET]
 settings: [{name: one, batch_size: 1, grants: {labels: known}}]
 """

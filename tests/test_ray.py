@@ -82,7 +82,7 @@ def _suite(folder: Path, name: str, how: str) -> tuple[Path, Path, Path]:
     stem = name.replace("-", "_")
     plugin, mark = folder / f"{stem}.py", folder / "mark"
     plugin.write_text(textwrap.dedent(PLUGIN))
-    content = yaml.safe_load(SMOKE.read_text())
+    content = {**yaml.safe_load(SMOKE.read_text()), "controls": "listed"}
     content["attacks"] = ["mean-image", {name: {"mark": str(mark), "how": how}}]
     content["defenses"] = ["none"]
     path = folder / f"{name}.yaml"
@@ -114,7 +114,7 @@ def test_the_table_is_that_of_one_process(tmp_path: Path, cluster: None) -> None
     stores = {"local": Local(), "ray": Ray(2)}
     for name, executor in stores.items():
         summary, _ = _run(SMOKE, tmp_path / name, executor)
-        assert (summary.ran, summary.stored, summary.failed) == (9, 9, {})
+        assert (summary.ran, summary.stored, summary.failed) == (10, 10, {})
     assert ray.is_initialized(), "the program's own cluster is left running"
     assert _tables(tmp_path / "local") == _tables(tmp_path / "ray")
     with Store(tmp_path / "local") as one, Store(tmp_path / "ray") as other:

@@ -67,7 +67,7 @@ def _fragile(folder: Path, **options: Any) -> tuple[Path, Path]:
     (folder / "calls").mkdir()
     plugin = folder / "fragile.py"
     plugin.write_text(textwrap.dedent(PLUGIN))
-    content = yaml.safe_load(SMOKE.read_text())
+    content = {**yaml.safe_load(SMOKE.read_text()), "controls": "listed"}
     content["attacks"] = ["mean-image", {"fragile": {"folder": str(folder / "calls"), **options}}]
     content["defenses"] = ["none"]
     path = folder / "fragile.yaml"
@@ -109,11 +109,11 @@ def test_executors_agree_and_a_second_run_does_nothing(tmp_path: Path) -> None:
     for name, executor in {"local": Local(), "processes": Processes(2)}.items():
         stores[name] = tmp_path / f"{name}.sqlite"
         summary = runner.run(SMOKE, stores[name], executor, Resources())
-        assert (summary.ran, summary.stored, summary.failed) == (9, 9, {})
+        assert (summary.ran, summary.stored, summary.failed) == (10, 10, {})
         again = runner.run(SMOKE, stores[name], executor, Resources())
-        assert (again.ran, again.stored) == (0, 9)
+        assert (again.ran, again.stored) == (0, 10)
     first, second = (_rows(path) for path in stores.values())
-    assert len(first) == 18
+    assert len(first) == 20
     assert first.equals(second)
     with Store(stores["local"]) as one, Store(stores["processes"]) as other:
         for key in one.statuses():
@@ -178,10 +178,10 @@ def test_an_interrupted_run_loses_nothing_and_goes_on(tmp_path: Path) -> None:
     store = tmp_path / "s.sqlite"
     executor = _Interrupted(4)
     summary = runner.run(SMOKE, store, executor, Resources())
-    assert (summary.interrupted, summary.ran, summary.stored, summary.cells) == (signal.SIGINT, 4, 4, 9)
+    assert (summary.interrupted, summary.ran, summary.stored, summary.cells) == (signal.SIGINT, 4, 4, 10)
     assert executor.closed
     rest = runner.run(SMOKE, store, Local(), Resources())
-    assert (rest.interrupted, rest.ran, rest.stored) == (0, 5, 9)
+    assert (rest.interrupted, rest.ran, rest.stored) == (0, 6, 10)
     whole = tmp_path / "whole.sqlite"
     runner.run(SMOKE, whole, Local(), Resources())
     assert _rows(store).equals(_rows(whole))
@@ -197,7 +197,7 @@ def test_names_of_executors() -> None:
 
 
 def test_a_new_label_is_taken_over_and_computes_nothing(tmp_path: Path) -> None:
-    content = yaml.safe_load(SMOKE.read_text())
+    content = {**yaml.safe_load(SMOKE.read_text()), "controls": "listed"}
     path, store = tmp_path / "named.yaml", tmp_path / "s.sqlite"
     for label in ("before", "after"):
         content["attacks"] = [{"name": "mean-image", "label": label}]

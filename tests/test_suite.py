@@ -18,6 +18,7 @@ from gradleak.errors import GradleakError
 SUITE: dict[str, Any] = {
     "name": "tiny",
     "victims": 2,
+    "controls": "listed",
     "datasets": ["digits"],
     "models": [{"mlp": {"widths": [16]}}, "lenet"],
     "settings": [{"name": "fedsgd", "grants": {"labels": "known"}}],
@@ -277,7 +278,8 @@ def test_an_attack_that_no_level_is_enough_for_is_refused(tmp_path: Path) -> Non
 
 def test_controls_run_in_every_context_once_where_they_read_no_message(tmp_path: Path) -> None:
     attacks = ["dlg", {"name": "random-image", "only": {"models": ["lenet"]}}]
-    content = _with(attacks=attacks, controls="all", defenses=[*SUITE["defenses"], "secure-aggregation"])
+    content = _with(attacks=attacks, defenses=[*SUITE["defenses"], "secure-aggregation"])
+    del content["controls"]
     found = [
         (cell.model.name, cell.attack.name, cell.defense.name)
         for cell in suite.attacking(_expand(tmp_path, content))

@@ -55,6 +55,7 @@ SUITE: dict[str, Any] = {
     "name": "spy",
     "victims": 3,
     "candidates": 10,
+    "controls": "listed",
     "datasets": [{"name": "faces"}],
     "models": [{"name": "mlp", "options": {"widths": [16]}}],
     "settings": [{"name": "sgd", "grants": {"labels": "known"}}],

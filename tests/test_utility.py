@@ -51,6 +51,7 @@ SUITE: dict[str, Any] = {
     "candidates": 10,
     "engine": {"backend": "sequential"},
     "utility": {"clients": 20, "rounds": 6, "lr": [0.3, 1.0]},
+    "controls": "listed",
     "datasets": ["digits"],
     "models": [{"mlp": {"widths": [16]}}],
     "attacks": ["linear-leakage", "mean-image"],

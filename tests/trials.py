@@ -30,6 +30,7 @@ SUITE: dict[str, Any] = {
     "seeds": [0, 1],
     "candidates": 10,
     "knowledge": ["oblivious"],
+    "controls": "listed",
     "datasets": ["digits"],
     "models": [{"name": "mlp", "options": {"widths": [16]}, "label": "mlp"}],
     "settings": [{"name": "fedsgd", "batch_size": 1, "grants": {"labels": "known"}}],

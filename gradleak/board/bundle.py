@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .. import __version__
 from ..errors import GradleakError
 from ..paths import written_whole
+from . import record
 from .file import connect
 from .store import SCHEMA, Store
 from .trust import Text
@@ -120,8 +121,11 @@ def _write(out: Path, store: Path, manifest: bytes) -> None:
 def open_all(paths: Sequence[Path]) -> Iterator[list[Store]]:
     """Open stores and bundles to be read together; a bundle is unpacked into a temporary folder.
 
+    A bundle with a record beside it (`gradleak verify --record`) says how far its cells were checked.
+
     Raises:
-        GradleakError: one of them is neither, or a bundle's store is not the one its manifest states.
+        GradleakError: one of them is neither, a bundle's store is not the one its manifest states, or its record is of
+            another bundle.
     """
     with contextlib.ExitStack() as stack:
         stores = []
@@ -129,6 +133,8 @@ def open_all(paths: Sequence[Path]) -> Iterator[list[Store]]:
             if _is_bundle(path):
                 folder = stack.enter_context(_temporary(f"bundle {path}"))
                 stores.append(stack.enter_context(open_bundle(path, folder)))
+                known = record.checked(path)
+                stores[-1].checked = {key: known.get(key, record.SUBMITTED) for key in stores[-1].statuses()}
             else:
                 stores.append(stack.enter_context(Store(path)))
         yield stores

@@ -21,6 +21,8 @@ def price(provenance: pd.Series[Any]) -> dict[str, Any]:
     line: dict[str, Any] = {
         name: float(pd.to_numeric(facts[name]).mean()) if name in facts else math.nan for name in names
     }
+    looked = [fact["inspection"]["false_alarms"] for fact in provenance if fact.get("inspection")]
+    line["false_alarms"] = float(np.mean(looked)) if looked else math.nan
     # A cell that failed says nothing of its guarantee; None says that there is none.
     weakest = _weakest(fact["epsilon"] for fact in provenance if "epsilon" in fact)
     for name in ("epsilon", "delta", "noise"):
@@ -111,10 +113,13 @@ def trainings(results: Results) -> list[str]:
     joined = _of_the_attacked(results)
     recipes = {json.dumps(config["attack"]["options"], sort_keys=True) for config in joined["config"]}
     seeds, others = joined["seed"].nunique(), len(results.utility) - len(joined)
+    frozen = "accuracy: clients train with the model's own statistics of batch normalisation, also in mode train"
+    by_batch = any(config["setting"].get("mode") == "train" for config in results.cells["config"])
     left_out = f"accuracy: {others} trainings are left out, whose clients have another batch or other local steps"
-    return [
+    said = [
         f"accuracy: {recipe['clients']} clients, {recipe['rounds']} rounds of {recipe['batch_size']} images a client, "
         f"{recipe['local_steps']} local step(s), server rate the best of {', '.join(map(str, recipe['lr']))} on "
         f"images held out; Student's {100 * LEVEL:.0f} % interval over {seeds} seeds"
         for recipe in map(json.loads, sorted(recipes))
-    ] + ([left_out] if others else [])
+    ]
+    return said + [left_out] * bool(others) + [frozen] * (by_batch and len(joined) > 0)

@@ -158,7 +158,8 @@ class Evidence:
 
 def is_untested(faced: pd.DataFrame) -> bool:
     """Whether no attack that uses what it knows has faced a defense, in any of its contexts."""
-    if not len(faced) or (faced["defense_family"] == UNDEFENDED).all():
+    # One that only looks at the model sends what it would send anyway.
+    if not len(faced) or faced["defense_family"].isin((UNDEFENDED, "detection")).all():
         return False
     return not bool(faced.groupby(list(CONTEXT))["adaptive"].any().all())
 

@@ -19,6 +19,7 @@ from ..scales import CAP, METRICS
 from .attack_board import attack_board, compute_board
 from .cost import accuracies, guarantees, price, trainings, utility
 from .evidence import Evidence, at_floor, legend
+from .record import STATES
 from .results import (
     AXES,
     CONTEXT,
@@ -144,6 +145,7 @@ def _defense(
     line["attacks_faced"] = sum(extent.faced for extent in extents)
     line["attacks_expected"] = sum(extent.expected for extent in extents)
     line["doubt"] = " ".join(evidence.doubts(defense, line[HEADLINE]))
+    line["checked"] = _checked(results, defense)
     line["standing"] = _standing(line, len(results.contexts), evidence.is_evaluated(defense), gain)
     return line, worst
 
@@ -160,6 +162,13 @@ def _standing(line: Mapping[str, Any], contexts: int, evaluated: bool, gain: Int
         return f"{line['contexts']} of {contexts} contexts"
     recovered = any(line[name] > 0 for name, success in SUCCESSES.items() if success.value == CAP)
     return FLOOR if at_floor(gain.low, recovered) else ""
+
+
+def _checked(results: Results, defense: str) -> str:
+    """Return how far the least checked cell of a defense was checked; nothing if none came in a bundle."""
+    keys = results.cells.loc[results.cells["defense"] == defense, "key"]
+    states = [results.checked[key] for key in keys if key in results.checked]
+    return min(states, key=STATES.index, default="")
 
 
 def _honest(lines: pd.DataFrame, ranks: list[tuple[int, int]]) -> list[tuple[int, int]]:

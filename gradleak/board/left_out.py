@@ -43,7 +43,7 @@ def note(store: Noting, found: Iterable[LeftOut], ran: Iterable[Sequence[str]]) 
     """
     wanted = {tuple(getattr(each, name) for name in LEFT_OUT_COLUMNS) for each in found}
     decided = {line[:5] for line in wanted} | {tuple(place) for place in ran}
-    known = {line for line in _lines(store.query) if line[:5] in decided}
+    known = {line for line in all_lines(store.query) if line[:5] in decided}
     if known == wanted:
         return
     with store.transaction() as database:
@@ -63,7 +63,7 @@ def unsuited(query: Query, where: str) -> pd.DataFrame:
     Raises:
         GradleakError: a line is not as it has to be (`trust`).
     """
-    lines = _lines(query)
+    lines = all_lines(query)
     trust.check_left_out(lines, where)
     return pd.DataFrame([line[:7] for line in lines if not line[7]], columns=list(LEFT_OUT_COLUMNS[:7]), dtype=str)
 
@@ -74,7 +74,7 @@ def lines_of(query: Query, where: str) -> int:
     Raises:
         GradleakError: as `unsuited`.
     """
-    lines = _lines(query)
+    lines = all_lines(query)
     trust.check_left_out(lines, where)
     return len(lines)
 
@@ -83,15 +83,15 @@ def forget(store: Noting) -> None:
     """Drop the notes on defenses of which a store has no cell left in their context."""
     kept = store.cells()[list(_PLACE[1:])].drop_duplicates().itertuples(index=False, name=None)
     there = set(kept)
-    gone = [line[:6] for line in _lines(store.query) if line[1:5] not in there]
+    gone = [line[:6] for line in all_lines(store.query) if line[1:5] not in there]
     if gone:
         names = " AND ".join(f"{name} = ?" for name in LEFT_OUT_COLUMNS[:6])
         with store.transaction() as database:
             database.executemany(f"DELETE FROM left_out WHERE {names}", gone)
 
 
-def _lines(query: Query) -> list[tuple[Any, ...]]:
-    """Return all notes, in order; a store of an older version has none."""
+def all_lines(query: Query) -> list[tuple[Any, ...]]:
+    """Return all notes, in order, with the columns of `LEFT_OUT_COLUMNS`; a store of an older version has none."""
     if not query("SELECT 1 FROM sqlite_master WHERE name = 'left_out'"):
         return []
     return query(f"SELECT * FROM left_out ORDER BY {', '.join(LEFT_OUT_COLUMNS[:6])}")

@@ -52,5 +52,5 @@ def _newest(cells: pd.DataFrame) -> pd.DataFrame:
 
 def _code(config: Mapping[str, Any], group: str) -> str:
     """Return what a part was computed by; the engine and the metrics count as the attack's."""
-    shared = config.get("definitions") if group == "attack" else None
-    return json.dumps([config[group].get("version"), config[group].get("code"), shared], sort_keys=True)
+    shared = json.dumps(config.get("definitions"), sort_keys=True) if group == "attack" else ""
+    return f"{config[group].get('version')}\x1f{config[group].get('code')}\x1f{shared}"

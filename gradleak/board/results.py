@@ -22,6 +22,8 @@ from ..errors import GradleakError, unknown
 from ..scales import CAP, METRICS, THRESHOLDS
 from ..suite import UTILITY
 from . import newest
+from .record import STATES
+from .schema import HONEST, REFUSED
 from .statistics import APART, Floats, Pairs, Resamples, mean_over_known
 from .store import Store
 
@@ -61,11 +63,14 @@ class Results:
     cells: pd.DataFrame
     """The attacks."""
     rows: pd.DataFrame
-    """As `Store.rows`, with `adaptive`, `stochastic`, `failed`, `stratum` (the victim list) and `SUCCESSES`."""
+    """As `Store.rows`, with `adaptive`, `stochastic`, `failed`, `refused` (by a client that looked at the model),
+    `stratum` (the victim list) and `SUCCESSES`."""
     utility: pd.DataFrame
     """Cells of models trained under a defense; their `setting` is that training's."""
     unsuited: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(UNSUITED), dtype=str))
     """Attacks that do not apply to a defense in a context, each with its reason (`UNSUITED`)."""
+    checked: Mapping[str, str] = field(default_factory=dict)
+    """How far cells that came in bundles were checked (`record.STATES`), by key; of others nothing is said."""
 
     def where(self, **labels: str | Iterable[str]) -> Results:
         """Return the part with the given labels, e.g. `where(dataset="digits", model=["mlp", "lenet"])`.
@@ -84,7 +89,27 @@ class Results:
                 utility = utility[utility[name].isin(wanted)]
             if name in unsuited:
                 unsuited = unsuited[unsuited[name].isin(wanted)]
-        return Results(*(part.reset_index(drop=True) for part in (cells, rows, utility, unsuited)))
+        cells, rows, utility, unsuited = (part.reset_index(drop=True) for part in (cells, rows, utility, unsuited))
+        return Results(cells, rows, utility, unsuited, self.checked)
+
+    @cached_property
+    def honest(self) -> Results:
+        """The part in which the server sends the model as training left it."""
+        return self._of_servers(False)
+
+    @cached_property
+    def malicious(self) -> Results:
+        """The part in which the server changes the model. No worst case is ever taken over both parts."""
+        return self._of_servers(True)
+
+    def _of_servers(self, malicious: bool) -> Results:
+        chosen = self.cells["server"].ne(HONEST) == malicious
+        if chosen.all():
+            return self
+        cells, rows = self.cells[chosen], self.rows[self.rows["server"].ne(HONEST) == malicious]
+        unsuited = self.unsuited[self.unsuited["setting"].isin(cells["setting"])]
+        cells, rows, unsuited = (part.reset_index(drop=True) for part in (cells, rows, unsuited))
+        return Results(cells, rows, self.utility, unsuited, self.checked)
 
     @cached_property
     def contexts(self) -> list[tuple[str, ...]]:
@@ -98,7 +123,7 @@ class Results:
 
 
 def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None = None) -> Results:
-    """Read stores into one set of results; a cell that is in several counts once.
+    """Read stores into one set of results; a cell that is in several counts once, one's own before a bundle's.
 
     Equal labels with different options are told apart by the options that differ.
 
@@ -110,6 +135,7 @@ def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None =
     Raises:
         GradleakError: there is no cell at all.
     """
+    stores = tuple(sorted(stores, key=lambda store: bool(store.checked)))
     parts = [store.cells() for store in stores]
     cells = pd.concat(parts, ignore_index=True)
     if len(cells):
@@ -137,14 +163,26 @@ def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None =
     rows["adaptive"] = rows["key"].map(known).astype(bool) & rows["knowledge"].isin(ADAPTIVE)
     rows["stochastic"] = rows["key"].map({key: fact.get("stochastic", False) for key, fact in facts.items()})
     rows["stochastic"] = rows["stochastic"].astype(bool)
-    rows["failed"] = rows["status"] != "ok"
+    rows["refused"] = rows["status"] == REFUSED
+    rows["failed"] = (rows["status"] != "ok") & ~rows["refused"]
     rows["stratum"] = rows["dataset"] + "/" + rows["batch_size"].astype(str)
     rows = _score_failures(rows)
     for name, line in SUCCESSES.items():
         values = rows[line.metric]
         reached = values >= line.value if METRICS[line.metric].higher_is_better else values <= line.value
         rows[name] = reached.astype(float).where(values.notna())
-    return Results(cells, rows, utility, _unsuited(stores))
+    return Results(cells, rows, utility, _unsuited(stores), _checked(stores))
+
+
+def _checked(stores: Sequence[Store]) -> dict[str, str]:
+    """Return how far cells that only bundles hold were checked; of one that is in several, the furthest."""
+    found: dict[str, str] = {}
+    own: set[str] = set()
+    for store in stores:
+        own |= set() if store.checked else set(store.statuses())
+        for key, state in store.checked.items():
+            found[key] = max(state, found.get(key, state), key=STATES.index)
+    return {key: state for key, state in found.items() if key not in own}
 
 
 def _unsuited(stores: Sequence[Store]) -> pd.DataFrame:
@@ -157,49 +195,70 @@ def _unsuited(stores: Sequence[Store]) -> pd.DataFrame:
 
 def _distinct_labels(cells: pd.DataFrame, group: str) -> pd.Series[str]:
     """Return the labels of a group, made distinct where one label stands for different options."""
-    parts = [_options(config, group) for config in cells["config"]]
-    variants: dict[str, list[dict[str, str]]] = {}
-    for label, part in zip(cells[group], parts, strict=True):
-        known = variants.setdefault(label, [])
-        if part not in known:
-            known.append(part)
-    labels = []
-    for label, part in zip(cells[group], parts, strict=True):
-        others = variants[label]
-        names = sorted({name for other in others for name in other})
-        differ = [name for name in names if len({other.get(name) for other in others}) > 1]
-        detail = ", ".join(f"{name}={part.get(name, '-')}" for name in differ)
-        labels.append(f"{label} ({detail})" if detail else label)
-    return pd.Series(labels, index=cells.index, dtype=str)
+    # Thousands of cells share a few parts, and comparing parts costs a tenth of flattening them.
+    known: dict[str, list[tuple[Any, dict[str, str]]]] = {}
+    places = []
+    for label, config in zip(cells[group].tolist(), cells["config"].tolist(), strict=True):
+        variants, part = known.setdefault(label, []), _part(config, group)
+        place = next((place for place, (other, _) in enumerate(variants) if other == part), len(variants))
+        if place == len(variants):
+            variants.append((part, _options(config, group)))
+        places.append((label, place))
+    named = {
+        (label, place): _named(label, place, [flat for _, flat in variants])
+        for label, variants in known.items()
+        for place in range(len(variants))
+    }
+    return pd.Series([named[each] for each in places], index=cells.index, dtype=str)
+
+
+def _named(label: str, place: int, variants: list[dict[str, str]]) -> str:
+    names = sorted({name for other in variants for name in other})
+    differ = [name for name in names if len({other.get(name) for other in variants}) > 1]
+    detail = ", ".join(f"{name}={variants[place].get(name, '-')}" for name in differ)
+    return f"{label} ({detail})" if detail else label
+
+
+def _part(config: Mapping[str, Any], group: str) -> Any:
+    """Return all that `_options` reads."""
+    part = config[group]
+    if group != "setting":
+        return part
+    return part, config.get("candidates"), config.get("engine"), config.get("secret")
 
 
 def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
     """Flatten a part of a configuration to comparable text; what is an axis of its own is left out.
 
-    What applies to every cell alike (candidates of re-identification, the engine) counts as the setting's.
+    What applies to every cell alike (candidates of re-identification, the engine, the secret that clients draw from)
+    counts as the setting's.
     """
     part = {name: value for name, value in config[group].items() if name != "label"}
     if group == "setting":
-        part |= {"candidates": config.get("candidates"), **config.get("engine", {})}
+        part |= {"candidates": config.get("candidates"), **config.get("engine", {}), "secret": config.get("secret")}
         part["grants"] = {name: value for name, value in part.get("grants", {}).items() if name != "defense"}
+        if "server" in part:
+            part["server"] = json.dumps(part["server"], sort_keys=True)
     flat: dict[str, str] = {}
     for name, value in part.items():
+        value = _asked(value)
         if isinstance(value, Mapping):
-            value = _asked(value)
             flat |= {inner: json.dumps(item, sort_keys=True) for inner, item in value.items()}
         else:
-            flat[name] = value[:8] if name in ("digest", "code") else json.dumps(value, sort_keys=True)
+            flat[name] = (
+                value[:8] if name in ("digest", "code", "secret") and value else json.dumps(value, sort_keys=True)
+            )
     return flat
 
 
-def _asked(options: Mapping[str, Any]) -> dict[str, Any]:
+def _asked(options: Any) -> Any:
     """Leave out the noise that was found for a wanted epsilon: it differs from context to context by right."""
+    if isinstance(options, list):  # the options of a chain's members
+        return [_asked(each) for each in options]
+    if not isinstance(options, Mapping):
+        return options
     found = options.get("epsilon") is not None
-    return {
-        name: _asked(value) if isinstance(value, Mapping) else value
-        for name, value in options.items()
-        if not (found and name == "sigma")
-    }
+    return {name: _asked(value) for name, value in options.items() if not (found and name == "sigma")}
 
 
 def _families(cells: pd.DataFrame, group: str) -> pd.Series[str]:
@@ -230,8 +289,8 @@ def _with_failed_cells(cells: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _score_failures(rows: pd.DataFrame) -> pd.DataFrame:
-    """Give failed trials the score of the best control on the same image, else the nearest thing to it."""
-    failed = rows["failed"]
+    """Give failed and refused trials the score of the best control on the same image, else the nearest to it."""
+    failed = rows["failed"] | rows["refused"]
     if not failed.any():
         return rows
     measured = [name for name in METRICS if rows[name].notna().any()]
@@ -283,6 +342,7 @@ class Panel:
             stochastic=("stochastic", "any"),
             images=("image", "size"),
             failed=("failed", "sum"),
+            refused=("refused", "sum"),
             seeds=("seed", "nunique"),
             seconds=("seconds", "mean"),
             gradient_evaluations=("gradient_evaluations", "mean"),

@@ -185,7 +185,13 @@ DESCRIBED: dict[str, type] = {
     "seed": int,
     "suite": str,
     "suite_version": str,
+    "server": str,
+    "threat_class": str,
 }
+
+
+HONEST = "honest"
+"""The server that sends the model as training left it."""
 
 
 NAMED = ("attack", "defense", "model", "dataset", "setting")
@@ -195,6 +201,27 @@ NAMED = ("attack", "defense", "model", "dataset", "setting")
 def names_of(part: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a part is only a label: plugins have a name of their own beside it."""
     return {"label": part["label"]} if "label" in part else {"name": part["name"]}
+
+
+def server_of(config: Mapping[str, Any]) -> str:
+    """Return the name of the server that sends a cell's model."""
+    return str((config["setting"].get("server") or {}).get("name") or HONEST)
+
+
+def threat_class(config: Mapping[str, Any]) -> str:
+    """Return the class, A to H, of what the attacker of a cell may know and do.
+
+    B knows model and message, C also the local training, D public images or a generator too, E statistics of the
+    client's data; F chooses the model, G with public images. A, who does not know the model, and H, who also picks the
+    clients, are nobody here. Reference: Carletti, Foggia, Mazzocca, Parrella, Vento, USENIX Security 2025.
+    """
+    grants = config["setting"].get("grants") or {}
+    data = bool(grants.get("auxiliary") or grants.get("generator"))
+    if server_of(config) != HONEST:
+        return "G" if data else "F"
+    if grants.get("batch_norm", "none") != "none" or grants.get("labels") == "counts":
+        return "E"
+    return "D" if data else "C" if grants.get("local_training") else "B"
 
 
 def describe(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -218,4 +245,6 @@ def describe(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> tuple[
         config.get("seed", 0),
         suite.get("name", ""),
         str(suite.get("version", "")),
+        server_of(config),
+        threat_class(config),
     )

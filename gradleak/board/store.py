@@ -22,6 +22,7 @@ import pandas as pd
 
 from .. import __version__
 from ..errors import GradleakError
+from ..secret import Secret
 from . import left_out, trust
 from .codec import dump, late_progress, pack, row_values, unpack
 from .file import connect, free_name, is_blank, keep_log, log_of, place_of
@@ -70,6 +71,8 @@ class Store:
     def __init__(self, path: Path | str, create: bool = False):
         """Open the store at `path`; with `create`, make it if nothing is there."""
         self.path = Path(path)
+        self.checked: dict[str, str] = {}
+        """How far cells were checked, by key, where the store came in a bundle (`record`)."""
         if not self.path.exists() and not create:
             raise GradleakError(f"store {self.path}: no such file")
         if self.path.is_dir():
@@ -108,6 +111,24 @@ class Store:
     def has(self, key: str) -> bool:
         """Return whether a finished cell has this key; a failed one does not count."""
         return bool(self.query("SELECT 1 FROM cells WHERE key = ? AND status = 'ok'", (key,)))
+
+    @property
+    def secret(self) -> Secret | None:
+        """What the private randomness of its clients is drawn from; None in stores of old, and in those of no run.
+
+        Raises:
+            GradleakError: it is none.
+        """
+        found = self.query("SELECT value FROM meta WHERE name = 'secret'")
+        return Secret.of(str(found[0][0]), self._name) if found else None
+
+    def keep_secret(self, secret: Secret) -> Secret:
+        """Keep a secret, unless there is one; return the one that is there now."""
+        with self.transaction() as database:
+            database.execute("INSERT OR IGNORE INTO meta VALUES ('secret', ?)", (secret.value,))
+        kept = self.secret
+        assert kept is not None
+        return kept
 
     def statuses(self) -> dict[str, str]:
         """Return the status (ok, failed) of every cell by its key."""

@@ -18,7 +18,7 @@ class Board:
     """One table of results; `table` is for machines, `report` writes it for people."""
 
     name: str
-    """Kind of board: defenses, attacks, pareto, compute or flags."""
+    """Kind of board: defenses, attacks, pareto, compute, flags, malicious or detection."""
     title: str
     table: pd.DataFrame
     notes: tuple[str, ...] = ()

@@ -17,10 +17,10 @@ from . import values
 def check(
     plugin: Annotated[
         str,
-        typer.Argument(metavar="PLUGIN", help="A file with an attack, defense, model or dataset, or the name of one."),
+        typer.Argument(metavar="PLUGIN", help="A file with an attack, defense, model, dataset or server, or a name."),
     ],
     group: Annotated[
-        str, typer.Option(metavar="GROUP", help="Of a name: attacks, clients, defenses, models, datasets.")
+        str, typer.Option(metavar="GROUP", help="Of a name: attacks, clients, defenses, models, datasets or servers.")
     ] = "",
     options: Annotated[
         list[str] | None,

@@ -20,15 +20,16 @@ from rich.padding import Padding
 from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable
-from . import attack, audit, catalogue, check, prior
+from ..secret import Secret, is_secret
+from . import attack, audit, catalogue, check, new, prior, verify
 from . import store as store_commands
 from .asked import questions
 
 if TYPE_CHECKING:
     from ..evaluation.runner import Summary
 
-BOARDS = ("defenses", "attacks", "pareto", "compute")
-"""Boards that `gradleak leaderboard` can show; both of the first two by default."""
+BOARDS = ("defenses", "attacks", "pareto", "compute", "malicious", "detection")
+"""Boards that `gradleak leaderboard` can show; by default the first two, and the last two where there is anything."""
 
 app = typer.Typer(
     add_completion=False,
@@ -40,6 +41,8 @@ app.add_typer(prior.app, name="prior")
 app.command("attack")(attack.attack)
 app.command("audit")(audit.audit)
 app.command("check")(check.check)
+app.command("new")(new.new)
+app.command("verify")(verify.verify)
 app.add_typer(store_commands.app, name="store")
 
 PluginFiles = Annotated[
@@ -96,7 +99,11 @@ def _options(
 @app.command("list")
 def _list(
     group: Annotated[
-        str, typer.Argument(metavar="[GROUP]", help="attacks, clients, defenses, models, datasets [default: all].")
+        str,
+        typer.Argument(
+            metavar="[GROUP]",
+            help="attacks, clients, datasets, defenses, models or servers [default: all, by name].",
+        ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
     plugin: PluginFiles = None,
@@ -172,6 +179,14 @@ def _run(
         ),
     ] = None,
     plugin: PluginFiles = None,
+    secret: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEX|FILE",
+            help="What clients draw their noise from: 32 digits, or a store or bundle whose table is to be made again"
+            " [default: the store's own; a new store draws one].",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the cells.")] = False,
 ) -> None:
     """Run the cells of a suite that the store lacks; the same command goes on where it was interrupted."""
@@ -186,12 +201,25 @@ def _run(
     engine = executors.build(executor, workers, ray_address, executors.Limits(cell_timeout, memory))
     resources = Resources(data_root=data_root, download=download, device=device)
     plugins = tuple(plugin or ())
+    chosen = None if secret is None else _secret(secret)
     if dry_run:
-        _print_plan(runner.plan(suite, target, resources, plugins))
+        _print_plan(runner.plan(suite, target, resources, plugins, chosen))
         return
     console = Console(stderr=True)
-    summary = runner.run(suite, target, engine, resources, plugins, retry_failed, console)
+    summary = runner.run(suite, target, engine, resources, plugins, retry_failed, console, chosen)
     _conclude(summary, target)
+
+
+def _secret(given: str) -> Secret:
+    """Return a secret by its value, or by a store or bundle that has it."""
+    from ..board.bundle import open_all
+
+    if is_secret(given) or not Path(given).exists():
+        return Secret.of(given, "--secret")
+    with open_all([Path(given)]) as (store,):
+        if store.secret is None:
+            raise GradleakError(f"--secret {given}: has none; it is of a version before there were secrets")
+        return store.secret
 
 
 @app.command("leaderboard")
@@ -217,7 +245,7 @@ def _leaderboard(
     """Print the defense board and the attack board of stores and bundles, merged."""
     wanted = [part.strip() for part in (columns or "").split(",") if part.strip()]
     from .. import report
-    from ..board import leaderboard, results
+    from ..board import leaderboard, malicious, results
     from ..board.bundle import open_all
 
     for name in board or []:
@@ -228,14 +256,17 @@ def _leaderboard(
     asked = None if suite is None else questions(suite, data_root, plugin or ())
     with open_all(stores) as opened:
         found = results.read(*opened, all_code=all_code, asked=asked)
-    defenses, attacks = leaderboard.landing_board(found), leaderboard.attack_board(found)
+    honest = malicious.one_kind(found)
+    defenses, attacks = leaderboard.landing_board(honest), leaderboard.attack_board(honest)
     made = {
         "defenses": lambda: defenses,
         "attacks": lambda: attacks,
         "pareto": lambda: leaderboard.pareto_board(defenses),
         "compute": lambda: leaderboard.compute_board(attacks),
+        "malicious": lambda: malicious.malicious_board(found),
+        "detection": lambda: malicious.detection_board(found),
     }
-    chosen = [made[name]() for name in board or BOARDS[:2]]
+    chosen = [made[name]() for name in board or BOARDS[:2]] + ([] if board else malicious.server_boards(found))
     if format == "table" and sys.stdout.isatty():
         report.check_columns(chosen, wanted)
         width, colour = Console().width, "NO_COLOR" not in os.environ
@@ -304,36 +335,6 @@ def _publish(
 
     manifest = publish(store, out)
     _say(f"{out}: {manifest['cells']} cells, {manifest['failed']} failed, {manifest['images']} images")
-
-
-@app.command("verify")
-def _verify(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A file that `gradleak publish` wrote.")],
-    sample: Annotated[int, typer.Option(min=0, metavar="N", help="Cells to run again.")] = 3,
-    seed: Annotated[int, typer.Option(metavar="N", help="Picks these cells.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
-    data_root: Annotated[
-        Path | None, typer.Option("--data-root", metavar="DIR", help="Where datasets are that do not come along.")
-    ] = None,
-    plugin: PluginFiles = None,
-) -> None:
-    """Recompute what a bundle claims; exit with 1 if anything differs."""
-    from .. import registry
-    from ..evaluation.verify import verify
-    from ..evaluation.workshop import Resources
-
-    for path in plugin or []:
-        registry.add_file(path)
-    found = verify(bundle, Resources(data_root=data_root, device=device), sample, seed)
-    for each in found:
-        state = {True: "ok", False: "DIFFERS", None: "not checked"}[each.ok]
-        print(printable(f"{state:11}  {each.check}: {each.detail}"))
-    wrong = sum(each.ok is False for each in found)
-    if wrong:
-        _say(f"{bundle}: {wrong} of {len(found)} checks differ")
-        raise typer.Exit(1)
-    unchecked = sum(each.ok is None for each in found)
-    _say(f"{bundle}: verified" + (f", {unchecked} of {len(found)} checks not possible here" if unchecked else ""))
 
 
 @app.command("doctor")
@@ -413,7 +414,7 @@ def _print_plugins(found: Sequence[dict[str, Any]]) -> None:
     """One paragraph a plugin, so that nothing is cut off on a narrow screen."""
     console = Console(highlight=False, markup=False, emoji=False)
     for facts in found:
-        kind = [facts[key] for key in ("family", "threat_model") if facts.get(key)]
+        kind = [str(facts[key]) for key in ("family", "threat_model", "surface") if facts.get(key)]
         title = f"{facts['name']}  ({', '.join(kind)})" if kind else facts["name"]
         console.print(title, style="bold", soft_wrap=True)
         if facts["error"]:

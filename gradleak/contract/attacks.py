@@ -21,7 +21,8 @@ from ..mechanisms import batch_statistics
 from ..model import initialise
 from ..reconstruction import complete
 from ..seeds import Generators
-from ..threat import BatchNorm, Knowledge, Labels, Level, Observation, Setting, rank
+from ..server import Server
+from ..threat import BatchNorm, Knowledge, Labels, Level, Observation, Power, Setting, rank
 from ..update import Network
 from .findings import Unchecked, close, require
 from .victims import VICTIMS, Ask, tensors_of, tuning_victims
@@ -50,6 +51,8 @@ class Case:
     batch_size: int = 1
     local_lr: float | None = None
     """Rate of one local step of FedAvg."""
+    server: str = "honest"
+    server_options: dict[str, Any] = field(default_factory=dict)
 
 
 USUAL = (
@@ -59,6 +62,12 @@ USUAL = (
     Case("vit", {"dim": 16, "depth": 1, "heads": 2}),
 )
 """Tried in turn until one suits the attack."""
+SERVED = (
+    Case("mlp", {"widths": (32,)}, batch_size=4, server="imprint", server_options={"bins": 16}),
+    Case("mlp", {"widths": (32,)}, batch_size=4, server="loki", server_options={"bins": 16, "clients": 2}),
+    Case("mlp", {"widths": (64,)}, batch_size=4, server="trap-weights"),
+)
+"""Tried in turn with attacks that need a malicious server."""
 
 
 class AttackCase:
@@ -69,6 +78,8 @@ class AttackCase:
         self._ask = ask or Ask()
         self.name, self._cases = name, [Case(self._ask.model)] if self._ask.model else cases
         self.attack = self._build(self._cases[0])
+        if self._cases is USUAL and self.attack.needs.server is not Power.HONEST:
+            self._cases = SERVED
         self.changed: list[str] = []
         """What its runs changed that is not theirs."""
 
@@ -89,6 +100,8 @@ class AttackCase:
             defense: Defense = registry.build("defenses", case.defense, case.defense_options)
             setting = Setting(batch_size=case.batch_size, precision="float64", local_lr=case.local_lr)
             module = initialise(registry.build("models", case.model, case.model_options), data.shape, data.classes, 0)
+            server: Server = registry.build("servers", case.server, case.server_options)
+            module = server.tamper(module, data.split.train, torch.Generator().manual_seed(0))
             network = client.client_network(module, defense, setting)
             reason = attack.unsuited(network.module, setting, defense)
             if reason is None:

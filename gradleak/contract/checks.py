@@ -54,6 +54,15 @@ from .models import (
     model_gives_logits,
 )
 from .scan import looks_only_at_what_it_is_given
+from .servers import (
+    ServerCase,
+    server_changes_what_it_says,
+    server_declares_itself,
+    server_leaves_the_model_alone,
+    server_repeats_itself,
+    server_says_what_it_cannot,
+    server_sends_a_model,
+)
 from .victims import Ask
 
 Step = tuple[str, Callable[[], Finding]]
@@ -97,7 +106,7 @@ def steps(group: str, name: str, ask: Ask) -> Iterator[Step]:
 
         return promise, run
 
-    if path is not None and group in ("attacks", "defenses"):
+    if path is not None and group in ("attacks", "defenses", "servers"):
         package = (group,) if cls.__module__.startswith(f"gradleak.{group}.") else ()
         yield step(partial(keeps_away_from_the_truth, path, package), "does not reach the truth")
         yield step(partial(looks_only_at_what_it_is_given, path), _promise(looks_only_at_what_it_is_given))
@@ -127,6 +136,7 @@ def _case(group: str, name: str, ask: Ask) -> Any:
         "defenses": lambda: DefenseCase(registry.build("defenses", name, ask.options), ask),
         "models": lambda: ModelCase(registry.build("models", name, ask.options), ask.shape),
         "datasets": lambda: (registry.build("datasets", name, ask.options), name, ask.root),
+        "servers": lambda: ServerCase(registry.build("servers", name, ask.options), ask),
     }
     return prepare[group]()
 
@@ -158,6 +168,7 @@ MAIN = {
     "defenses": ("protect",),
     "models": ("build",),
     "datasets": ("read",),
+    "servers": ("tamper",),
 }
 """The method that a group's plugins are made of."""
 
@@ -183,6 +194,14 @@ CHECKS: dict[str, tuple[Callable[[Any], None], ...]] = {
     ),
     "models": (model_declares_itself, model_gives_logits, model_follows_its_seed, model_can_be_differentiated_twice),
     "datasets": (dataset_declares_itself, dataset_holds_images, dataset_repeats_itself, dataset_keeps_victims_private),
+    "servers": (
+        server_declares_itself,
+        server_sends_a_model,
+        server_changes_what_it_says,
+        server_leaves_the_model_alone,
+        server_repeats_itself,
+        server_says_what_it_cannot,
+    ),
 }
 """By group, the checks of one plugin."""
 
@@ -195,6 +214,8 @@ ABOUT: dict[Callable[[Any], None], tuple[str, ...]] = {
         ("nll", "simulate", "per_example"): CHECKS["defenses"][7:],
         ("build",): CHECKS["models"][1:],
         ("read",): CHECKS["datasets"][1:],
+        ("tamper",): CHECKS["servers"][1:5],
+        ("unsuited",): CHECKS["servers"][5:],
         ("step", "objective"): CHECKS["clients"][1:],
     }.items()
     for check in checks

@@ -244,6 +244,7 @@ def defense_decides_by_more_than_rounding(case: DefenseCase) -> None:
         )
         gap = flatten({name: first[name].double() - tensor for name, tensor in second.items()}).norm()
         size = flatten({name: tensor.double() for name, tensor in second.items()}).norm()
+        # Float32 alone is off by a millionth or so; an entry that is sent or not by its rounding makes far more.
         require(bool(gap <= 1e-3 * size), "the message is another one in float32; decide in float64 (tensor.double())")
 
 

@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..code import local_files
 from .findings import require
 
 _FRAMES = frozenset(
@@ -21,14 +22,17 @@ _MODULES = frozenset(
 _CALLS = frozenset({"open", "eval", "exec", "compile", "__import__", "globals", "vars"})
 """Built-in functions that read files or run text."""
 _READERS = frozenset(
-    {"load", "fromfile", "loadtxt", "memmap", "read_text", "read_bytes", "read_csv", "open", "iterdir"}
+    {"load", "fromfile", "loadtxt", "memmap", "read_text", "read_bytes", "read_csv", "open", "iterdir", "listdir"}
+    | {"scandir", "readlink", "rglob"}
 )
 """Methods that read files."""
 
 
 def looks_only_at_what_it_is_given(path: Path) -> None:
     """Looks at no frames, files, data sets or other processes, and makes no generator of its own."""
-    found = dict.fromkeys(f"{what} ({path.name}:{line})" for line, what in sorted(_suspicious(path)))
+    # What a module does that it brings along counts as its own.
+    files = [each for each in local_files(path) if each.suffix == ".py"]
+    found = dict.fromkeys(f"{what} ({each.name}:{line})" for each in files for line, what in sorted(_suspicious(each)))
     require(not found, ", ".join([*found][:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else ""))
 
 
@@ -57,8 +61,11 @@ def _suspicious(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"imports {t}") for t in targets[1:] if _barred(t) and not _barred(module))
         elif isinstance(node, ast.Attribute):
             yield from _of_attribute(node)
-        elif isinstance(node, ast.Constant) and node.value in _FRAMES:
-            yield node.lineno, f"names {node.value}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if node.value in _FRAMES:
+                yield node.lineno, f"names {node.value}"
+            elif node.value.startswith("/proc"):
+                yield node.lineno, "names /proc"
         elif isinstance(node, ast.Call):
             yield from _of_call(node)
 

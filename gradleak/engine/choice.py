@@ -32,9 +32,10 @@ log = logging.getLogger(__name__)
 _LADDER = ("layerwise", "vmap", "sequential")
 """What follows a backend that cannot compute a problem, or not rightly."""
 _WORTH_TIMING = 64
-"""Fewer victim-iterations than this are computed sooner than the other backends are tried."""
+"""Fewer victim-iterations than this are computed sooner than the other backends are tried: which takes a
+comparison with the reference and two timed calls each."""
 _TIE = 1.1
-"""`sequential` is kept unless another backend is faster by this factor."""
+"""`sequential` is kept unless another backend is faster by this factor, so that noise does not decide."""
 
 
 class Choice(NamedTuple):

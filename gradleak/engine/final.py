@@ -1,4 +1,4 @@
-"""What is computed once for trials that are given: their images, and the matching loss of exactly these."""
+"""What is computed once, when trials have ended: their images, and the matching loss of exactly these."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def finish(problem: Problem, variables: Variables, facts: Facts, width: Width) -
 
 
 def evaluate(problem: Problem, guesses: dict[str, Any], facts: Facts, width: Width) -> Tensor:
-    """Matching loss [N] of given guesses (fields of `Guess`, stacked), `width` at a time."""
+    """Matching loss [N] of guesses (fields of `Guess`, stacked), `width` at a time."""
 
     def decode(row: dict[str, Any], known: Facts) -> Guess:
         return Guess(**row)
@@ -65,30 +65,31 @@ def evaluate(problem: Problem, guesses: dict[str, Any], facts: Facts, width: Wid
 
 
 _FILLED = 1024
-"""A last chunk is filled up to its width, but to no more trials than these."""
+"""A last chunk is filled up to its width, so that a row's digits do not depend on how many there are, but to no more
+trials than these: an unlimited width must not cost an unlimited memory."""
 
 
 def _each(
     problem: Problem,
     decode: Callable[[Any, Facts], Guess],
     one: Callable[[Differentiate, Any, Facts], Any],
-    given: dict[str, Any],
+    trials: dict[str, Any],
     facts: Facts,
     width: Width,
 ) -> Any:
     """Apply a function of one row to all rows of stacked trees, `width` at a time or fewer where memory is short."""
-    first = tree_leaves(given)[0]
-    kind = kind_of(problem, given, facts)
+    first = tree_leaves(trials)[0]
+    kind = kind_of(problem, trials, facts)
     known = _stacks.setdefault(problem.network.module, {})
     if kind not in known:
-        known[kind] = _can_be_stacked(problem, decode, one, given, facts)
+        known[kind] = _can_be_stacked(problem, decode, one, trials, facts)
     if not known[kind]:
-        return _one_by_one(one, given, facts)
+        return _one_by_one(one, trials, facts)
 
     def stacked(rows: Any, known: Facts) -> Any:
         return vmap(lambda row, about: one(by_transform, row, about))(rows, known)
 
-    rows = given, facts
+    rows = trials, facts
     if width == "auto":
         fits = memory.fitting(lambda several: stacked(*next(chunks(rows, several))), first.device)
         part = min(fits, len(first))
@@ -103,9 +104,9 @@ def _each(
         memory.release(first.device)
 
 
-def _one_by_one(one: Callable[[Differentiate, Any, Facts], Any], given: Any, facts: Facts) -> Any:
-    total = len(tree_leaves(given)[0])
-    parts = [one(by_autograd, *tree_map(lambda tensor, i=i: tensor[i], (given, facts))) for i in range(total)]
+def _one_by_one(one: Callable[[Differentiate, Any, Facts], Any], trials: Any, facts: Facts) -> Any:
+    total = len(tree_leaves(trials)[0])
+    parts = [one(by_autograd, *tree_map(lambda tensor, i=i: tensor[i], (trials, facts))) for i in range(total)]
     return tree_map(lambda *tensors: torch.stack(tensors).detach(), *parts)
 
 
@@ -113,11 +114,11 @@ def _can_be_stacked(
     problem: Problem,
     decode: Callable[[Any, Facts], Guess],
     one: Callable[[Differentiate, Any, Facts], Any],
-    given: Any,
+    trials: Any,
     facts: Facts,
 ) -> bool:
     """Whether two rows, stacked, have the updates that the first has alone, and the loss can be stacked too."""
-    pair = next(chunks((given, facts), 2))
+    pair = next(chunks((trials, facts), 2))
     try:
         vmap(lambda row, known: one(by_transform, row, known))(*pair)
         several = vmap(lambda row, known: problem.simulate(decode(row, known), by_transform))(*pair)
@@ -136,6 +137,7 @@ def _equal(one: Update, other: Update) -> bool:
     """Whether two updates are the same up to rounding; what is not finite says nothing."""
     error = torch.stack([(one[name] - tensor).double().norm() for name, tensor in other.items()]).norm()
     size = torch.stack([tensor.double().norm() for tensor in other.values()]).norm()
+    # Far above what float32 loses in a deep model, far below what a mix of two victims makes.
     return not bool(size.isfinite()) or bool(error <= 1e-2 * size)
 
 

@@ -89,10 +89,14 @@ class LevenbergMarquardt(Optimiser):
     higher: float = 5.0
     """Factor of the damping after each try that did not lower the loss."""
     least: float = 1e-14
+    """Smallest damping; less is lost to rounding in float64."""
     tries: int = 12
+    """Dampings before a trial ends: 5^12 takes one from where Newton's step was right to a short step downhill."""
     tolerance: float = 1e-5
     dense: int = 128
+    """Most unknowns, such as the 64 pixels of a digit, for which J^T J is formed: as many products as unknowns."""
     krylov: int = 48
+    """Products otherwise; each vector is kept, so that memory grows with them too."""
 
     _scene: Scene | None = None
 
@@ -183,7 +187,7 @@ def lanczos(operator: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> 
         if index + 1 == min(steps, start.shape[1]):
             break
         known, rest = torch.stack(basis, dim=1), image
-        # Twice is enough.
+        # Twice is enough to be orthogonal up to rounding (Parlett, The Symmetric Eigenvalue Problem, 1980).
         for _ in range(2):
             rest = rest - (known.mT @ (known @ rest[:, :, None]))[:, :, 0]
         size = rest.norm(dim=1)
@@ -224,6 +228,7 @@ def _held(variables: Variables, gradients: Variables, project: Callable[[Variabl
     """Which entries [W, n] lie at a bound that their descent leaves: what the projection takes back."""
     if project is None:
         return torch.zeros_like(flat(variables), dtype=torch.bool)
+    # Any step shorter than the box will do: what counts is whether the projection undoes it.
     moved = {name: tensor - 1e-3 * gradients[name].sign() for name, tensor in variables.items()}
     before = flat(moved)
     project(moved)

@@ -32,7 +32,7 @@ from .restarts import Heats, OnDemand
 log = logging.getLogger(__name__)
 
 _USUAL = 32
-"""Trials together before it is measured how many fit."""
+"""Trials together before it is measured how many fit: enough to choose a backend by."""
 _LOOK = {"cuda": 16}
 """Iterations between two looks at which trials have ended, where looking waits for the device; elsewhere 1."""
 
@@ -127,8 +127,8 @@ class _Run:
         width = min(width, self.widths.halved.get(self.kind, width))
         first = {name: tensor[:width] for name, tensor in start.items()}
         choice = choose(compute.backend, problem, first, facts, plan.iterations, owner[:width])
-        self.name, self.backend, self.reason, fits, self.facts = choice
-        self.raw = facts
+        self.name, self.backend, self.reason, fits, self.ready = choice
+        self.facts = facts
         if compute.width == "auto":
             width = min(self._fitting(), self.trials)
         elif fits < width:
@@ -152,9 +152,9 @@ class _Run:
         self.step = torch.zeros(self.width, dtype=torch.int64, device=device)
         self.stale = torch.zeros_like(self.step)
         self.current = {name: tensor[self.slot].clone() for name, tensor in start.items()}
-        self.known = take(self.facts, owner[self.slot])
-        # The same as the backend does not know them; what it left alone is not held twice.
-        self.seen = self.known if self.raw is self.facts else take(self.raw, owner[self.slot])
+        self.slot_ready = take(self.ready, owner[self.slot])
+        # The same as the problem reads them; what the backend left alone is not held twice.
+        self.slot_facts = self.slot_ready if self.facts is self.ready else take(self.facts, owner[self.slot])
         # One row more than trials: idle slots write there.
         self.best = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in start.items()}
         dtype = next(iter(start.values())).dtype
@@ -202,10 +202,10 @@ class _Run:
         def step(width: int) -> None:
             rows = torch.arange(width, device=self.device).clamp(max=self.trials - 1)
             current = {name: tensor[rows] for name, tensor in self.start.items()}
-            values = self.backend(self.problem, current, take(self.facts, self.owner[rows]))
+            values = self.backend(self.problem, current, take(self.ready, self.owner[rows]))
             optimiser = self.plan.optimiser()
             optimiser.start(current)
-            known = take(self.raw, self.owner[rows])
+            known = take(self.facts, self.owner[rows])
             optimiser.see(Scene(self.problem, known, values.total, self.plan.project))
             rate = torch.full((width,), self.plan.rate, dtype=torch.float64, device=self.device)
             optimiser.step(current, values.gradients, rate)
@@ -229,7 +229,7 @@ class _Run:
             name: torch.where(_column(finite, g), g, torch.zeros_like(g)) for name, g in values.gradients.items()
         }
         done = self.step.double() / self.plan.iterations
-        self.optimiser.see(Scene(self.problem, self.seen, values.total, self.plan.project))
+        self.optimiser.see(Scene(self.problem, self.slot_facts, values.total, self.plan.project))
         moving = self.optimiser.step(self.current, gradients, self.plan.rate * self.plan.schedule(done), done)
         if self.plan.project is not None:
             self.plan.project(self.current)
@@ -253,8 +253,8 @@ class _Run:
 
     def _in_parts(self) -> Values:
         if self.part == self.width:
-            return self.backend(self.problem, self.current, self.known)
-        parts = [self.backend(self.problem, *rows) for rows in chunks((self.current, self.known), self.part)]
+            return self.backend(self.problem, self.current, self.slot_ready)
+        parts = [self.backend(self.problem, *rows) for rows in chunks((self.current, self.slot_ready), self.part)]
         return Values(*join([(part.total, part.matching, part.gradients) for part in parts], self.width))
 
     def _keep_best(self, values: Values, finite: Tensor) -> None:
@@ -321,7 +321,10 @@ class _Run:
         self.slot[index] = trial
         self.idle[index] = False
         owner = int(self.owner[trial])
-        for held, facts in [(self.known, self.facts)] + ([] if self.seen is self.known else [(self.seen, self.raw)]):
+        kinds = [(self.slot_ready, self.ready)]
+        if self.slot_facts is not self.slot_ready:
+            kinds.append((self.slot_facts, self.facts))
+        for held, facts in kinds:
             for known, fresh in zip(tree_leaves(held), tree_leaves(take(facts, owner)), strict=True):
                 known[index] = fresh
         if paused is None:

@@ -90,7 +90,8 @@ class Adam(Optimiser):
     """Adam (Kingma and Ba, arXiv:1412.6980), one moment pair and one step count a row.
 
     `signs` names the variables whose gradient is replaced by its sign first (Geiping et al., arXiv:2003.14053);
-    with `soft` by tanh(s g) / s, where s falls from 1 to 0 over the steps: a sign at no time, the gradient in the end.
+    with `soft` by tanh(s g) / s, where s falls from 1 to 0 over the steps: never quite a
+    sign, and the gradient itself in the end.
     `rates` multiplies the rate of single variables.
     """
 
@@ -116,6 +117,7 @@ class Adam(Optimiser):
 
     def step(self, variables: Variables, gradients: Variables, rate: Tensor, done: Tensor | None = None) -> Tensor:
         """One Adam step a row."""
+        # Not to zero, where the quotient is none; tanh(s g) / s is g but for a share of (s g)^2 / 3.
         left = (1 - (torch.zeros_like(rate) if done is None else done)).clamp(min=1e-3)
         self._steps += 1
         first, second = self.betas
@@ -190,6 +192,7 @@ class LBFGS(Optimiser):
         change = gradient - self._gradient
         move = self._direction * self._length[:, None]
         curvature = (change * move).sum(1)
+        # torch's own bound; along anything flatter the inverse curvature would be rounding.
         useful = (curvature > 1e-10) & ~fresh
         rows = useful.nonzero().squeeze(1)
         slot = self._count[rows] % self.history

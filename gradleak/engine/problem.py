@@ -80,6 +80,8 @@ class Guess:
     """Replaced buffers with a row an image, such as guessed dropout masks, [B, ...]."""
     parameters: Update | None = None
     """Where the gradient is taken, if not at the model's own parameters."""
+    before: Tensor | None = None
+    """Images that a prior is about, where `images` were made of them by an encoding."""
 
 
 @dataclass(frozen=True)

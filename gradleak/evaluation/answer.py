@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 
@@ -40,9 +41,23 @@ class Answer:
     """Why the answer is invalid as a whole."""
     notes: dict[int, str] = field(default_factory=dict)
     """Why a victim's part of it is invalid, by victim."""
+    width: int | None = None
+    """Trials that memory held at once, if they are fewer than were asked for."""
 
 
-def ask(name: str, attack: Attack, observation: Observation, generator: Generators) -> Answer:
+class Mistake(str):
+    """What is wrong with an answer as a whole, found where it was given."""
+
+
+Asker = Callable[[str, Attack, Observation, Generators], Answer]
+"""Asks an attack, as `ask` does."""
+Respond = Callable[[], tuple[object, int | None]]
+"""Runs an attack; returns its answer, or a `Mistake`, and the width if it was halved."""
+
+
+def ask(
+    name: str, attack: Attack, observation: Observation, generator: Generators, respond: Respond | None = None
+) -> Answer:
     """Run an attack and check its answer; global state that it changed is put back, which is logged once.
 
     An answer that is no `Reconstruction` of this observation's shapes and types is invalid for every victim. A victim
@@ -54,12 +69,17 @@ def ask(name: str, attack: Attack, observation: Observation, generator: Generato
         attack: what is run.
         observation: of N victims.
         generator: its streams, one a victim.
+        respond: runs it; by default here and now.
     """
     victims = observation.victims
     clock = time.perf_counter()
     try:
-        with guarded(f"attack {name!r}"), left_alone(attack, observation):
-            answer = attack.reconstruct(observation, generator)
+        if respond is not None:
+            answer, width = respond()
+        else:
+            with guarded(f"attack {name!r}"), left_alone(attack, observation):
+                answer = attack.reconstruct(observation, generator)
+            width = halved(observation)
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):
             raise
@@ -67,12 +87,13 @@ def ask(name: str, attack: Attack, observation: Observation, generator: Generato
         return Answer(None, [Status.OUT_OF_MEMORY.value] * victims, (time.perf_counter() - clock) / victims)
     seconds = (time.perf_counter() - clock) / victims
     place = at(place_of_hook(attack, "reconstruct"))
-    wrong = next(mistakes(answer, observation), None)
+    wrong = answer if isinstance(answer, Mistake) else next(mistakes(answer, observation), None)
     if wrong is not None:
-        wrong += place
+        wrong = f"{wrong}{place}"
         log.warning("attack %r: its answer is invalid: %s", name, wrong)
         return Answer(None, [Status.INVALID.value] * victims, seconds, f"invalid answer: {wrong}")
-    answer = _detached(answer)
+    assert isinstance(answer, Reconstruction)
+    answer = detached(answer)
     status = [Status(state).value for state in answer.status] or [Status.OK.value] * victims
     notes = {
         victim: reason
@@ -82,7 +103,12 @@ def ask(name: str, attack: Attack, observation: Observation, generator: Generato
     for victim, reason in notes.items():
         status[victim] = Status.INVALID.value
         log.warning("attack %r: its answer for victim %d is invalid: %s%s", name, victim, reason, place)
-    return Answer(answer, status, seconds, notes=notes)
+    return Answer(answer, status, seconds, notes=notes, width=width)
+
+
+def halved(observation: Observation) -> int | None:
+    """Return the least width that memory held of an attack that has run, if it is not the one that was asked for."""
+    return min(observation.compute.widths.halved.values(), default=None)
 
 
 def guarded(plugin: str) -> AbstractContextManager[None]:
@@ -96,7 +122,7 @@ def guarded(plugin: str) -> AbstractContextManager[None]:
     return restored(tell)
 
 
-def _detached(answer: Reconstruction) -> Reconstruction:
+def detached(answer: Reconstruction) -> Reconstruction:
     """Return an answer that holds no graph."""
     changed = copy.copy(answer)
     for item in fields(answer):

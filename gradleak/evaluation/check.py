@@ -16,6 +16,7 @@ from ..reconstruction import granted_of
 from ..search.generators import Generator
 from ..state import restored
 from ..suite import AttackCell, Cell, GivenPrior, Note, TrainingCell, unnoted
+from ..threat import Power
 from ..update import copied
 from .checks import combinations, generators
 from .observe import faced_of
@@ -34,7 +35,7 @@ def check(cells: Iterable[Cell], workshop: Workshop, note: Note = unnoted) -> li
             generator cannot be had or makes other images than the victims', or a client is no function.
     """
     with restored():
-        kept = _fitting(cells, workshop, note)
+        kept = fitting(cells, workshop, note)
         tried: set[Hashable] = set()
         for cell in kept:
             if isinstance(cell, AttackCell) and (mark := combinations.mark_of(cell)) not in tried:
@@ -43,8 +44,12 @@ def check(cells: Iterable[Cell], workshop: Workshop, note: Note = unnoted) -> li
     return kept
 
 
-def _fitting(cells: Iterable[Cell], workshop: Workshop, note: Note) -> list[Cell]:
-    """Compare what cells ask for with what there is; nothing is computed but networks' structure."""
+def fitting(cells: Iterable[Cell], workshop: Workshop, note: Note = unnoted) -> list[Cell]:
+    """Compare what cells ask for with what there is; nothing is computed but networks' structure.
+
+    Raises:
+        GradleakError: as `check`, but for what only trying shows.
+    """
     seen: dict[Hashable, bool] = {}
     kept: list[Cell] = []
     for cell in cells:
@@ -89,6 +94,8 @@ def _fits(cell: AttackCell, workshop: Workshop, note: Note) -> bool:
             generators.check(fitting, cell.prior.source, data)
     if attack.observes_other_victim and cell.victims < 2:
         raise GradleakError(f"attack {cell.attack.label!r} needs at least 2 victims")
+    if cell.before is not None:
+        utility.check(data, defense, cell.before.recipe)
     server = cell.built_server
     missing = server.needs.missing(setting.grants)
     if missing:
@@ -107,6 +114,8 @@ def _fits(cell: AttackCell, workshop: Workshop, note: Note) -> bool:
     reason = attack.unsuited(network.module, faced, defense)
     if defense.cohort > 1 and setting.local_batch_size is not None:
         reason = "a sum of clients with local batches is no update of one batch; leave local_batch_size out"
+    if setting.rounds > 1:
+        reason = reason or combinations.rounds(network, data, cell)
     if attack.observes_other_victim and server.adapts:
         reason = "attacks another victim, but this server sends every victim a model of its own"
     return reason is None or _left_out(cell, reason, note)
@@ -114,6 +123,8 @@ def _fits(cell: AttackCell, workshop: Workshop, note: Note) -> bool:
 
 def _unserved(cell: AttackCell, workshop: Workshop, data: Data) -> str | None:
     """Say why a cell's server cannot work on its clients, or None."""
+    if cell.setting.rounds > 1 and cell.built_server.surface is not Power.HONEST:
+        return "rounds: a server that changes its model asks as often as it needs; leave rounds out"
     module = workshop.untrained(cell.model, data.shape, data.classes)
     prepared = cell.built_defense.prepare_model(module)
     structure.mark(prepared, data.shape)

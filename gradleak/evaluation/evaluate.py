@@ -6,24 +6,33 @@ Only this module and `client` may hold a victim's images; the attack gets an `Ob
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from torch import Tensor
 
 from .. import seeds
+from ..attack import Attack, Reconstruction
 from ..board.store import CellResult
+from ..dataset import Data
 from ..federation import utility
-from ..federation.serving import Serving
+from ..federation.serving import Round, Serving
 from ..mechanisms import batch_statistics
 from ..process import full_precision
+from ..search.generators import Generator
 from ..seeds import Generators
 from ..suite import UTILITY, AttackCell, Cell, TrainingCell
-from .answer import guarded
+from ..threat import Observation
+from .answer import Answer, Asker, ask, guarded
+from .apart import Apart
 from .faults import MachineFault, machine_fault
 from .identity import identity, provenance
-from .inspection import inspection
+from .inspection import Inspection, inspection
 from .observe import observe
-from .rounds import attacked, served, told_of
+from .rounds import Attacked, attacked, served, told_of
 from .workshop import Progress, Workshop, device_name, versions
 
 Phase = Callable[[str], None]
@@ -31,9 +40,15 @@ Phase = Callable[[str], None]
 
 
 def evaluate(
-    cell: Cell, workshop: Workshop, progress: Progress | None = None, phase: Phase | None = None
+    cell: Cell,
+    workshop: Workshop,
+    progress: Progress | None = None,
+    phase: Phase | None = None,
+    apart: Apart | None = None,
 ) -> CellResult:
     """Run one cell and return all that is kept of it.
+
+    With `apart` its attack runs in a process where no victim is; else in this one.
 
     An attack that raises makes a failed cell that carries the error; running out of memory or time marks the
     victims concerned.
@@ -51,7 +66,9 @@ def evaluate(
                 result = _train(cell, workshop, progress)
             else:
                 assert isinstance(cell, AttackCell)
-                result = _attack(cell, workshop, progress, phase or _unheard)
+                result = _attack(cell, workshop, progress, phase or _unheard, apart)
+    except MachineFault:
+        raise
     except (Exception, SystemExit) as error:  # A plugin that exits ends its cell, and no more.
         if isinstance(error, Exception) and (fault := machine_fault(error)):
             raise MachineFault(fault) from error
@@ -75,7 +92,43 @@ def _unheard(name: str) -> None:
     pass
 
 
-def _attack(cell: AttackCell, workshop: Workshop, progress: Progress | None, phase: Phase) -> CellResult:
+@dataclass(frozen=True)
+class Stage:
+    """All that a cell's attack plays on: rounds of clients who sent messages, and the truth."""
+
+    cell: AttackCell
+    data: Data
+    serving: Serving
+    looks: Inspection | None
+    """How clients look at models, if they do."""
+    rounds: list[Round]
+    images: Tensor
+    """The truth, [N, B, C, H, W]; of sums, with the other clients' images after the victim's."""
+    labels: Tensor
+    """[N, B]."""
+    accuracy: float
+    """That the agreed model was trained to."""
+    generator: Generator | None
+
+    def observation(self, each: Round, progress: Progress | None = None) -> Observation:
+        """Return what the attacker sees of a round."""
+        setting, device = self.cell.setting, self.serving.device
+        # Taken from the module: a network in train mode has forgotten them.
+        running = batch_statistics.running(self.serving.module)
+        known = {name: tensor.to(device, setting.dtype) for name, tensor in running.items()}
+        labels = self.labels[list(each.victims)]
+        return observe(self.cell, self.data, each.network, each.sent, known, labels, self.generator, progress)
+
+    def facts(self, answer: Reconstruction | None) -> dict[str, Any]:
+        """Return what is kept of a cell beside its rows."""
+        queries = max(len(each.queries) or 1 for each in self.rounds)
+        facts = provenance(self.cell, [each.sent for each in self.rounds], self.accuracy, answer, queries)
+        module, looks = self.serving.module, self.looks
+        return {**facts, **served(self.cell, self.data, module, self.serving, self.rounds, looks)}
+
+
+def stage(cell: AttackCell, workshop: Workshop) -> Stage:
+    """Let the clients of a cell answer its server."""
     defense, setting, device = cell.built_defense, cell.setting, workshop.resources.device
     data = workshop.data(cell.dataset)
     module, accuracy = workshop.network(cell)
@@ -90,6 +143,7 @@ def _attack(cell: AttackCell, workshop: Workshop, progress: Progress | None, pha
         auxiliary=data.split.train,
         classes=data.classes,
         identity=cell.draws.messages,
+        private=cell.draws.clients,
         seed=cell.draws.server,
         device=device,
         suspicious=None if looks is None else looks.suspicious,
@@ -98,29 +152,53 @@ def _attack(cell: AttackCell, workshop: Workshop, progress: Progress | None, pha
         rounds = serving.rounds(images, labels)
     images, labels = (tensor.unflatten(0, (-1, defense.cohort)).flatten(1, 2) for tensor in (images, labels))
     generator = None if cell.prior is None else workshop.generator(cell.prior, data).to(device, setting.dtype)
-    # Taken from the module: a network in train mode has forgotten them.
-    running = {name: tensor.to(device, setting.dtype) for name, tensor in batch_statistics.running(module).items()}
+    return Stage(cell, data, serving, looks, rounds, images, labels, accuracy, generator)
+
+
+def _attack(
+    cell: AttackCell, workshop: Workshop, progress: Progress | None, phase: Phase, apart: Apart | None
+) -> CellResult:
+    found = stage(cell, workshop)
+    data, images, labels = found.data, found.images, found.labels
     # Numbers that say nothing of whose they are.
     names = [seeds.derive(*cell.draws.attack, index) for index in range(len(images))]
-    streams = Generators(names, device, setting.dtype, seeds.derive(*cell.draws.attack))
+    streams = Generators(names, workshop.resources.device, cell.setting.dtype, seeds.derive(*cell.draws.attack))
     phase("attack")
-    asked = []
-    for each in rounds:
+    asked, asker = [], _asker(cell, apart)
+    for each in found.rounds:
         rows = list(each.victims)
-        observation = observe(cell, data, each.network, each.sent, running, labels[rows], generator, progress)
-        asked.append(attacked(cell, each, observation, streams.select(rows), data, images[rows]))
+        observation = found.observation(each, progress)
+        asked.append(attacked(cell, each, observation, streams.select(rows), data, images[rows], asker))
     phase("scores")
     told = [told_of(cell, data, each, images, labels, workshop) for each in asked]
-    facts = provenance(cell, [each.sent for each in rounds], accuracy, asked[0].given.reconstruction)
     return CellResult(
         key=cell.key,
         config=cell.stored(),
         error=next((each.given.error for each in asked if each.given.error), ""),
-        provenance={**facts, **served(cell, data, module, serving, rounds, looks)},
+        provenance={**found.facts(asked[0].given.reconstruction), **_width(asked)},
         rows=[row for each in told for row in each.rows],
         reconstructions={victim: image for each in told for victim, image in each.reconstructions.items()},
         traces={victim: trace for each in told for victim, trace in each.traces.items()},
     )
+
+
+def _asker(cell: AttackCell, apart: Apart | None) -> Asker:
+    """Return what asks the attack of a cell."""
+    if apart is None:
+        return ask
+    part = cell.attack
+
+    def asked(label: str, attack: Attack, observation: Observation, streams: Generators) -> Answer:
+        respond = partial(apart, part.name, part.options, label, observation, streams)
+        return ask(label, attack, observation, streams, respond)
+
+    return asked
+
+
+def _width(asked: Sequence[Attacked]) -> dict[str, int]:
+    """Return the least width that memory held, if it was not the one that was asked for."""
+    widths = [each.given.width for each in asked if each.given.width is not None]
+    return {"width": min(widths)} if widths else {}
 
 
 def _train(cell: TrainingCell, workshop: Workshop, progress: Progress | None) -> CellResult:

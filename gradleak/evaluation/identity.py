@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from ..chain import Chain
 from ..defense import Defense
 from ..federation import client
 from ..reconstruction import threat_model
+from ..repeated import Repeated
 from ..suite import AttackCell
 from ..threat import Level
 
@@ -24,7 +25,8 @@ def identity(cell: AttackCell) -> dict[str, Any]:
     against it, or matches through what the defense publishes (which takes the round's randomness, if it has any).
     """
     attack, defense, level = cell.built_attack, cell.built_defense, cell.knowledge
-    parts = defense.defenses if isinstance(defense, Chain) else (defense,)
+    once = defense.defense if isinstance(defense, Repeated) else defense
+    parts = once.defenses if isinstance(once, Chain) else (once,)
     blind = level is Level.PARAMETERS and any(type(part).public is not Defense.public for part in parts)
     answers = attack.family == "learned" or cell.attack.name in defense.counter_attacks
     adapts = answers or (defense.is_adaptive_target and not blind)
@@ -37,10 +39,14 @@ def identity(cell: AttackCell) -> dict[str, Any]:
 
 
 def provenance(
-    cell: AttackCell, rounds: Sequence[client.Sent], accuracy: float, answer: Reconstruction | None
+    cell: AttackCell, rounds: Sequence[client.Sent], accuracy: float, answer: Reconstruction | None, queries: int = 1
 ) -> dict[str, Any]:
-    """What a finished cell was computed with: code, versions, machine, times."""
-    guarantee = cell.built_defense.guarantee(cell.setting)
+    """What a finished cell was computed with: code, versions, machine, times.
+
+    The guarantee is of all that was seen of a client which the server asked up to `queries` times.
+    """
+    asked = replace(cell.setting, rounds=cell.setting.rounds * queries)
+    guarantee = cell.built_defense.guarantee(asked)
     return {
         **identity(cell),
         "stochastic": any(sent.drew for sent in rounds),

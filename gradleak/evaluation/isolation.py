@@ -15,11 +15,18 @@ from ..seeds import Generators
 from ..server import Server
 from ..threat import Observation
 from ..update import Update, one_hot
-from .answer import Answer, ask
+from .answer import Answer, Asker, ask
 
 
 def ask_isolated(
-    name: str, attack: Attack, server: Server, round_: Round, seen: Observation, streams: Generators, public: Images
+    name: str,
+    attack: Attack,
+    server: Server,
+    round_: Round,
+    seen: Observation,
+    streams: Generators,
+    public: Images,
+    asker: Asker = ask,
 ) -> tuple[Answer, Observation | None]:
     """Let an attack answer what a server isolated; the other images of the batch are answered by the public mean.
 
@@ -30,7 +37,7 @@ def ask_isolated(
     blank = mean.expand(seen.victims, seen.batch_size, *seen.shape).clone()
     if shown is None:
         return Answer(Reconstruction(images=blank), ["ok"] * seen.victims, 0.0), None
-    given = ask(name, attack, shown, streams)
+    given = asker(name, attack, shown, streams)
     found = given.reconstruction
     if found is None:
         return given, shown
@@ -61,7 +68,8 @@ def residue(shown: Observation, images: Tensor) -> tuple[float, int]:
     targets = one_hot(shown.labels[0, :1], shown.classes, images.dtype)
 
     def gradient(image: Tensor) -> Update:
-        return grad(lambda at: shown.network.loss(image[None], targets, at))(shown.network.parameters)
+        found: Update = grad(lambda at: shown.network.loss(image[None], targets, at))(shown.network.parameters)
+        return found
 
     gradients = vmap(gradient)(images)
     away = torch.stack([(rows - shown.update[name]).square().flatten(1).sum(1) for name, rows in gradients.items()])

@@ -32,8 +32,8 @@ def marks(
     told = observation.private is not None
     buffers = {name: tensor for name, tensor in sent.buffers.items() if told or name in answer.guessed}
     guesses = {"loss_at_truth": sent.images}
-    if sent.images.shape[2:] == mean.shape:
-        guesses["loss_at_mean"] = mean.to(sent.images).expand_as(sent.images).contiguous()
+    if (means := mean_of(mean, sent)) is not None:
+        guesses["loss_at_mean"] = means
     try:
         return {name: attack.loss(observation, images, sent.targets, buffers) for name, images in guesses.items()}, {}
     except Exception as error:
@@ -41,6 +41,11 @@ def marks(
         note = f"no loss at the truth: {workshop.described(error)}"
         log.warning("%s: %s", cell.attack.label, note)
         return {}, {"note": note}
+
+
+def mean_of(mean: Tensor, sent: Sent) -> Tensor | None:
+    """Return the mean public image [C, H, W] in every place of the clients' images; None for those of another shape."""
+    return mean.to(sent.images).expand_as(sent.images).contiguous() if sent.images.shape[2:] == mean.shape else None
 
 
 def contrast(cell: AttackCell, observation: Observation, sent: Sent, mean: Tensor) -> Tensor | None:
@@ -59,6 +64,8 @@ def contrast(cell: AttackCell, observation: Observation, sent: Sent, mean: Tenso
         pairs = [
             (update[name].flatten(), sent.update[name][victim].flatten()) for name in update if name in sent.update
         ]
+        if not pairs:  # What each example sent is not in the space of the parameters.
+            return None
         ours, theirs = (torch.cat(part).double() for part in zip(*pairs, strict=True))
         found.append(1 - ours @ theirs / (ours.norm() * theirs.norm()).clamp(min=1e-300))
     return torch.stack(found).detach()

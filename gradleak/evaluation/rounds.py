@@ -18,7 +18,7 @@ from ..seeds import Generators
 from ..suite import AttackCell
 from ..threat import Observation, Power
 from ..update import Network
-from .answer import Answer, ask
+from .answer import Answer, Asker, ask
 from .inspection import Inspection
 from .isolation import ask_isolated, residue
 from .observe import isolated
@@ -47,13 +47,20 @@ class Told:
 
 
 def attacked(
-    cell: AttackCell, round_: Round, observation: Observation, streams: Generators, data: Data, images: Tensor
+    cell: AttackCell,
+    round_: Round,
+    observation: Observation,
+    streams: Generators,
+    data: Data,
+    images: Tensor,
+    asker: Asker = ask,
 ) -> Attacked:
     """Let the attack of a cell answer a round; the true images [N, B, C, H, W] judge what was isolated."""
     label, attack = cell.attack.label, cell.built_attack
     if not isolated(cell):
-        return Attacked(round_, observation, ask(label, attack, observation, streams))
-    given, shown = ask_isolated(label, attack, cell.built_server, round_, observation, streams, data.split.train)
+        return Attacked(round_, observation, asker(label, attack, observation, streams))
+    public = data.split.train
+    given, shown = ask_isolated(label, attack, cell.built_server, round_, observation, streams, public, asker)
     if shown is not None and shown.batch_size == 1 and given.reconstruction is not None:
         share, nearest = residue(shown, images[0])
         found = {"residue": torch.tensor([share]), "isolated": torch.tensor([nearest])}

@@ -15,11 +15,13 @@ from types import FrameType
 from rich.console import Console
 
 from .. import registry, suite
+from .. import secret as secrets
 from ..board import left_out
 from ..board.claims import Claims
 from ..board.store import CellResult, Store, is_blank, victim_list
 from ..errors import GradleakError
 from ..plugins import blamed, near_misses
+from ..secret import Secret
 from ..suite import AttackCell, Cell, LeftOut
 from . import check, renewal
 from .display import Display
@@ -40,6 +42,8 @@ class Plan:
     """What of the grid is not run, and why."""
     anew: list[str] = field(default_factory=list)
     """Why cells that the store has of other code are computed anew, a line for each reason."""
+    secret: Secret | None = None
+    """What private randomness is drawn from: the store's, or the one that a new store gets."""
 
     def waiting(self, retry_failed: bool = False) -> list[Cell]:
         """Return the cells to run."""
@@ -66,29 +70,36 @@ class Summary:
     """Why cells could not be computed by this run, by their titles; nothing is wrong with them."""
 
 
-def plan(path: Path, store: Path, resources: Resources, plugins: Sequence[Path] = ()) -> Plan:
+def plan(
+    path: Path, store: Path, resources: Resources, plugins: Sequence[Path] = (), secret: Secret | None = None
+) -> Plan:
     """Read and check a suite and a store; nothing is written.
 
     Raises:
-        GradleakError: the suite, a plugin file or the store is not as it should be, or a cell cannot run.
+        GradleakError: the suite, a plugin file or the store is not as it should be, a cell cannot run, or the store
+            has another secret than is asked for.
     """
-    return _plan(path, store, Workshop(resources), plugins)
+    return _plan(path, store, Workshop(resources), plugins, secret)
 
 
-def _plan(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path]) -> Plan:
+def _plan(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path], wanted: Secret | None) -> Plan:
     for plugin in plugins:
         for group, name in registry.add_file(plugin):
             for line in near_misses(registry.load(group, name)):
                 log.warning("--plugin %s: %s", plugin, line)
     chosen = suite.read(path)
     statuses: dict[str, str] = {}
+    secret = wanted or secrets.draw()
     if not is_blank(store):
         with Store(store) as found:
             statuses = found.statuses()
+            secret = found.secret or secret
+    if wanted is not None and wanted != secret:
+        raise GradleakError(f"store {store}: has the secret {secret.digest}, not {wanted.digest}; use a new store")
     unrun: list[LeftOut] = []
     try:
         with blamed():
-            cells = suite.expand(chosen, workshop.digest, workshop.resources.data_root, unrun.append)
+            cells = suite.expand(chosen, workshop.digest, workshop.resources.data_root, unrun.append, secret)
             # Cells that were computed were checked before that, and a large suite takes its time.
             waiting = [cell for cell in cells if cell.key not in statuses]
             new = {cell.key for cell in check.check(waiting, workshop, unrun.append)}
@@ -99,7 +110,7 @@ def _plan(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path]) 
     if statuses and new:
         with Store(store) as found:
             anew = renewal.reasons(found, [cell for cell in cells if cell.key in new])
-    return Plan(cells, {key: status for key, status in statuses.items() if key in keys}, unrun, anew)
+    return Plan(cells, {key: status for key, status in statuses.items() if key in keys}, unrun, anew, secret)
 
 
 def run(
@@ -110,6 +121,7 @@ def run(
     plugins: Sequence[Path] = (),
     retry_failed: bool = False,
     console: Console | None = None,
+    secret: Secret | None = None,
 ) -> Summary:
     """Run the cells of a suite that the store lacks; the store is made if it is not there.
 
@@ -124,13 +136,20 @@ def run(
         plugins: plugin files that the suite may name.
         retry_failed: run failed cells again.
         console: where progress is shown; standard error by default.
+        secret: what private randomness is drawn from; by default the store's, and of a new store a new one. With the
+            secret of another store the same suite gives its table again.
 
     Raises:
         GradleakError: as `plan`, or the store cannot be written.
     """
     started = time.monotonic()
     workshop = Workshop(resources)
-    found = _plan(path, store, workshop, plugins)
+    found = _plan(path, store, workshop, plugins, secret)
+    if found.cells and found.secret is not None:
+        with Store(store, create=True) as target:
+            kept = target.keep_secret(found.secret)
+        if kept != found.secret:  # Another run has made the store meanwhile.
+            found = _plan(path, store, workshop, plugins, secret)
     waiting = found.waiting(retry_failed)
     for line in found.anew:
         log.warning("%s", line)

@@ -48,9 +48,10 @@ def rows_of(
 
     Where a server isolated one image, the attack's loss is of that image alone, which has no counterpart at the truth.
     """
-    norms = _norms(sent.message)
+    norms = norms_of(sent.message)
     shared = [
         {"status": state, "seconds": given.seconds, "message_norm": norm}
+        | ({} if given.width is None else {"width": given.width})
         for state, norm in zip(given.status, norms, strict=True)
     ]
     answer = given.reconstruction
@@ -125,7 +126,8 @@ def _guessed(answer: Reconstruction, sent: client.Sent, network: Network, matche
     return {"mask_accuracy": (torch.cat(hits, dim=1) & live).sum(1) / live.sum(1)}
 
 
-def _norms(message: dict[str, Tensor]) -> list[float]:
+def norms_of(message: dict[str, Tensor]) -> list[float]:
+    """Return the Euclidean norm of each of N stacked messages."""
     squares = torch.stack([tensor.flatten(1).double().square().sum(1) for tensor in message.values()])
     norms: list[float] = squares.sum(0).sqrt().tolist()
     return norms

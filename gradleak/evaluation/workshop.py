@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import platform
 import traceback
@@ -22,13 +23,14 @@ from .. import __version__, registry, structure
 from ..dataset import Data
 from ..defense import Defense
 from ..errors import GradleakError
-from ..federation import client
+from ..federation import client, utility
 from ..model import Model, initialise, try_out
 from ..paths import conceal, printable
 from ..plugins import place_of, said
 from ..process import default_cache
+from ..repeated import Repeated
 from ..search.generators import Generator, load_generator
-from ..suite import AttackCell, Cell, GivenPrior, LearnedPrior, Part
+from ..suite import AttackCell, Cell, GivenPrior, LearnedPrior, Part, build_defense
 from ..threat import Knowledge, Power, Setting, Tampering
 from ..training import networks, priors
 from ..update import Network
@@ -72,6 +74,7 @@ class Workshop:
         self.resources = resources or Resources()
         self._data = _Kept[Part, Data](8)
         self._untrained = _Kept[tuple[Part, Shape, int], nn.Module](64)
+        self._defended = _Kept[tuple[Part, Part, Part, int, str, int], tuple[nn.Module, float]](16)
         self._clients = _Kept[tuple[Part, Part | None, Setting, Part, Shape, int], Network](32)
         self._inspections = _Kept[tuple[Part, Part, Part, Setting, int], Any](32)
         self._networks = _Kept[tuple[Part, Part, Part | None, int, int], tuple[nn.Module, float]](24)
@@ -84,10 +87,7 @@ class Workshop:
 
     def described(self, error: BaseException) -> str:
         """Say what was raised and where, without the folders of this machine: stores are published."""
-        text = printable(said(error))
-        if not isinstance(error, GradleakError) and not place_of(error):
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{text} ({Path(last.filename).name}:{last.lineno})"
+        text = described(error)
         folders = {"<cache>": self.resources.cache or default_cache(), "<data root>": self.resources.data_root}
         return conceal(text, folders)
 
@@ -161,7 +161,24 @@ class Workshop:
             code = cell.model.code + ("" if changed is None else changed.code)
             return networks.prepare(plugin, cell.model.name, data, epochs, seed, cache, device, code=code)
 
-        return self._networks.get((cell.model, cell.dataset, changed, epochs, seed), make)
+        network = self._networks.get((cell.model, cell.dataset, changed, epochs, seed), make)
+        if isinstance(cell, AttackCell) and cell.before is not None:
+            return self._under_defense(cell, network[0])
+        return network
+
+    def _under_defense(self, cell: AttackCell, module: nn.Module) -> tuple[nn.Module, float]:
+        """Return the model of an attacked round that comes after others under the same defense, and its accuracy."""
+        before = cell.before
+        assert before is not None
+        recipe, seed, text = before.recipe, cell.seed, before.recipe.model_dump_json()
+
+        def make() -> tuple[nn.Module, float]:
+            defense = build_defense(cell.defense.name, cell.defense.options)
+            mark = json.dumps(cell.defense.stored(), sort_keys=True)
+            data, cache, device = self.data(cell.dataset), self.resources.cache, self.resources.device
+            return utility.prepare(module, data, defense, recipe, seed, mark, cache, device)
+
+        return self._defended.get((cell.model, cell.dataset, cell.defense, cell.setting.epochs, text, seed), make)
 
     def generator(self, prior: Prior, data: Data) -> Generator:
         """Return a copy of a granted generator; its labels mean something only if it learned the same classes."""
@@ -194,6 +211,15 @@ class Workshop:
         return priors.train_prior(self.data(prior.dataset), recipe, self.resources.cache, self.resources.device)
 
 
+def described(error: BaseException) -> str:
+    """Say what was raised and where, in one line."""
+    text = printable(said(error))
+    if not isinstance(error, GradleakError) and not place_of(error):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{text} ({Path(last.filename).name}:{last.lineno})"
+    return text
+
+
 class _Kept(Generic[_K, _V]):
     """The last things made, each under what it was made of."""
 
@@ -214,6 +240,7 @@ class _Kept(Generic[_K, _V]):
 
 def _prepares(defense: Defense) -> bool:
     """Whether a defense changes the model."""
+    defense = defense.defense if isinstance(defense, Repeated) else defense
     return type(defense).prepare_model is not Defense.prepare_model
 
 

@@ -52,7 +52,9 @@ class Serving:
     auxiliary: Images | None
     classes: int
     identity: tuple[object, ...]
-    """What the messages' random numbers depend on."""
+    """What the round's public random numbers depend on."""
+    private: tuple[object, ...]
+    """What each client's private ones depend on; the server does not know it."""
     seed: tuple[object, ...]
     """What the tampered model's depend on."""
     device: str = "cpu"
@@ -114,7 +116,7 @@ class Serving:
         """Return what the clients send, aggregated, and which victims refuse."""
         again = () if query == 0 else ("query", query)
         clients = self.defense.cohort
-        own = client.seeds_for(list(victims), *self.identity, *again, clients=clients)
+        own = client.seeds_for(list(victims), *self.private, *again, clients=clients)
         round_seed = seeds.derive("round", *self.identity, *again)
         parts = [
             client.send(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +16,8 @@ from .. import seeds
 from ..dataset import Data, Images
 from ..defense import Defense, Guarantee, Memory
 from ..errors import GradleakError
-from ..suite import HELD_OUT, Utility
+from ..process import default_cache
+from ..suite import CORE, HELD_OUT, Utility
 from ..threat import Setting
 from ..training import networks
 from ..update import Network, Update, copied, one_hot
@@ -106,6 +110,47 @@ def train(
         guarantee=defense.run_guarantee(setting, 1.0, participations),
         parameters=best.network.parameters,
     )
+
+
+def prepare(
+    module: nn.Module,
+    data: Data,
+    defense: Defense,
+    recipe: Utility,
+    seed: int,
+    mark: str,
+    cache: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[nn.Module, float]:
+    """Return a model as it is after rounds of training under a defense, on the CPU in eval mode, and its accuracy.
+
+    It is kept in `cache` and read from there the next time.
+
+    Args:
+        module: the initial model, already changed by the defense; left as it is.
+        data: the dataset.
+        defense: the defense of all clients, as in the first round.
+        recipe: clients, rounds, rates and batches.
+        seed: decides everything that is random.
+        mark: what the defense is, with its options and code.
+        cache: folder of the checkpoints; by default that of trained networks.
+        device: where to train.
+
+    Raises:
+        GradleakError: see `check`; the checkpoint cannot be written, or is damaged.
+    """
+    changed = copied(module)
+
+    def trained() -> float:
+        found = train(changed, data, defense, recipe, seed, device)
+        changed.load_state_dict(found.parameters, strict=False)
+        return found.accuracy
+
+    facts = (mark, recipe.model_dump_json(exclude={"seeds"}), data.name, data.digest, seed, Utility.VERSION, CORE)
+    named = (*facts, repr(module), networks.digest_of(module), torch.device(device).type, torch.__version__)
+    key = hashlib.sha256(json.dumps(named).encode()).hexdigest()
+    accuracy = networks.kept(changed, (cache or default_cache()) / f"under-defense-{key}.safetensors", trained)
+    return changed, accuracy
 
 
 def check(data: Data, defense: Defense, recipe: Utility) -> None:

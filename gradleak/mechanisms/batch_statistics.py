@@ -63,11 +63,12 @@ def of_batch(network: Network, images: Tensor, buffers: dict[str, Tensor] | None
 def distance(guess: Statistics, known: Statistics) -> Tensor:
     """Sum over layers of the distances of mean and variance, relative to the sum of their norms, a scalar.
 
-    Yin et al., CVPR 2021, arXiv:2104.07586, without the relation: 0 for equal ones, 1 for a guess of zeros.
+    Yin et al., CVPR 2021, arXiv:2104.07586, there without the division: 0 for equal ones, 1 for a guess of zeros.
     """
     gaps = torch.stack([_norm(guess[name] - tensor) for name, tensor in known.items()]).sum()
     return gaps / torch.stack([_norm(tensor) for tensor in known.values()]).sum()
 
 
 def _norm(vector: Tensor) -> Tensor:
+    # The root has a slope at zero, too.
     return (vector.square().sum() + 1e-12).sqrt()

@@ -80,6 +80,20 @@ class Line:
         return {**found, self.weight: weight, self.bias: bias}
 
 
+_NOTED = "fished"
+
+
+def note(module: nn.Module, what: object) -> nn.Module:
+    """Keep on a model what its server asks with it, and return the model."""
+    vars(module)[_NOTED] = what
+    return module
+
+
+def noted(module: nn.Module) -> object:
+    """Return what was kept."""
+    return vars(module)[_NOTED]
+
+
 def as_if_alone(observation: Observation, module: nn.Module, update: Update, label: int, count: int) -> Observation:
     """Return an observation of one victim whose batch are `count` images of one label, sent from a model's update."""
     like = next(iter(observation.network.parameters.values()))

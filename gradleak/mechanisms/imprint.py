@@ -48,7 +48,8 @@ class Imprint(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Add what the rows say to inputs [B, ...]."""
-        return inputs + self.back(active(self.rows(inputs.flatten(1)), self.sparse)).view_as(inputs)
+        added: Tensor = self.back(active(self.rows(inputs.flatten(1)), self.sparse))
+        return inputs + added.view_as(inputs)
 
 
 class Apart(nn.Module):
@@ -79,10 +80,10 @@ class Apart(nn.Module):
         own = torch.cat([reading.view(shape), torch.zeros_like(reading).view(shape)[:1]]).flatten().repeat(clients)
         with torch.no_grad():
             self.copy.weight.zero_()
-            self.copy.bias.zero_()  # type: ignore[union-attr]
+            self.copy.bias.zero_()
             for channel in range(channels):
                 self.copy.weight[wide * client + channel, channel, 1, 1] = scale
-            self.copy.bias[wide * client + channels] = scale  # type: ignore[index]
+            self.copy.bias[wide * client + channels] = scale
             self.rows.weight.copy_(own / (scale * widths(edges)[:, None]))
             self.rows.bias.copy_(-edges / widths(edges))
             self.back.weight.copy_(back[:, None].expand(-1, len(edges)))
@@ -91,7 +92,8 @@ class Apart(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Add what the rows say to images [B, C, H, W]."""
-        return images + self.back(active(self.rows(self.copy(images).flatten(1)), True)).view_as(images)
+        added: Tensor = self.back(active(self.rows(self.copy(images).flatten(1)), True))
+        return images + added.view_as(images)
 
     def own(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Of the rows' gradient [..., K, P] this client's images [..., K, C * H * W] and what they are weighted by."""
@@ -128,7 +130,8 @@ def direction(reading: Reading, inputs: int, generator: torch.Generator, mode: i
     else:
         row = torch.randn(inputs, generator=generator, dtype=torch.float64)
         row = row - row.mean()
-    return row / row.norm()
+    unit: Tensor = row / row.norm()
+    return unit
 
 
 def edges_of(readings: Tensor, bins: int, law: Literal["normal", "laplace", "empirical"]) -> Tensor:

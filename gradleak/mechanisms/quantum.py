@@ -172,8 +172,8 @@ def unpool(features: Tensor, shape: tuple[int, int, int]) -> Tensor:
 class AngleEncoded(nn.Module, ABC):
     """A model that sees images only as angles: multiples of features, taken modulo a full turn.
 
-    The high frequencies exist only for who searches over images. Who treats every angle as an unknown of its own
-    faces frequency one, and finds the feature afterwards by `unwrap`.
+    High frequencies are met only by a search over images. An attacker who takes every angle for an unknown of its own
+    meets frequency one, and finds the feature afterwards by `unwrap`.
     """
 
     multipliers: Tensor

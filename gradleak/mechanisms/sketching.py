@@ -1,7 +1,7 @@
 """Random linear sketches R: R^d -> R^s with E[R^T R] = I that never form R, and their adjoints.
 
 Every operator acts on the last dimension, is its own double derivative (it is linear) and stacks under vmap;
-derivatives keep the seed or the hashes only, so memory stays O(d). All draws are public: they go by tensors.
+derivatives keep the seed or the hashes only, so memory stays O(d). All draws are public and travel as tensors.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ _LARGEST = 1024
 _SWEEPS = 6
 """How often pixels are chosen."""
 _RARE = 25.0
-"""Most that a pixel's distance from its class may cost, as its square over the variance."""
+"""Most that a pixel's distance from its class may cost, as its square over the variance: five deviations, so that one
+pixel that no public image has does not outweigh all others."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Mixture:
         weights = soft.double()[:, labels] / same.sum(0)
         noise = _SPLIT if bool((same.sum(0) > 1).any()) else _EXACT
         if public is None:
+            # Grey, give or take half the range: a precision of 4.
             half = weights.new_full((len(labels), pixels), 0.5)
             return cls(weights, half, 8 * half[..., None], noise, None)
         images = public.images.to(weights).flatten(1)

@@ -78,8 +78,8 @@ def whiten(rows: Tensor, damping: float) -> Tensor:
 def restore(whitened: Tensor, damping: float) -> Tensor:
     """Inputs X [..., b, n] of whitened ones, b <= n; exact where no singular value of X is below sqrt(b damping).
 
-    A singular value s becomes t = s / (s^2 / b + damping). Two s explain one t, their product is b damping, and the
-    larger one is taken.
+    A singular value s becomes t = s / (s^2 / b + damping): t s^2 / b - s + t damping = 0. Two s solve that, their
+    product is b damping, and the larger one is taken.
     """
     left, values, right = torch.linalg.svd(whitened, full_matrices=False)
     count = whitened.shape[-2]

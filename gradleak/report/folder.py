@@ -15,6 +15,7 @@ from .. import __version__
 from ..board import leaderboard
 from ..board.flags import flag_board
 from ..board.leaderboard import Board
+from ..board.malicious import one_kind, server_boards
 from ..board.results import Results
 from ..board.store import Store
 from ..errors import GradleakError
@@ -50,15 +51,16 @@ def write(
     before = _files_before(out)
     boards = all_boards(results, reported)
     contexts: list[Board] = []
-    if 1 < len(results.contexts) <= page.MOST_CONTEXTS:
-        contexts = leaderboard.context_boards(results)
+    honest = one_kind(results)
+    if 1 < len(honest.contexts) <= page.MOST_CONTEXTS:
+        contexts = leaderboard.context_boards(honest)
     pictures = Pictures(results, stores)
     try:
         out.mkdir(parents=True, exist_ok=True)
         # First the marker, so that an interrupted report can be written again.
         _mark(out, before)
         written = [out / MARKER, *_write_tables(boards, contexts, stores, out)]
-        written += figures.write(results, boards, pictures, out / FIGURES)
+        written += figures.write(honest, boards, pictures, out / FIGURES)
         beside = [path.relative_to(out).as_posix() for path in written[1:]]
         made = page.write(results, boards, pictures, contexts, beside, about)
         written.append(_write_text(out / PAGE, printable(made, keep="\n\t")))
@@ -99,14 +101,16 @@ def _write_text(path: Path, text: str) -> Path:
 
 def all_boards(results: Results, reported: Sequence[Reported] = ()) -> dict[str, Board]:
     """Return the boards of a report by name."""
-    defenses, attacks = leaderboard.landing_board(results), leaderboard.attack_board(results)
+    honest = one_kind(results)
+    defenses, attacks = leaderboard.landing_board(honest), leaderboard.attack_board(honest)
     boards = {
         "defenses": defenses,
         "attacks": attacks,
         "pareto": leaderboard.pareto_board(defenses),
         "compute": leaderboard.compute_board(attacks),
-        "flags": flag_board(results),
+        "flags": flag_board(honest),
     }
+    boards |= {board.name: board for board in server_boards(results)}
     return {**boards, "reproduction": reproduction_board(results, reported)} if reported else boards
 
 

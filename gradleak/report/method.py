@@ -18,6 +18,8 @@ METHOD: tuple[str, ...] = (
     "has no rank, nor has one whose strong attacks (those that set a worst case or lead by "
     f"{CLEAR:g} dB somewhere) failed in more than {100 * LOST:.0f} % of their trials.",
     *(f"Doubt {name}: {text}." for name, text in DOUBTS.items()),
+    "A victim's bits are equal at equal width of the optimisation batch, whatever its neighbours. The width is part of "
+    "a cell; where memory halved it, which rounds otherwise, its rows say at which width they were computed.",
     "Intervals of a worst case allow for the luck of the best of several attacks, and for the share of victims with "
     "another outcome that so few victims can hide: 17 % of 16. Shares have Wilson's interval over effective trials.",
 )

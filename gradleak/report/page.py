@@ -24,6 +24,7 @@ from PIL import Image
 
 from .. import __version__
 from ..board.leaderboard import Board
+from ..board.malicious import one_kind
 from ..board.results import CONTEXT, HEADLINE, KNOWLEDGE, Results
 from ..pictures import Picture
 from ..scales import CAP, METRICS, THRESHOLDS
@@ -62,7 +63,8 @@ def write(
 
     Args:
         results: what to show.
-        boards: `defenses`, `attacks`, `pareto`, `compute` and `flags` of these results, perhaps `reproduction`.
+        boards: `defenses`, `attacks`, `pareto`, `compute` and `flags` of these results, perhaps `malicious`,
+            `detection` and `reproduction`.
         pictures: where images and curves come from.
         contexts: a defense board for each context, or none.
         beside: names of files that lie beside the page.
@@ -79,7 +81,7 @@ def write(
         about=about,
         settings=settings.items(),
         papers=_papers(results),
-        sections=_sections("reproduction" in boards),
+        sections=_sections(boards),
         defenses=[_with_settings(_board(board), settings) for board in (boards["defenses"], *contexts)],
         omitted=_omitted(results, contexts),
         attacks=_board(boards["attacks"]),
@@ -87,6 +89,8 @@ def write(
         compute=_board(boards["compute"]),
         flags=_board(_fewer(boards["flags"])),
         reproduction=_board(boards["reproduction"]) if "reproduction" in boards else None,
+        malicious=_board(boards["malicious"]) if "malicious" in boards else None,
+        detection=_board(boards["detection"]) if "detection" in boards else None,
         filters=_FIELDS,
         quantiles=", ".join(f"{100 * share:.0f} %" for share in QUANTILES),
         thumbnails=f"Pictures above {SIDE} pixels are made smaller"
@@ -114,18 +118,22 @@ def _payload(
         "exact": CAP,
         "levels": levels,
         "cells": cells,
-        "entries": _entries(results, levels),
+        # The heat map is a mean over contexts, and none of those is over both kinds of servers.
+        "entries": _entries(one_kind(results), levels),
         "pareto": _points(boards["pareto"].table, ("test_accuracy", "bytes")),
         "compute": _points(boards["compute"].table, ("gradient_evaluations",)),
     }
 
 
-def _sections(compares: bool) -> list[tuple[str, str]]:
+def _sections(boards: Mapping[str, Board]) -> list[tuple[str, str]]:
     """Return anchors and names of the page's parts."""
-    sections = {"defenses": "Defenses", "attacks": "Attacks", "heat": "Heat map", "gallery": "Reconstructions"}
+    sections = {"defenses": "Defenses", "attacks": "Attacks"}
+    served = {"malicious": "Malicious servers", "detection": "Detection"}
+    sections |= {anchor: name for anchor, name in served.items() if anchor in boards}
+    sections |= {"heat": "Heat map", "gallery": "Reconstructions"}
     sections |= {"convergence": "Convergence", "tradeoff": "Trade-off", "doubts": "Doubts"}
-    sections |= ({"reproduction": "Published numbers"} if compares else {}) | {"method": "Method"}
-    return list(sections.items())
+    sections |= {"reproduction": "Published numbers"} if "reproduction" in boards else {}
+    return [*sections.items(), ("method", "Method")]
 
 
 def _omitted(results: Results, contexts: Sequence[Board]) -> str:

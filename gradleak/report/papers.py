@@ -13,7 +13,12 @@ _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 @functools.cache
 def reference(group: str, name: str) -> str:
-    """Return the `reference` of a plugin that comes along (group: attacks or defenses), empty for any other."""
+    """Return the `reference` of a plugin that comes along (group: attacks or defenses), empty for any other.
+
+    Of a chain `a + b` those of its members, joined.
+    """
+    if "+" in name:
+        return " + ".join(filter(None, (reference(group, part.strip()) for part in name.split("+"))))
     spec = find_spec(f"gradleak.{group}")
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
     paths = [Path(folder) / f"{name.replace('-', '_')}.py" for folder in folders]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import pandas as pd
 
 from ..board.leaderboard import FLOOR, Board
 from ..board.results import KNOWLEDGE
+from ..scales import CAP
 
 PRICE = 0.05
 """Share of accuracy that a defense may lose and still be called cheap."""
@@ -66,7 +68,9 @@ def _bare(table: pd.DataFrame) -> list[str]:
     bare = table[table["family"] == "none"]
     if len(bare) != 1 or bare["success_psnr_20"].isna().any():
         return []
-    return [f"Without a defense {100 * bare['success_psnr_20'].iloc[0]:.0f} % of images are recovered."]
+    shares = [float(bare[f"success_psnr_{line}"].iloc[0]) for line in ("20", f"{CAP:g}")]
+    exact = "" if math.isnan(shares[1]) else f", {100 * shares[1]:.0f} % pixel-exact"
+    return [f"Without a defense {100 * shares[0]:.0f} % of images are recovered{exact}."]
 
 
 def of_attacks(board: Board) -> list[str]:
@@ -112,9 +116,18 @@ def of_setting(setting: Mapping[str, Any], knowledge: Sequence[str]) -> str:
     trained = f"trains {_count(steps, 'local step')} on" if setting.get("local_lr") else "computes one gradient of"
     epochs = int(setting.get("epochs", 0))
     network = f"a network trained for {_count(epochs, 'epoch')}" if epochs else "an untrained network"
+    after, rounds = int(setting.get("after_rounds", 0)), int(setting.get("rounds", 1))
+    if after:
+        network = f"{network}, after {_count(after, 'round')} of federated training under the same defense"
     known = ", ".join(_grants(setting.get("grants") or {}, knowledge))
     client = f"A client {trained} {_count(images, 'image')} with {network}"
-    return f"{client} and sends the result once. The attacker sees this message and the model, and is given {known}."
+    sent, seen = ("once", "this message") if rounds == 1 else (f"{rounds} times, with new randomness", "these messages")
+    server = setting.get("server") or {}
+    if server:
+        what = "the model's parameters" if server.get("surface") == "parameters" else "the model's layers"
+        before = f"A malicious server ({server.get('name')}) changes {what} before it sends them."
+        return f"{client}. {before} It sees what the client sends, and is given {known}."
+    return f"{client} and sends the result {sent}. The attacker sees {seen} and the model, and is given {known}."
 
 
 def _grants(grants: Mapping[str, Any], knowledge: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -34,9 +34,9 @@ from .presets import PRESETS
 class GradientMatching(Attack):
     """Searches for images whose simulated update matches the observed one.
 
-    A plugin sets defaults and overrides what differs, all of it for ONE victim: `distance`, `penalty`,
-    `decode`. The engine stacks victims and restarts, and picks each victim's restart by `distance` alone,
-    evaluated on the clamped images that are returned.
+    A plugin sets defaults and overrides what differs, all of it for ONE victim: `distance`, `penalty` (the one prior on
+    images), `decode`, and `terms` for what it guesses beside images. The engine stacks victims and restarts, and picks
+    each victim's restart by `distance` alone, evaluated on the clamped images that are returned.
     """
 
     family = "optimisation"
@@ -122,35 +122,9 @@ class GradientMatching(Attack):
             return self.tv * penalties.total_variation(images)
         return self.tv * penalties.smooth_total_variation(images, opponents=self.tv_form == "opponents")
 
-    def regularise(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
-        """Prior on everything guessed, a scalar; by default the penalty on its images."""
-        return self.penalty(guess.images)
-
-    def prior(self, observation: Observation) -> Callable[[Guess, Variables, Facts], Tensor]:
-        """Whole prior of one trial: `regularise`, and what takes the model to compute."""
-        network = observation.network
-
-        def regularise(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
-            return answers.scalar(self.regularise(guess, variables, facts), self, self._penalty)
-
-        by_class = self._by_class(observation)
-        if not (self.features or self.task or by_class):
-            return regularise
-        layer = structure.of(network.module).head.layer if self.features else ""
-
-        def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
-            total = regularise(guess, variables, facts)
-            if by_class:
-                total = total + refinements.prior_rows(guess, facts).square().sum()
-            if self.features:
-                assert layer is not None
-                inputs = facts.named["inputs"]
-                total = total + self.features * penalties.feature_distance(network, layer, guess.images, inputs)
-            if self.task:
-                total = total + self.task * network.loss(guess.images, guess.targets, buffers=guess.buffers)
-            return total
-
-        return prior
+    def terms(self, guess: Guess, variables: Variables, facts: Facts) -> Iterator[Tensor]:
+        """Further terms of the loss, scalars, such as a prior on what is guessed beside images. Default: none."""
+        yield from ()
 
     def decode(self, variables: Variables, facts: Facts) -> Guess:
         """Turn one trial's variables into a guess; `facts` has `targets`, if known, and its own `mean` and `std`."""
@@ -252,7 +226,29 @@ class GradientMatching(Attack):
 
     @property
     def _penalty(self) -> str:
-        return "penalty" if type(self).regularise is GradientMatching.regularise else "regularise"
+        return "penalty" if type(self).terms is GradientMatching.terms else "terms"
+
+    def _prior(self, observation: Observation) -> Callable[[Guess, Variables, Facts], Tensor]:
+        """Everything in a trial's loss but the matching: the hooks' part, then what options add."""
+        network, by_class = observation.network, self._by_class(observation)
+        layer = structure.of(network.module).head.layer if self.features else None
+
+        def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+            images = guess.images if guess.before is None else guess.before
+            total = answers.scalar(self.penalty(images), self, "penalty")
+            for term in self.terms(guess, variables, facts):
+                total = total + answers.scalar(term, self, "terms")
+            if by_class:
+                total = total + refinements.prior_rows(guess, facts).square().sum()
+            if self.features:
+                assert layer is not None
+                inputs = facts.named["inputs"]
+                total = total + self.features * penalties.feature_distance(network, layer, guess.images, inputs)
+            if self.task:
+                total = total + self.task * network.loss(guess.images, guess.targets, buffers=guess.buffers)
+            return total
+
+        return prior
 
     def problem(self, observation: Observation) -> Problem:
         """One trial's loss."""
@@ -287,7 +283,7 @@ class GradientMatching(Attack):
             training=observation.training,
             decode=decode,
             match=match if direct is None else direct,
-            penalty=self.prior(observation),
+            penalty=self._prior(observation),
             per_example=view.per_example if view is not None and clips else None,
             residual=residual,
             prior_residual=_prior_rows if residual is not None and self._by_class(observation) else None,

@@ -68,6 +68,7 @@ def soft(update: Mapping[str, Tensor], head: Head, network: Network, features: T
         raise GradleakError("soft labels need the gradients of the last layer's weight and bias")
     if features is None:
         strength = bias.square().sum(1, keepdim=True).clamp(min=1e-300)
+        # Least squares over the classes c of h dL/db_c = dL/dW_c.
         features = ((bias[:, None] @ weight)[:, 0] / strength)[:, None]
     own = network.parameters[head.weight].to(features)
     own = own if head.transposed else own.flatten(1).mT

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..engine.optimisers import Variables
 from ..seeds import Generators
 
-_CHANNELS = 32
+_CHANNELS = 32  # of every hidden layer; with 3x3 kernels more weights than a small image has pixels
 _SIDE = 4  # least side of the decoder's code
 
 
@@ -34,6 +34,7 @@ def decoder(generator: Generators, batch_size: int, shape: tuple[int, int, int])
     channels, height, width = shape
     doublings = max(0, int(math.log2(min(height, width) / _SIDE)))
     side = [-(-length // 2**doublings) for length in (height, width)]
+    # Keeps the size of features through ReLU layers of 9 * _CHANNELS inputs (He et al., arXiv:1502.01852).
     scale = (2 / (9 * _CHANNELS)) ** 0.5
     weights = {"code": generator.normal(batch_size, _CHANNELS, *side)}
     for index in range(doublings + 1):

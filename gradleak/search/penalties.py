@@ -68,6 +68,7 @@ def told_features(update: Update, head: Head, labels: Tensor) -> dict[str, Tenso
         bias = torch.zeros_like(weight[..., 0])
     rows = weight.gather(1, labels[..., None].expand(*labels.shape, weight.shape[-1]))
     scale = bias.gather(1, labels)[..., None]
+    # Below it the quotient is one of rounding errors.
     known = scale.abs() > 1e-8
     inputs = torch.where(known, rows / torch.where(known, scale, torch.ones_like(scale)), torch.zeros_like(rows))
     return {"inputs": inputs, "known": known[..., 0].to(weight)}

@@ -48,7 +48,7 @@ def gaussian(public: Images, classes: int, spread: float = 2e-3, rank: int = 128
     Args:
         public: labelled images.
         classes: number of classes; one without images gets those of all.
-        spread: variance added in every direction, (pixel value)^2.
+        spread: variance added in every direction, (pixel value)^2; its root is below the digits' grey level, 1 / 16.
         rank: most principal directions kept of a class.
     """
     parts = [_fit(rows.flatten(1).double(), spread, rank) for rows in _by_class(public, classes)]

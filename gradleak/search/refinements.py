@@ -24,7 +24,8 @@ from ..threat import Compute, Observation
 from . import public_images, second_order
 
 CANDIDATES = 128
-"""Public batches a victim whose loss is looked at before the first restart."""
+"""Public batches a victim whose loss is looked at before the first restart: each costs one gradient, all of
+them less than a restart."""
 
 
 class Matching(Protocol):
@@ -135,7 +136,7 @@ def with_prior(observation: Observation, facts: Facts) -> Facts:
 
 
 def prior_rows(guess: Guess, facts: Facts) -> Tensor:
-    """Residuals of one victim's images against the Gaussian of their labels; their squares are minus its log twice."""
+    """Residuals of one victim's images against the Gaussian of their labels; their squares sum to -2 times its log."""
     return facts.own["weight"].sqrt() * public_images.whiten(guess.images, facts.named["class"])
 
 
@@ -192,7 +193,7 @@ def _reordered(outcome: loop.Outcome, order: Tensor, variables: Variables, itera
 
 
 def refine(attack: Matching, observation: Observation, answer: Reconstruction, goal: Tensor | None) -> Reconstruction:
-    """Answer with an alphabet's images, or without having read the message, where the own loss allows it."""
+    """Answer in grey levels, or with class means where nothing was read, if the attack's own loss allows it."""
     if observation.auxiliary is None:
         return answer
     if attack.alphabet:

@@ -16,8 +16,8 @@ from .cells import (
     unnoted,
 )
 from .expand import CORE, Digest, expand
-from .parts import DatasetPart, GivenPrior, LearnedPrior, Part
-from .read import outline, read
+from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, plain
+from .read import outline, read, title_of
 from .schema import HELD_OUT, KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
 
 __all__ = [
@@ -48,8 +48,10 @@ __all__ = [
     "expand",
     "key_of",
     "outline",
+    "plain",
     "question_of",
     "read",
+    "title_of",
     "unnamed",
     "unnoted",
 ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import registry
 from ..errors import unknown
+from ..secret import Secret
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, members, prior_of, taken
 from .schema import UTILITY, Engine, Utility, build_setting, stored_setting
 
@@ -31,7 +32,9 @@ class Draws:
     """
 
     messages: tuple[object, ...]
-    """Of the round and its clients; without the attack, so that every attack faces the same messages."""
+    """Of the round; without the attack, so that every attack faces the same messages."""
+    clients: tuple[object, ...]
+    """Of each client's private randomness: those and the secret, where there is one."""
     attack: tuple[object, ...]
     """Of the attack's streams; without the defense."""
     server: tuple[object, ...]
@@ -53,8 +56,15 @@ class Cell(ABC):
     """Whether it is left out where its attack cannot run on its model, instead of refused; not stored."""
 
     @staticmethod
-    def of(stored: Mapping[str, Any], optional: bool = False) -> AttackCell | TrainingCell:
+    def of(
+        stored: Mapping[str, Any], optional: bool = False, secret: Secret | None = None
+    ) -> AttackCell | TrainingCell:
         """Return the cell of a stored form.
+
+        Args:
+            stored: of a store.
+            optional: see the field.
+            secret: of that store; without it a cell that was drawn from one cannot be computed, but be looked at.
 
         Raises:
             GradleakError: something is missing, or is not what it has to be.
@@ -72,7 +82,7 @@ class Cell(ABC):
         }
         if attack.name == UTILITY:
             return TrainingCell(recipe=Utility.of(attack.options), version=attack.version, **common)
-        return AttackCell.of_parts(attack, stored, common)
+        return AttackCell.of_parts(attack, stored, common, secret)
 
     @abstractmethod
     def stored(self) -> dict[str, Any]:
@@ -106,7 +116,7 @@ class Cell(ABC):
             GradleakError: something was changed, or is another here.
         """
         sender = self.setting.server
-        Part(sender.name, options=sender.options, code=sender.file).check_code("servers", root)
+        Part(sender.name, options=sender.options, code=sender.code).check_code("servers", root)
         for group, part in (("defenses", self.defense), ("models", self.model), ("datasets", self.dataset)):
             part.check_code(group, root)
         conduct = self.setting.client
@@ -119,6 +129,29 @@ class Cell(ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Travel to workers as what it is, without what it has built."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+@dataclass(frozen=True)
+class Before:
+    """The federated training, under a cell's own defense, that its model went through before the attacked round."""
+
+    recipe: Utility
+    """Its `rounds` are those of the setting's `after_rounds`."""
+    epoch: int
+    """Epoch of the attacked round, from 0, for what follows a schedule."""
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Before:
+        """Return what is stored.
+
+        Raises:
+            GradleakError: something is missing, or is not what it has to be.
+        """
+        return cls(Utility.of(taken(stored, "recipe", dict)), taken(stored, "epoch", int))
+
+    def stored(self) -> dict[str, Any]:
+        """Return it as plain data, with the version of training."""
+        return {"recipe": self.recipe.model_dump(exclude={"seeds"}), "epoch": self.epoch, "version": Utility.VERSION}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,11 +169,17 @@ class AttackCell(Cell):
     engine: Engine = field(default_factory=Engine)
     prior: LearnedPrior | GivenPrior | None = None
     """The generator that the attack is given."""
+    before: Before | None = None
+    """Training under the defense before the attacked round."""
     definitions: Mapping[str, Any] = field(default_factory=dict)
     """Versions of what every result depends on beside its plugins."""
+    secret: Secret | None = None
+    """What private randomness is drawn from; None in stores of old, where the suite's seed alone decided it."""
 
     @classmethod
-    def of_parts(cls, attack: Part, stored: Mapping[str, Any], common: Mapping[str, Any]) -> AttackCell:
+    def of_parts(
+        cls, attack: Part, stored: Mapping[str, Any], common: Mapping[str, Any], secret: Secret | None = None
+    ) -> AttackCell:
         """Return the cell of a stored form whose attack, and what all cells have, are read already.
 
         Raises:
@@ -151,6 +190,8 @@ class AttackCell(Cell):
         level = taken(stored, "knowledge", str)
         if level not in (known := [each.value for each in Level]):
             raise unknown("level", level, known, "cell: knowledge")
+        digest = taken(stored, "secret", str, "")
+        known_secret = secret if secret is not None and secret.digest == digest else Secret(digest)
         return cls(
             attack=attack,
             knowledge=Level(level),
@@ -159,7 +200,9 @@ class AttackCell(Cell):
             candidates=taken(stored, "candidates", int),
             engine=Engine.of(taken(stored, "engine", dict)),
             prior=prior_of(taken(stored, "prior", dict)) if "prior" in stored else None,
+            before=Before.of(taken(stored, "before", dict)) if "before" in stored else None,
             definitions=taken(stored, "definitions", dict),
+            secret=known_secret if digest else None,
             **common,
         )
 
@@ -180,6 +223,8 @@ class AttackCell(Cell):
             "definitions": self.definitions,
             "suite": self._stored_suite(),
             **({} if self.prior is None else {"prior": self.prior.stored()}),
+            **({} if self.before is None else {"before": self.before.stored()}),
+            **({} if self.secret is None else {"secret": self.secret.digest}),
         }
 
     @property
@@ -195,13 +240,16 @@ class AttackCell(Cell):
         bare["setting"].pop("grants")
         for name in ("dataset", "model", "defense"):
             bare[name].pop("code", None)
+        bare["setting"].get("server", {}).pop("code", None)
         bare["setting"].get("client", {}).pop("file", None)
         # The text is what seeds have been derived from ever since; it must not change.
         dataset, model, setting, defense = (
             json.dumps(bare[name], sort_keys=True) for name in ("dataset", "model", "setting", "defense")
         )
+        messages = (self.seed, dataset, model, setting, defense)
         return Draws(
-            messages=(self.seed, dataset, model, setting, defense),
+            messages=messages,
+            clients=messages if self.secret is None else (self.secret.value, *messages),
             attack=(self.seed, "attack", self.attack.name, dataset, model, setting),
             server=(self.seed, "server", dataset, model, setting),
         )
@@ -215,6 +263,16 @@ class AttackCell(Cell):
     def left_out(self, reason: str) -> LeftOut:
         """Return the note that its attack does not apply."""
         return LeftOut(*self.place, self.knowledge.value, reason)
+
+    @cached_property
+    def built_defense(self) -> Defense:
+        """The defense as it is in the attacked round, for all messages that the attacker has of a client."""
+        from ..repeated import repeated
+
+        defense = build_defense(self.defense.name, self.defense.options)
+        if self.before is not None:
+            defense = defense.at_round(self.before.recipe.rounds, self.before.epoch)
+        return repeated(defense, self.setting.rounds)
 
     @cached_property
     def built_attack(self) -> Attack:
@@ -325,10 +383,13 @@ def unnamed(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def question_of(stored: Mapping[str, Any]) -> str:
-    """Hash of what a stored form asks, whatever code answers: without codes, versions and definitions too."""
-    asked = {key: value for key, value in unnamed(stored).items() if key != "definitions"}
+    """Hash of what a stored form asks, whatever code answers: also without codes, versions, definitions and secret."""
+    asked = {key: value for key, value in unnamed(stored).items() if key not in ("definitions", "secret")}
     for part in ("attack", "defense", "model", "dataset"):
         asked[part] = {key: value for key, value in asked[part].items() if key not in ("code", "version")}
+    if "server" in asked["setting"]:
+        server = {key: value for key, value in asked["setting"]["server"].items() if key not in ("code", "version")}
+        asked["setting"] = {**asked["setting"], "server": server}
     if "prior" in asked:
         asked["prior"] = {key: value for key, value in asked["prior"].items() if key not in ("code", "dataset")}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]

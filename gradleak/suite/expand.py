@@ -14,7 +14,8 @@ from .. import code, registry
 from ..errors import GradleakError
 from ..privacy import Exposure
 from ..scales import METRICS
-from .cells import AttackCell, Cell, LeftOut, Note, TrainingCell, build_defense, dataset_label, unnoted
+from ..secret import Secret
+from .cells import AttackCell, Before, Cell, LeftOut, Note, TrainingCell, build_defense, dataset_label, unnoted
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, code_of, members, plain
 from .read import levels_enough, levels_of
 from .schema import Counter, Entry, Prior, Suite, Utility, build_setting, unused_of
@@ -41,7 +42,9 @@ _Point: TypeAlias = (
 """One point of a grid: dataset, model, setting, seed, defense, attack."""
 
 
-def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = unnoted) -> list[Cell]:
+def expand(
+    suite: Suite, digest: Digest, root: Path | None = None, note: Note = unnoted, secret: Secret | None = None
+) -> list[Cell]:
     """Return every cell of the grid once, in a stable order, then the cells that measure utility.
 
     Levels of knowledge that make no difference (the attack or the defense ignores them) are one cell.
@@ -51,6 +54,7 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
         digest: reads the datasets.
         root: the data root, where a prior's weights are.
         note: told what of the grid is left out, and why.
+        secret: of the store that the cells are for (`gradleak.secret`); part of their keys by its digest.
 
     Raises:
         GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
@@ -68,6 +72,15 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
         if not _wanted(guard.entry, here):
             continue
         guard = axes.calibrated(guard, data_entry, setting)
+        if setting.after_rounds and guard.plugin.single_round:
+            place = (
+                attack.entry.title,
+                here["defenses"],
+                here["models"],
+                dataset_label(here["datasets"], suite.tuning),
+            )
+            note(LeftOut(*place, setting.name, "", "after_rounds: no model is trained under a defense of one round"))
+            continue
         if suite.controls == "all" and attack.plugin.family == "control" and attack.plugin.blind(setting):
             # Nothing of it depends on the defense but how many clients' images it answers.
             guess = (*list(here.values())[:3], seed, attack.entry.title, guard.plugin.cohort)
@@ -89,9 +102,11 @@ def expand(suite: Suite, digest: Digest, root: Path | None = None, note: Note = 
                 seed=seed,
                 engine=suite.engine,
                 prior=_prior(suite.prior, dataset, digest, root) if takes_prior else None,
+                before=axes.before(data_entry, setting),
                 definitions=definitions,
                 suite=(suite.name, suite.version),
                 optional=attack.entry.optional,
+                secret=secret,
             )
             cells.setdefault(cell.key, cell)
     for training in _utilities(suite, axes):
@@ -183,6 +198,13 @@ class _Axes:
 
     def grid(self, seeds: Sequence[int]) -> Iterator[_Point]:
         return itertools.product(self.datasets, self.models, self.settings, seeds, self.defenses, self.attacks)
+
+    def before(self, data: Entry, setting: Setting) -> Before | None:
+        """Return the training under the defense that a setting asks for before the attacked round."""
+        if not setting.after_rounds:
+            return None
+        recipe = (self.utility or Utility()).at(setting).model_copy(update={"rounds": setting.after_rounds})
+        return Before(recipe, setting.after_rounds // max(1, recipe.batches_an_epoch(self.images[data.title])))
 
     def calibrated(self, guard: _Plugged[Defense], data: Entry, setting: Setting) -> _Plugged[Defense]:
         """Return a defense with the noise that a guarantee takes which it is asked for over the suite's training run.

@@ -64,6 +64,19 @@ def outline(path: Path, added: Collection[str] = ()) -> Suite:
     return suite
 
 
+def title_of(path: Path) -> tuple[str, str]:
+    """Return the name and the version that a suite's file states; nothing else of it is looked at.
+
+    Raises:
+        GradleakError: it is no YAML file of keys and values, or states no name.
+    """
+    content = load(path, f"suite {path}")
+    name = content.get("name") if isinstance(content, dict) else None
+    if not isinstance(name, str):
+        raise GradleakError(f"suite {path}: states no name")
+    return name, str(content.get("version", Suite.model_fields["version"].default))
+
+
 def _check(suite: Suite, where: str) -> None:
     """Refuse wrong names, options, levels and `only` filters; builds every plugin once."""
     for axis in ("datasets", "models", "attacks", "defenses"):

@@ -296,9 +296,10 @@ class Suite(_Strict):
     prior: Prior = Prior()
     utility: Utility | None = None
     """Unset, no model is trained under the defenses."""
-    controls: Literal["all", "listed"] = "listed"
+    controls: Literal["all", "listed"] = "all"
     """`all`: every control runs in every context whose grants allow it, whatever `only` says, and once a context where
-    it reads no message; but for those that attack another victim, which have to be listed."""
+    it reads no message; but for those that attack another victim, which have to be listed. `listed`: those that the
+    suite lists, where it wants them; for tables of papers, which have rows of their own."""
     datasets: Plugins
     models: Plugins
     settings: Annotated[list[Annotated[dict[str, Any], AfterValidator(_grants_no_defense)]], MinLen(1)] = [{}]
@@ -445,7 +446,7 @@ def tampering(given: Any, where: str = "") -> Tampering:
         name=entry.name,
         options=plain(options),
         version=server.version,
-        file=code_of("servers", entry.name, options),
+        code=code_of("servers", entry.name, options),
         surface=server.surface,
     )
 

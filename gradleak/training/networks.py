@@ -68,16 +68,32 @@ def prepare(
     network = initialise(model, data.shape, data.classes, *drawn)
     key = _key(network, drawn[1], data, epochs, seed, device, code)
     path = (cache or default_cache()) / f"{name}-{key}.safetensors"
-    if path.exists():
-        score = _load(network, path)
-    else:
+
+    def trained() -> float:
         with restored():
             # Random layers, which a client in eval mode may have, draw from the global generator.
             torch.manual_seed(seeds.derive("random layers", data.name, seed))
-            score = train(network, data, epochs, seed, device, progress)
+            return train(network, data, epochs, seed, device, progress)
+
+    return network, kept(network, path, trained)
+
+
+def kept(network: nn.Module, path: Path, train: Callable[[], float]) -> float:
+    """Load a network in place from a checkpoint, or train it in place and write one; return its accuracy in [0, 1].
+
+    It is left on the CPU, in eval mode.
+
+    Raises:
+        GradleakError: the checkpoint cannot be written, or is damaged.
+    """
+    if path.exists():
+        score = _load(network, path)
+    else:
+        score = train()
         network.cpu()
         _save(network, score, path)
-    return network.eval(), score
+    network.eval()
+    return score
 
 
 def initial_seed(model: Model, name: str, data: Data, seed: int) -> tuple[str, ...]:
@@ -149,7 +165,7 @@ def _key(
         RECIPE,
         options,
         repr(network),
-        _digest(network.state_dict()),
+        digest_of(network),
         data.name,
         data.digest,
         epochs,
@@ -159,6 +175,11 @@ def _key(
         *([code] if code else []),
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def digest_of(network: nn.Module) -> str:
+    """Hash of a network's weights and buffers."""
+    return _digest(network.state_dict())
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -56,25 +56,25 @@ class Affine(Layer):
         """Sums of D times the normalised input, and of D."""
         if not self.parameters:
             return {}
-        sensitivity = self.sensitivity.detach()
-        own = {"weight": self._sum(sensitivity * self._normal())}
+        cotangent = self.cotangent.detach()
+        own = {"weight": self._sum(cotangent * self._normal())}
         if "bias" in self.parameters:
-            own["bias"] = self._sum(sensitivity)
+            own["bias"] = self._sum(cotangent)
         return own
 
-    def spread(self, towards: Update) -> Pull:
+    def vjp(self, towards: Update) -> Pull:
         """V times the other factor."""
         if not self.parameters:
             return []
         weight = self._each(towards["weight"])
-        into_sensitivity = weight * self._victims(self._normal())
+        into_cotangent = weight * self._victims(self._normal())
         if "bias" in towards:
-            into_sensitivity = into_sensitivity + self._each(towards["bias"])
-        into_inputs = weight * self._victims(self.sensitivity.detach())
+            into_cotangent = into_cotangent + self._each(towards["bias"])
+        into_inputs = weight * self._victims(self.cotangent.detach())
         if self.per_input is not None:
             into_inputs = into_inputs * self._along(self.per_input[0], self.inputs)
         return [
-            (self.sensitivity, into_sensitivity.flatten(0, 1)),
+            (self.cotangent, into_cotangent.flatten(0, 1)),
             (self.inputs, into_inputs.flatten(0, 1)),
         ]
 

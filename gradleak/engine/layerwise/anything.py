@@ -35,8 +35,8 @@ class Anything(Layer):
 
     def compute(self) -> Update:
         """Gradient of each parameter."""
-        return {name: tensor.detach() for name, tensor in zip(self.parameters, self.sensitivities, strict=True)}
+        return {name: tensor.detach() for name, tensor in zip(self.parameters, self.cotangents, strict=True)}
 
-    def spread(self, towards: Update) -> Pull:
+    def vjp(self, towards: Update) -> Pull:
         """V itself."""
-        return [(tensor, towards[name]) for name, tensor in zip(self.parameters, self.sensitivities, strict=True)]
+        return [(tensor, towards[name]) for name, tensor in zip(self.parameters, self.cotangents, strict=True)]

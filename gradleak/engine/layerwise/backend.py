@@ -1,6 +1,6 @@
 """The backend for trials that share a model: one flat batch through it, each victim's gradient layer by layer.
 
-For a layer with input a and output sensitivity d (the gradient of the loss by its output), a victim's weight
+For a layer with input a and output cotangent d (the gradient of the loss by its output), a victim's weight
 gradient G is a product of its own a and d. Let V be the gradient of the matching loss by G. The image gradient
 of the matching loss is then one reverse pass from all a and d together, with V^T d flowing into a and V a into
 d. Everything that touches the shared weights is one large batch; only G and V are a victim's own, and where few
@@ -84,12 +84,12 @@ class Layerwise(Backend):
         guess, scores = self._forward(problem, leaves, facts)
         batch = guess.targets.shape[1]
         loss = -(guess.targets.flatten(0, 1) * scores.log_softmax(-1)).sum() / batch
-        # Sensitivities, with a graph: the second derivative flows through them.
+        # Cotangents, with a graph: the second derivative flows through them.
         wanted = [tensor for layer in self._layers for tensor in layer.wanted]
         found = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True)
         rest = list(found)
         for layer in self._layers:
-            layer.sensitivities, rest = rest[: len(layer.wanted)], rest[len(layer.wanted) :]
+            layer.cotangents, rest = rest[: len(layer.wanted)], rest[len(layer.wanted) :]
         with torch.no_grad():
             matching, pull = self._match(problem, facts)
 

@@ -18,7 +18,7 @@ _VECTOR = 8
 
 
 _CACHE = 2**19
-"""Numbers that stay in a core's cache between two passes over them."""
+"""Numbers that stay in a core's cache between two passes over them: 2 MiB of float32."""
 
 
 class Convolution(Product):
@@ -44,8 +44,8 @@ class Convolution(Product):
         """V and D whose V^T D is still to be added to what flows into the input."""
 
     def left(self) -> Tensor:
-        """D: the sensitivity at every position."""
-        rows = self.sensitivity.detach().flatten(2).transpose(1, 2)
+        """D: the cotangent at every position."""
+        rows = self.cotangent.detach().flatten(2).transpose(1, 2)
         return rows.reshape(self.victims, self.positions, -1)
 
     def right(self) -> Tensor:
@@ -54,40 +54,40 @@ class Convolution(Product):
 
     def flow(self, into_left: Tensor, into_right: Tensor) -> Pull:
         """Positions back to maps, patches back to images."""
-        images, outputs = self.sensitivity.shape[:2]
-        maps = into_left.reshape(images, -1, outputs).transpose(1, 2).reshape(self.sensitivity.shape)
+        images, outputs = self.cotangent.shape[:2]
+        maps = into_left.reshape(images, -1, outputs).transpose(1, 2).reshape(self.cotangent.shape)
         columns = into_right.reshape(images, -1, into_right.shape[-1]).transpose(1, 2)
         folded = _fold(columns, self.inputs.shape, self.kernel, self.geometry)
-        return [(self.sensitivity, maps), (self.inputs, folded)]
+        return [(self.cotangent, maps), (self.inputs, folded)]
 
     def compute(self) -> Update:
-        """G by one convolution in groups, and the sum of the sensitivity for the bias."""
+        """G by one convolution in groups, and the sum of the cotangent for the bias."""
         weight = self.parameters["weight"]
-        sensitivity = self.sensitivity.detach()
+        cotangent = self.cotangent.detach()
         if self.by_patches:
-            each = sensitivity.flatten(2) @ self._columns().transpose(1, 2)
+            each = cotangent.flatten(2) @ self._columns().transpose(1, 2)
             gradient = split_tensor(each, 0, self.victims).sum(1)
         else:
             size = (self.victims * weight.shape[0], *weight.shape[1:])
             inputs = self._group(self.inputs.detach())
-            gradient = self._backward(self._group(sensitivity), inputs, weight.new_empty(1).expand(size), 1)
+            gradient = self._backward(self._group(cotangent), inputs, weight.new_empty(1).expand(size), 1)
         own = {"weight": gradient.view(self.victims, *weight.shape)}
         if "bias" in self.parameters:
-            own["bias"] = sensitivity.sum((-2, -1)).view(self.victims, -1, weight.shape[0]).sum(1)
+            own["bias"] = cotangent.sum((-2, -1)).view(self.victims, -1, weight.shape[0]).sum(1)
         return own
 
-    def spread(self, towards: Update) -> Pull:
-        """V A into the sensitivity, V^T D into the input, each one convolution in groups."""
+    def vjp(self, towards: Update) -> Pull:
+        """V A into the cotangent, V^T D into the input, each one convolution in groups."""
         if self.by_patches:
-            return self._spread_patches(towards)
+            return self._vjp_patches(towards)
         weight = towards["weight"].flatten(0, 1).contiguous()
         stride, padding, dilation = self.geometry
-        inputs, sensitivity = self._group(self.inputs.detach()), self._group(self.sensitivity.detach())
+        inputs, cotangent = self._group(self.inputs.detach()), self._group(self.cotangent.detach())
         bias = towards["bias"].flatten() if "bias" in towards else None
         forward = F.conv2d(inputs, weight, bias, stride, padding, dilation, self.victims)
-        backward = self._backward(sensitivity, inputs.new_empty(1).expand(inputs.shape), weight, 0)
+        backward = self._backward(cotangent, inputs.new_empty(1).expand(inputs.shape), weight, 0)
         return [
-            (self.sensitivity, self._ungroup(forward, self.sensitivity)),
+            (self.cotangent, self._ungroup(forward, self.cotangent)),
             (self.inputs, self._ungroup(backward, self.inputs)),
         ]
 
@@ -102,16 +102,16 @@ class Convolution(Product):
             self._patches = _unfold(self.inputs.detach(), self.kernel, self.geometry)
         return self._patches
 
-    def _spread_patches(self, towards: Update) -> Pull:
+    def _vjp_patches(self, towards: Update) -> Pull:
         images = len(self.inputs) // self.victims
         weight = towards["weight"].flatten(2).repeat_interleave(images, 0)
         forward = weight @ self._columns()
         if "bias" in towards:
             forward = forward + towards["bias"].repeat_interleave(images, 0)[:, :, None]
-        pull = [(self.sensitivity, forward.view(self.sensitivity.shape))]
+        pull = [(self.cotangent, forward.view(self.cotangent.shape))]
         if self.inputs.requires_grad:
             # The reverse pass comes by here with W^T D' for the same input: one product and one fold for both.
-            self._late.append((weight, self.sensitivity.detach()))
+            self._late.append((weight, self.cotangent.detach()))
         return pull
 
     def _group(self, maps: Tensor) -> Tensor:
@@ -121,9 +121,9 @@ class Convolution(Product):
     def _ungroup(self, maps: Tensor, like: Tensor) -> Tensor:
         return split_tensor(maps, 1, self.victims).transpose(0, 1).reshape(like.shape)
 
-    def _backward(self, sensitivity: Tensor, inputs: Tensor, weight: Tensor, which: int) -> Tensor:
+    def _backward(self, cotangent: Tensor, inputs: Tensor, weight: Tensor, which: int) -> Tensor:
         mask = [which == 0, which == 1, False]
-        return _convolution_backward(sensitivity, inputs, weight, self.geometry, self.victims, mask)[which]
+        return _convolution_backward(cotangent, inputs, weight, self.geometry, self.victims, mask)[which]
 
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -131,11 +131,11 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 def _convolution_backward(
-    sensitivity: Tensor, inputs: Tensor, weight: Tensor, geometry: Geometry, groups: int, mask: list[bool]
+    cotangent: Tensor, inputs: Tensor, weight: Tensor, geometry: Geometry, groups: int, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return cast(
         tuple[Tensor, Tensor, Tensor],
-        torch.ops.aten.convolution_backward(sensitivity, inputs, weight, None, *geometry, False, (0, 0), groups, mask),
+        torch.ops.aten.convolution_backward(cotangent, inputs, weight, None, *geometry, False, (0, 0), groups, mask),
     )
 
 
@@ -161,10 +161,10 @@ def _few(size: int, images: Tensor) -> int:
 
 
 def _fold_product(
-    weight: Tensor, sensitivity: Tensor, shape: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry
+    weight: Tensor, cotangent: Tensor, shape: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry
 ) -> Tensor:
     """The derivative of convolutions by their inputs [B, C, H, W], each with its own weight [B, out, C * kernel]."""
-    rows = sensitivity.flatten(2)
+    rows = cotangent.flatten(2)
     step = _few(weight.shape[2] * rows.shape[2], rows)
     parts = [
         _fold(few.transpose(1, 2) @ row, shape, kernel, geometry)
@@ -174,7 +174,7 @@ def _fold_product(
 
 
 Late = list[tuple[Tensor, Tensor]]
-"""Weights [B, out, C * kernel] and sensitivities [B, out, ...] to be added to a derivative by the input."""
+"""Weights [B, out, C * kernel] and cotangents [B, out, ...] to be added to a derivative by the input."""
 
 
 class _Convolve(torch.autograd.Function):
@@ -189,9 +189,9 @@ class _Convolve(torch.autograd.Function):
         return F.conv2d(inputs, weight, bias, *geometry)
 
     @staticmethod
-    def backward(ctx: Any, *sensitivities: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None, None]:
         (weight,) = ctx.saved_tensors
-        into = _ConvolveBack.apply(sensitivities[0], weight, ctx.shape, ctx.geometry, ctx.late)
+        into = _ConvolveBack.apply(cotangents[0], weight, ctx.shape, ctx.geometry, ctx.late)
         return into, None, None, None, None
 
 
@@ -200,18 +200,18 @@ class _ConvolveBack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sensitivity: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry, late: Late
+        ctx: Any, cotangent: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry, late: Late
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.geometry = geometry
         if weight.shape[1] < _VECTOR:
-            every = weight.flatten(1).expand(len(sensitivity), -1, -1)
+            every = weight.flatten(1).expand(len(cotangent), -1, -1)
             while late:
-                own, sensitivities = late.pop()
-                every, sensitivity = torch.cat([every, own], 1), torch.cat([sensitivity, sensitivities], 1)
-            return _fold_product(every, sensitivity, shape, tuple(weight.shape[2:]), geometry)
-        inputs = sensitivity.new_empty(1).expand(shape)
-        return _convolution_backward(sensitivity, inputs, weight, geometry, 1, [True, False, False])[0]
+                own, cotangents = late.pop()
+                every, cotangent = torch.cat([every, own], 1), torch.cat([cotangent, cotangents], 1)
+            return _fold_product(every, cotangent, shape, tuple(weight.shape[2:]), geometry)
+        inputs = cotangent.new_empty(1).expand(shape)
+        return _convolution_backward(cotangent, inputs, weight, geometry, 1, [True, False, False])[0]
 
     @staticmethod
     def backward(ctx: Any, *into: Tensor) -> tuple[Tensor, None, None, None, None]:

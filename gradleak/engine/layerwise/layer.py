@@ -47,10 +47,10 @@ class Layer(ABC):
         """Drop the notes of the last pass and with them its graph."""
         self.wanted: list[Tensor] = []
         """Tensors of the graph by which the loss is differentiated."""
-        self.sensitivities: list[Tensor] = []
+        self.cotangents: list[Tensor] = []
         """These gradients, with a graph."""
         self._gradients: Update | None = None
-        self.seen: list[Tensor] = []
+        self.activations: list[Tensor] = []
         """Input of each call."""
         self._marks: list[tuple[Tensor, int]] = []
 
@@ -58,7 +58,7 @@ class Layer(ABC):
         """Stand in for the module: run the layer on its only input, and note what must not change after."""
         if named or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             raise NotUnderstoodError(f"{type(self.module).__name__} is called with more than one tensor")
-        self.seen.append(inputs[0])
+        self.activations.append(inputs[0])
         output = self.forward(inputs[0])
         self._marks = [(tensor, tensor._version) for tensor in (output, inputs[0])]
         return output.clone() if self.copies else output
@@ -77,7 +77,7 @@ class Layer(ABC):
         """Gradient of each parameter, [W, ...], by its name in the layer."""
 
     @abstractmethod
-    def spread(self, towards: Update) -> Pull:
+    def vjp(self, towards: Update) -> Pull:
         """What flows into the graph for given gradients of the loss by the layer's gradients."""
 
     def gradients(self) -> Update:
@@ -89,7 +89,7 @@ class Layer(ABC):
 
     def pull(self, towards: Update) -> Pull:
         """What flows into the graph for given gradients of the loss by every update, by full name."""
-        return self.spread({name: towards[full] for name, full in self.full.items()})
+        return self.vjp({name: towards[full] for name, full in self.full.items()})
 
     def products(self, observed: ObservedUpdates) -> tuple[Tensor, Tensor]:
         """Inner product with the observed gradients and squared norm, [W] each."""
@@ -113,7 +113,7 @@ class Layer(ABC):
         return self.pull(towards)
 
     def note(self, inputs: Tensor, output: Tensor) -> Tensor:
-        """Keep the input and ask for the sensitivity of the output."""
+        """Keep the input and ask for the cotangent of the output."""
         if self.wanted:
             raise NotUnderstoodError(f"{type(self.module).__name__} is called more than once")
         if len(inputs) % self.victims or len(output) != len(inputs):
@@ -123,9 +123,9 @@ class Layer(ABC):
         return output
 
     @property
-    def sensitivity(self) -> Tensor:
+    def cotangent(self) -> Tensor:
         """Gradient of the loss by the layer's output."""
-        return self.sensitivities[0]
+        return self.cotangents[0]
 
 
 def on_batch(module: nn.Module) -> bool:

@@ -78,24 +78,24 @@ class Pointwise(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, *sensitivities: Tensor) -> tuple[None, Tensor]:
-        """Sensitivity times slope, itself differentiable."""
-        return None, _PointwiseBack.apply(ctx.function, sensitivities[0], *ctx.saved_tensors)
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, Tensor]:
+        """Cotangent times slope, itself differentiable."""
+        return None, _PointwiseBack.apply(ctx.function, cotangents[0], *ctx.saved_tensors)
 
 
 class _PointwiseBack(torch.autograd.Function):
-    """Sensitivity times slope, and how that changes with both."""
+    """Cotangent times slope, and how that changes with both."""
 
     @staticmethod
     def forward(
-        ctx: Any, function: type[_Smooth], sensitivity: Tensor, inputs: Tensor, value: Tensor, slope: Tensor
+        ctx: Any, function: type[_Smooth], cotangent: Tensor, inputs: Tensor, value: Tensor, slope: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(sensitivity, inputs, value, slope)
+        ctx.save_for_backward(cotangent, inputs, value, slope)
         ctx.function = function
-        return sensitivity * slope
+        return cotangent * slope
 
     @staticmethod
     def backward(ctx: Any, *into: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
-        sensitivity, inputs, value, slope = ctx.saved_tensors
+        cotangent, inputs, value, slope = ctx.saved_tensors
         bend = ctx.function.bend(inputs, value, slope)
-        return None, into[0] * slope, bend.mul_(into[0]).mul_(sensitivity), None, None
+        return None, into[0] * slope, bend.mul_(into[0]).mul_(cotangent), None, None

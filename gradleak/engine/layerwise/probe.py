@@ -16,6 +16,8 @@ from .layer import Layer, NotUnderstoodError, split_tensor
 _FAR = 1e4
 """How far the probe's neighbours are from images: no threshold of a model is out of their reach."""
 _TOLERANCE = 1e-3
+"""Relative difference that float32 may leave between a victim alone and among neighbours; a layer that mixes them makes
+far more, as these are `_FAR` away."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -82,8 +84,8 @@ def probe(network: Network, flat: Network, layers: Sequence[Layer], images: Tens
     crowd = torch.stack([images, torch.full_like(images, math.nan), _FAR * (1 + images), -_FAR * (1 + images)])
     scores = split_tensor(run(flat, layers, crowd), 0, len(crowd))[0]
     for layer in layers:
-        for seen in layer.seen:
-            if bool(split_tensor(seen, 0, len(crowd))[0].isnan().any()):
+        for each in layer.activations:
+            if bool(split_tensor(each, 0, len(crowd))[0].isnan().any()):
                 raise NotUnderstoodError(
                     f"{type(layer.module).__name__} sees several victims at once, or its weights are read by others"
                 )

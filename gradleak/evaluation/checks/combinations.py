@@ -6,11 +6,16 @@ import logging
 from collections.abc import Hashable
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from ...dataset import Data
 from ...errors import GradleakError
 from ...federation import client
+from ...repeated import Repeated, refusal
 from ...suite import AttackCell
 from ...threat import Knowledge
+from ...update import Network, one_hot
 from ..workshop import Workshop
 from . import clients
 
@@ -22,7 +27,7 @@ _TRIED = 16
 
 def mark_of(cell: AttackCell) -> Hashable:
     """Return what a combination is told from others by: all that a client depends on, but for its weights' values."""
-    setting = replace(cell.setting, name="", epochs=0, grants=Knowledge())
+    setting = replace(cell.setting, name="", epochs=0, after_rounds=0, grants=Knowledge())
     return cell.dataset, cell.model, cell.defense, setting, cell.victims, cell.tuning
 
 
@@ -53,9 +58,7 @@ def check(cell: AttackCell, workshop: Workshop) -> None:
     where = f"model {model!r} on dataset {data.name!r} in setting {setting.name!r} under defense {title!r}"
     module = workshop.untrained(cell.model, data.shape, data.classes)
     images, labels = data.cohorts(min(cell.victims, _TRIED), setting.batch_size, 1, cell.tuning)
-    # As many public images as a victim has, over and over where there are fewer.
-    public = data.split.train.images
-    others = public.repeat(-(-setting.batch_size // len(public)), 1, 1, 1)[: setting.batch_size]
+    others = _public(data, setting.batch_size)
     try:
         network = client.client_network(module, defense, setting)
         reason = clients.refusal(
@@ -67,3 +70,18 @@ def check(cell: AttackCell, workshop: Workshop) -> None:
         raise GradleakError(f"{where}: {workshop.described(error)}") from error
     if reason is not None:
         raise GradleakError(f"{where}: {reason}")
+
+
+def rounds(network: Network, data: Data, cell: AttackCell) -> str | None:
+    """Say why several messages of a client are not modelled under a cell's defense, or None."""
+    assert isinstance(cell.built_defense, Repeated)
+    size, dtype = cell.setting.batch_size, cell.setting.dtype
+    targets = one_hot(torch.arange(size) % data.classes, data.classes, dtype)
+    images = _public(data, size).to(dtype)
+    return refusal(cell.built_defense.defense, network.module, dict(network.parameters), images, targets)
+
+
+def _public(data: Data, size: int) -> Tensor:
+    """Return as many public images as a victim has, over and over where there are fewer."""
+    public = data.split.train.images
+    return public.repeat(-(-size // len(public)), 1, 1, 1)[:size]

@@ -21,7 +21,7 @@ from ...board.store import CellResult
 from ...errors import GradleakError
 from ...process import machine_memory
 from ...suite import AttackCell, Cell, TrainingCell
-from ..workshop import Progress, Resources
+from ..workshop import Resources
 
 log = logging.getLogger(__name__)
 
@@ -234,37 +234,6 @@ def _trained_model(cell: Cell) -> Hashable:
     """Return what the trained model of a cell is known by, None for an untrained one."""
     epochs = cell.setting.epochs
     return (cell.model, cell.dataset, epochs, cell.seed) if epochs else None
-
-
-class Forward(logging.Handler):
-    """Hands on the text of a worker's warnings, for the driver to show each line once."""
-
-    def __init__(self, send: Callable[[str], None]) -> None:
-        """Send lines to `send`."""
-        super().__init__(logging.WARNING)
-        self.send = send
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Send one line."""
-        self.send(record.getMessage())
-
-    def install(self) -> None:
-        """Take the place of this process's handlers, for `warnings` too."""
-        logging.captureWarnings(True)
-        logging.getLogger().handlers = [self]
-
-
-def throttled(report: Progress) -> Progress:
-    """Pass on the first report, then no more than five a second."""
-    last = -1.0
-
-    def passed(share: float, loss: float) -> None:
-        nonlocal last
-        if last < 0 or time.monotonic() - last > 0.2:
-            last = time.monotonic()
-            report(share, loss)
-
-    return passed
 
 
 @contextlib.contextmanager

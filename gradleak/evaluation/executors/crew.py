@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
@@ -13,6 +12,7 @@ from typing import Literal
 from ...board.schema import CellResult, ImageRow
 from ...process import memory_of, stopped
 from ...suite import AttackCell, Cell
+from ..apart import death
 from ..evaluate import failed
 from ..identity import identity
 from .base import Desk, Limits, Pending, Queue, Report
@@ -80,7 +80,7 @@ class Crew:
             dead = True
         if dead:
             worker.cell = None
-            return self.queue.died(cell, _death(worker.end()))
+            return self.queue.died(cell, death(worker.end()))
         return self._hold_to_limits(worker, cell)
 
     def _note(self, worker: Worker, cell: Cell, kind: str, content: object) -> None:
@@ -92,6 +92,8 @@ class Crew:
             worker.enter(str(content))
             if worker.phase == "attack":
                 self.queue.trained(cell)
+        elif kind == "attacker":
+            worker.attacked_by(int(str(content)))
         elif kind == "progress" and isinstance(content, tuple):
             if worker.phase == "cell":
                 self.queue.trained(cell)
@@ -104,7 +106,7 @@ class Crew:
         if (late := overdue(cell, worker.phase, now - worker.since, now - worker.begun, self.limits)) is not None:
             return self._ended(worker, late)
         if self.limits.memory is not None:
-            if memory_of(worker.pid) - worker.base > 1.05 * self.limits.memory + 2**26:
+            if memory_of(worker.pid) + worker.attacker_memory() - worker.base > 1.05 * self.limits.memory + 2**26:
                 error = f"took more than {self.limits.memory / 2**30:.3g} GiB (--memory-limit)"
                 return self._ended(worker, _without_answer(cell, "oom", error))
         if not stopped(worker.pid):
@@ -158,14 +160,3 @@ def _without_answer(cell: Cell, status: str, error: str) -> CellResult:
     return CellResult(
         key=cell.key, config=cell.stored(), status=outcome, error=error, rows=rows, provenance=identity(cell)
     )
-
-
-def _death(code: int | None) -> str:
-    """Say how a process ended."""
-    if code is None or code >= 0:
-        return f"exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"{name}, often a lack of memory" if code == -signal.SIGKILL else name

@@ -13,6 +13,7 @@ import torch
 from ... import registry
 from ...board.store import CellResult
 from ...suite import Cell
+from ..apart import nursery
 from ..workshop import Resources
 from .base import Alone, Desk, Executor, Limits, Pending, Queue, Report
 from .crew import Crew
@@ -41,7 +42,7 @@ class Local(Executor):
             registry.add_file(path)
         desk = desk or Alone()
         context = multiprocessing.get_context("fork" if _copies(resources) else "spawn")
-        worker = Worker(context, resources, plugins, self.limits.memory_of(resources))
+        worker = Worker(context, resources, plugins, self.limits.memory_of(resources), nursery())
         yield from Crew([worker], Queue(cells, desk), desk, self.limits, report).run()
 
 

@@ -11,6 +11,7 @@ import torch
 
 from ...board.store import CellResult
 from ...suite import Cell
+from ..apart import nursery
 from ..workshop import Resources
 from .base import Alone, Desk, Executor, Limits, Pending, Queue, Report, default_workers
 from .crew import Crew
@@ -40,7 +41,8 @@ class Processes(Executor):
         context = multiprocessing.get_context("spawn")
         memory = self.limits.memory_of(resources)
         workers = [
-            Worker(context, replace(resources, device=devices[i % len(devices)]), plugins, memory) for i in range(count)
+            Worker(context, replace(resources, device=devices[i % len(devices)]), plugins, memory, nursery())
+            for i in range(count)
         ]
         yield from Crew(workers, Queue(cells, desk), desk, self.limits, report).run()
 

@@ -20,8 +20,10 @@ from ...board.store import CellResult
 from ...errors import GradleakError
 from ...process import default_cache, tune
 from ...suite import Cell
+from ..apart import Apart, possible
+from ..said import Forward
 from ..workshop import Resources, Workshop
-from .base import Alone, Desk, Executor, Forward, Limits, Pending, Queue, Report, default_workers, environment
+from .base import Alone, Desk, Executor, Limits, Pending, Queue, Report, default_workers, environment
 from .crew import overdue
 from .worker import Message, computed
 
@@ -264,6 +266,12 @@ def _workshop(resources: Resources) -> Workshop:
     return Workshop(resources)
 
 
+@functools.lru_cache(maxsize=1)
+def _apart() -> Apart | None:
+    """Return what runs the attacks of this Ray worker."""
+    return Apart() if possible() else None
+
+
 def _compute(cell: Cell, site: _Site, board: Any) -> tuple[Message, list[str]]:
     """Compute a cell in a Ray worker; return its result, or the machine's fault, and the warnings meanwhile."""
     said: list[str] = []
@@ -279,4 +287,4 @@ def _compute(cell: Cell, site: _Site, board: Any) -> tuple[Message, list[str]]:
         elif kind == "phase":
             board.enter.remote(cell.key, content)
 
-    return computed(cell, _workshop(site.resources), send), said
+    return computed(cell, _workshop(site.resources), send, _apart()), said

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import multiprocessing
 import os
-import resource
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,27 +18,36 @@ from pathlib import Path
 from typing import Any
 
 from ... import registry
-from ...process import end_with_parent, memory_of, tune
+from ...process import bound, end_with_parent, memory_of, tune
 from ...suite import Cell
+from ..apart import Apart
 from ..evaluate import evaluate, failed
 from ..faults import MachineFault
+from ..said import Forward, Printed, Sayer, throttled
 from ..workshop import Resources, Workshop
-from .base import Forward, environment, throttled
+from .base import environment
 
 Message = tuple[str, Any]
-"""What a worker says: `said` text, a new `phase`, `progress` (share, loss), a `result`, a `fault` of the machine."""
-
-_LINES = 100
-"""Lines that a worker may print; a plugin that never stops would fill memory."""
+"""What a worker says: `said` text, a new `phase`, the number of an `attacker`, `progress` (share, loss), a `result`, a
+`fault` of the machine."""
 
 
 class Worker:
     """A worker as its driver sees it: a process that is started when there is a cell for it."""
 
-    def __init__(self, context: BaseContext, resources: Resources, plugins: Sequence[Path], memory: int | None) -> None:
-        """Start nothing yet."""
+    def __init__(
+        self,
+        context: BaseContext,
+        resources: Resources,
+        plugins: Sequence[Path],
+        memory: int | None,
+        control: socket.socket | None = None,
+    ) -> None:
+        """Start nothing yet; `control` is of the nursery of attacks, None to run them in the worker itself."""
         self._context = context
-        self._arguments = (resources, list(plugins), memory)
+        self._arguments = (resources, list(plugins), memory, control)
+        self._attacker = self._attacker_base = 0
+        """Number of the process that runs its attack, and the bytes that it had at its start."""
         self._process: Any = None
         self.cell: Cell | None = None
         self.connection: Connection | None = None
@@ -71,6 +79,16 @@ class Worker:
         if phase == "cell":
             self.begun = self.since
             self.base = memory_of(self.pid)
+
+    def attacker_memory(self) -> int:
+        """Return the bytes that the process of its attack has taken."""
+        if not self._attacker or self.phase != "attack":
+            return 0
+        return max(0, memory_of(self._attacker) - self._attacker_base)
+
+    def attacked_by(self, pid: int) -> None:
+        """Note the process that runs its attack."""
+        self._attacker, self._attacker_base = pid, memory_of(pid)
 
     def hear(self) -> list[Message]:
         """Return what the worker has said.
@@ -124,7 +142,13 @@ class Worker:
         self.connection = ours
 
 
-def _work(connection: Connection, resources: Resources, plugins: Sequence[Path], memory: int | None) -> None:
+def _work(
+    connection: Connection,
+    resources: Resources,
+    plugins: Sequence[Path],
+    memory: int | None,
+    control: socket.socket | None,
+) -> None:
     """Compute cells until the driver is gone."""
     # A group of its own: what plugins start ends with their worker, and the terminal's signals do not reach it.
     os.setsid()
@@ -133,86 +157,48 @@ def _work(connection: Connection, resources: Resources, plugins: Sequence[Path],
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP})
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    send = _Sender(connection)
+    send = Sayer(lambda kind, content: connection.send((kind, content)))
     _say_through(send)
     tune()
     for path in plugins:
         registry.add_file(path)
-    _bound(memory)
+    bound(memory)
+    apart = None
+    if control is not None:
+        apart = Apart(control, memory)
+        apart.told = lambda pid: send("attacker", pid)
     here, workshop = os.getpid(), Workshop(resources)
     while True:
         try:
             cell: Cell = connection.recv()
         except EOFError:
             return
-        said = computed(cell, workshop, send)
+        said = computed(cell, workshop, send, apart)
         if os.getpid() != here:  # an attack forked, and this is the other one
             os._exit(0)
         send(*said)
 
 
-def computed(cell: Cell, workshop: Workshop, send: Callable[[str, Any], None]) -> Message:
+def computed(cell: Cell, workshop: Workshop, send: Callable[[str, Any], None], apart: Apart | None = None) -> Message:
     """Compute a cell and return its result, or the fault of the machine that it met; say meanwhile how it goes."""
     progress = throttled(lambda share, loss: send("progress", (share, loss)))
     send("phase", "cell")
     try:
-        return "result", evaluate(cell, workshop, progress, lambda name: send("phase", name))
+        return "result", evaluate(cell, workshop, progress, lambda name: send("phase", name), apart)
     except MachineFault as fault:
         return "fault", str(fault)
     except BaseException as error:  # an attack's own KeyboardInterrupt or SystemExit
         return "result", failed(cell, f"{type(error).__name__}: {error}"[:500])
 
 
-class _Sender:
-    """Sends messages of several threads one after the other."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection, self._lock = connection, threading.Lock()
-        self._lines = 0
-
-    def __call__(self, kind: str, content: Any) -> None:
-        with self._lock, contextlib.suppress(BrokenPipeError):
-            self._connection.send((kind, content))
-
-    def say(self, text: str) -> None:
-        self._lines += 1
-        if self._lines <= _LINES:
-            self("said", text[:1000])
-
-
-class _Printed(io.TextIOBase):
-    """Stands for standard output: what plugins print is said in lines, and never reaches what the driver prints."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._rest = say, ""
-
-    def write(self, text: str) -> int:
-        *lines, rest = (self._rest + text).split("\n")
-        self._rest = rest[-1000:]
-        for line in filter(str.strip, lines):
-            self._say(line)
-        return len(text)
-
-
-def _say_through(send: _Sender) -> None:
+def _say_through(send: Sayer) -> None:
     ours = logging.getLogger("gradleak")
     ours.handlers.clear()  # of the driver, where this process is a copy of it
     ours.propagate = True
     Forward(send.say).install()
     with contextlib.suppress(OSError):
         os.dup2(2, 1)
-    sys.stdout = _Printed(send.say)
-
-
-def _bound(memory: int | None) -> None:
-    """Let requests for more memory fail, which an attack's victims are marked for, instead of ending the machine."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("800")  # if memory is short all the same, nobody else pays
-    if memory is None or not sys.platform.startswith("linux"):
-        return
-    bound = memory_of(os.getpid(), "VmData") + memory
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
+    sys.stdout = Printed(send.say)
 
 
 def _end_with_parent() -> None:

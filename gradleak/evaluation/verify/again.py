@@ -1,0 +1,225 @@
+"""What only running shows: cells are run again, and their rows compared in units of rounding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ... import suite
+from ...board.codec import late_progress
+from ...board.schema import REFUSED
+from ...board.store import STATUSES, CellResult, ImageRow
+from ...suite import AttackCell, Cell, TrainingCell
+from .. import evaluate
+from ..workshop import Workshop
+from .findings import Finding, Say, judged
+from .messages import OF_THE_ANSWER
+from .rounding import BYTES, LOSS, Floats, Shaken, decibels, unexplained
+
+CHEAP = 1.0
+"""Seconds that a control or a closed form may take to be run again in every cell."""
+CLOSED = ("control", "analytic")
+"""Families of attacks that are run again in every cell if they are cheap."""
+DECIBELS, LATE, STEPS = 0.01, 0.02, 0.01
+"""Units of PSNR, of late progress, and of iterations and losses (relatively) within which rows are the same."""
+ROUNDINGS = 16
+"""Roundings of a pixel that a stable attack may pass on to its answer."""
+IMAGES = 2
+"""Test images by which an accuracy may differ; measured: none."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What the bundle says of the cells that the verifier's suite has."""
+
+    cells: Mapping[str, Cell]
+    """By key, from the verifier's own suite."""
+    told: Mapping[str, Mapping[Any, Any]]
+    """Lines of the store's table of cells, by key."""
+    rows: Mapping[str, pd.DataFrame]
+    """Lines an image, by key."""
+
+    @classmethod
+    def of(cls, cells: Mapping[str, Cell], table: pd.DataFrame, rows: pd.DataFrame) -> Bundle:
+        """Take what a store returned apart."""
+        groups = {str(key): part.sort_values(["victim", "image"]) for key, part in rows.groupby("key")}
+        lines = {str(line["key"]): line for line in table.to_dict("records") if line["key"] in cells}
+        return cls({key: cell for key, cell in cells.items() if key in lines}, lines, groups)
+
+    def is_failed(self, key: str) -> bool:
+        """Whether a cell, or any of its victims, is said to have failed."""
+        rows = self.rows.get(key)
+        return bool(
+            self.told[key]["status"] != "ok" or (rows is not None and (~rows["status"].isin(("ok", REFUSED))).any())
+        )
+
+
+@dataclass
+class Reruns:
+    """Cells that were run again, and what came of it."""
+
+    bundle: Bundle
+    workshop: Workshop
+    scale: Mapping[str, Floats]
+    """Each victim's loss at a grey image, by key."""
+    say: Say
+    done: dict[str, str | None]
+    """What was wrong, by key; None where nothing was."""
+
+    def run(self, title: str, keys: Sequence[str]) -> list[str]:
+        """Run cells that were not run yet; return what is wrong with these and the others of them."""
+        for number, key in enumerate(keys, start=1):
+            if key not in self.done:
+                self.say(f"{title}: cell {number} of {len(keys)}, {self.bundle.cells[key].title}")
+                self.done[key] = self._again(key, self._evaluated(key, self.workshop))
+        return [f"{self.bundle.cells[key].title}: {wrong}" for key in keys if (wrong := self.done[key])]
+
+    def closed_forms(self) -> Finding:
+        """Run every control and closed form again that takes under `CHEAP` seconds here."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for key, cell in self.bundle.cells.items():
+            if isinstance(cell, AttackCell) and cell.built_attack.family in CLOSED:
+                groups.setdefault((cell.attack.label, cell.model.label, cell.setting.name), []).append(key)
+        wrong, ran = [], 0
+        for _, keys in sorted(groups.items()):
+            for key in sorted(keys):
+                if key not in self.done:
+                    self.say(f"closed forms: {self.bundle.cells[key].title}")
+                    result = self._evaluated(key, self.workshop)
+                    self.done[key] = self._again(key, result)
+                    if result.seconds > CHEAP:
+                        break  # Its others are left to the sample.
+            part = [key for key in keys if key in self.done]
+            ran += len(part)
+            wrong += [f"{self.bundle.cells[key].title}: {each}" for key in part if (each := self.done[key])]
+        return judged("closed forms and controls", wrong, f"{ran} cells run again, all as they were")
+
+    def _evaluated(self, key: str, workshop: Workshop) -> CellResult:
+        """Run a cell; its rows are those that a store would hold."""
+        result = evaluate.evaluate(self.bundle.cells[key], workshop)
+        rows = [
+            replace(row, late_progress=late_progress(result.traces[row.victim]))
+            if row.late_progress is None and row.victim in result.traces
+            else row
+            for row in result.rows
+        ]
+        return replace(result, rows=rows)
+
+    def _again(self, key: str, result: CellResult) -> str | None:
+        cell, told = self.bundle.cells[key], self.bundle.told[key]
+        if told["status"] != "ok" or result.status != "ok":
+            if told["status"] == result.status:
+                return None
+            if result.status != "ok":
+                return f"cannot be run here: {result.error}"
+            return f"marked failed ({told['error']}), but runs here"
+        if isinstance(cell, TrainingCell):
+            return self._trained(cell, told["provenance"], result)
+        return next(self._differences(key, result), None)
+
+    def _differences(self, key: str, result: CellResult) -> Iterator[str]:
+        rows = self.bundle.rows.get(key)
+        if rows is None or len(rows) != len(result.rows):
+            yield f"{0 if rows is None else len(rows)} images, {len(result.rows)} here"
+            return
+        known: dict[int, Sequence[ImageRow]] = {0: result.rows}
+
+        def own(column: Callable[[ImageRow], float | None]) -> Callable[[int], Floats]:
+            def computed(number: int) -> Floats:
+                if number not in known:
+                    known[number] = self._evaluated(key, Shaken(self.workshop.resources, number)).rows
+                return np.array([column(row) for row in known[number]], dtype=float)
+
+            return computed
+
+        size = len(result.rows) // max(1, len(set(rows["victim"])))
+        scale = np.repeat(self.scale[key], size) if key in self.scale else np.ones(len(rows))
+        for name, unit in _units(result.rows, scale).items():
+            stored = rows[name].map(STATUSES.index) if name == "status" else rows[name]
+            wrong = unexplained(stored.to_numpy(dtype=float), own(_reader(name)), unit)
+            if wrong is not None and name == "status":
+                ended = ({*rows["status"]}, {row.status for row in result.rows})
+                wrong = ", here ".join("/".join(sorted(each)) for each in ended)
+            if wrong is not None:
+                yield f"{name.replace('_', ' ')}: {wrong}"
+        for name in OF_THE_ANSWER[:1]:
+            told = self.bundle.told[key]["provenance"].get(name)
+            if told != result.provenance.get(name) and self.bundle.cells[key].engine.backend != "auto":  # type: ignore[attr-defined]
+                yield f"{name} {told!r}, {result.provenance.get(name)!r} here"
+
+    def _trained(self, cell: TrainingCell, told: Mapping[str, Any], result: CellResult) -> str | None:
+        here = suite.plain(result.provenance)
+        for name in ("dense_bytes", "lr"):
+            if told.get(name) != here[name]:
+                return f"{name} {told.get(name)}, {here[name]} here"
+        if not abs(float(told.get("bytes") or 0) - here["bytes"]) <= BYTES * here["bytes"]:
+            return f"bytes {told.get('bytes')}, {here['bytes']} here"
+        held = told.get("validation_accuracy")
+        if not isinstance(held, Mapping) or held.keys() != here["validation_accuracy"].keys():
+            return f"validation accuracy {held}, {here['validation_accuracy']} here"
+        unit = IMAGES / len(self.workshop.data(cell.dataset).split.test)
+        known: dict[int, Mapping[str, Any]] = {0: here}
+
+        def own(number: int) -> Floats:
+            if number not in known:
+                known[number] = evaluate.evaluate(cell, Shaken(self.workshop.resources, number)).provenance
+            return np.array([known[number]["test_accuracy"]], dtype=float)
+
+        stored = np.array([told.get("test_accuracy") or 0.0])
+        wrong = unexplained(stored, own, unit)
+        return None if wrong is None else f"test accuracy: {wrong}"
+
+
+def _units(rows: Iterable[ImageRow], scale: Floats) -> dict[str, Floats | float]:
+    """Return the columns that are compared, each with the differences that are of no account."""
+    names = ("mse", "loss", "iterations", "gradient_evaluations")
+    here = {name: np.array([getattr(row, name) for row in rows], dtype=float) for name in names}
+    images = DECIBELS + ROUNDINGS * np.array([decibels(value) for value in np.nan_to_num(here["mse"], nan=1.0)])
+    return {
+        "status": 0.5,
+        "psnr": images,
+        "label_correct": 0.5,
+        "label_found": 0.5,
+        "loss": STEPS * np.nan_to_num(np.abs(here["loss"])) + LOSS * np.abs(scale),
+        "oracle_psnr": images,
+        "late_progress": LATE,
+        "iterations": 0.5 + STEPS * np.nan_to_num(here["iterations"]),
+        "gradient_evaluations": 0.5 + STEPS * np.nan_to_num(here["gradient_evaluations"]),
+    }
+
+
+def _reader(name: str) -> Callable[[ImageRow], float | None]:
+    if name == "status":
+        return lambda row: float(STATUSES.index(row.status))
+    return lambda row: None if getattr(row, name) is None else float(getattr(row, name))
+
+
+def sample(cells: Mapping[str, Cell], count: int, seed: int, without: Iterable[str] = ()) -> list[str]:
+    """Draw cells until there are `count` of every attack, of every defense that is attacked, and of every training.
+
+    Args:
+        cells: by key.
+        count: of each.
+        seed: of the draw.
+        without: keys of cells that are checked anyway.
+    """
+    left = sorted(cells.keys() - set(without))
+    random.Random(seed).shuffle(left)
+    have: dict[tuple[str, str], int] = {}
+    drawn = []
+    for key in left:
+        cell = cells[key]
+        if isinstance(cell, AttackCell):
+            groups = [("attack", cell.attack.label), ("defense", cell.defense.label)]
+        else:
+            groups = [("training", cell.defense.label)]
+        if any(have.get(group, 0) < count for group in groups):
+            drawn.append(key)
+            for group in groups:
+                have[group] = have.get(group, 0) + 1
+    return drawn
