@@ -42,7 +42,7 @@ LAYERS = [
     {"channel", "reconstruction"},
     {"search"},
     {"captured"},
-    {"attack", "server"},
+    {"attack"},
     {"chain", "repeated", "training"},
     {
         "suite",
