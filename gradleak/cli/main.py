@@ -21,7 +21,7 @@ from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable
 from ..secret import Secret, is_secret
-from . import attack, audit, catalogue, check, new, prior, verify
+from . import attack, audit, catalogue, check, new, prior, tune, verify
 from . import store as store_commands
 from .asked import questions
 
@@ -42,6 +42,7 @@ app.command("attack")(attack.attack)
 app.command("audit")(audit.audit)
 app.command("check")(check.check)
 app.command("new")(new.new)
+app.command("tune")(tune.tune)
 app.command("verify")(verify.verify)
 app.add_typer(store_commands.app, name="store")
 
