@@ -21,6 +21,8 @@ def price(provenance: pd.Series[Any]) -> dict[str, Any]:
     line: dict[str, Any] = {
         name: float(pd.to_numeric(facts[name]).mean()) if name in facts else math.nan for name in names
     }
+    looked = [fact["inspection"]["false_alarms"] for fact in provenance if fact.get("inspection")]
+    line["false_alarms"] = float(np.mean(looked)) if looked else math.nan
     # A cell that failed says nothing of its guarantee; None says that there is none.
     weakest = _weakest(fact["epsilon"] for fact in provenance if "epsilon" in fact)
     for name in ("epsilon", "delta", "noise"):

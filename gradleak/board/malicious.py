@@ -66,7 +66,8 @@ def detection_board(results: Results) -> Board:
     for cell in _looked_at(results.cells).to_dict("records"):
         seen = cell["provenance"]["inspection"]
         name = {"defense": cell["defense"], "server": cell["server"], **{each: cell[each] for each in CONTEXT}}
-        lines.append({**name, "batch_size": cell["batch_size"], "seed": cell["seed"], **seen})
+        facts = {each: seen[each] for each in ("refused", "false_alarms", "honest_rounds")}
+        lines.append({**name, "batch_size": cell["batch_size"], "seed": cell["seed"], **facts})
     found = pd.DataFrame(lines)
     notes = (
         "refused: share of victims whose clients send nothing; false alarms: the same for honest models, untrained and "

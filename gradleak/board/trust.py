@@ -61,6 +61,9 @@ Natural = Annotated[int, Field(ge=0, le=2**31)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
 class _Stored(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -106,10 +109,29 @@ class _Guarantee(_Stored):
     delta: Amount | None = None
 
 
+class _Server(_Stored):
+    queries: Amount | None = None
+    most_queries: Amount | None = None
+    expected: Amount | None = None
+    added_parameters: Annotated[int, Field(ge=-(2**62), le=2**62)] | None = None
+    added_bytes: Annotated[int, Field(ge=-(2**62), le=2**62)] | None = None
+    accuracy: Share | None = None
+    counts: Text | None = None
+
+
+class _Inspection(_Stored):
+    refused: Share
+    false_alarms: Share
+    honest_rounds: Natural
+    thresholds: list[float] = Field(default_factory=list)
+
+
 class _Provenance(_Stored):
     attack_family: Text | None = None
     defense_family: Text | None = None
     threat_model: Text | None = None
+    server: _Server | None = None
+    inspection: _Inspection | None = None
     adaptive: bool = False
     stochastic: bool = False
     bytes: Amount | None = None

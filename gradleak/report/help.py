@@ -64,6 +64,7 @@ HELP: Mapping[str, str] = {
     "rating": "Bradley-Terry rating, every victim a game. Higher is stronger.",
     "seconds": "Seconds for one victim, on average. Lower is cheaper.",
     "specialist against": "Defenses that an attack without a rank breaks.",
+    "setting": "How the clients train, and who sends the model.",
     "server": "Who sends the model, and what it does to it first.",
     "exact images": "Images of a client's batch that the worst attack recovers exactly, mean over victims. " + _LEAKS,
     "of": "Images in a client's batch.",

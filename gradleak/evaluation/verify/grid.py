@@ -53,8 +53,8 @@ def named(paths: Sequence[Path]) -> Suites:
     return {suite.title_of(path): path for path in paths}
 
 
-def expanded(paths: Sequence[Path], workshop: Workshop, secret: Secret | None) -> Grid:
-    """Return the grid of suites: the same that `run` computes with a store's secret.
+def expanded(paths: Sequence[Path], workshop: Workshop, secret: Secret | None = None) -> Grid:
+    """Return the grid of suites: the same that `run` computes with a secret.
 
     Raises:
         GradleakError: a suite cannot be expanded here.
@@ -63,9 +63,8 @@ def expanded(paths: Sequence[Path], workshop: Workshop, secret: Secret | None) -
     notes: list[LeftOut] = []
     for path in paths:
         try:
-            planned = suite.expand(
-                suite.read(path), workshop.digest, workshop.resources.data_root, notes.append, secret
-            )
+            root = workshop.resources.data_root
+            planned = suite.expand(suite.read(path), workshop.digest, root, notes.append, secret)
             for cell in fitting(planned, workshop, notes.append):
                 named.setdefault(cell.key, []).append(cell)
         except GradleakError as error:
