@@ -42,7 +42,7 @@ LAYERS = [
     {"channel", "reconstruction", "server"},
     {"search"},
     {"captured"},
-    {"attack", "server"},
+    {"attack"},
     {"chain", "repeated", "training"},
     {
         "suite",
