@@ -237,13 +237,14 @@ def store() -> str:
     """Return the page of a store's tables and of the columns of reports."""
     from gradleak.board import schema
     from gradleak.report import dictionary
+    from gradleak.scales import METRICS
 
     parts = ["# Store and columns\n", f"Schema {schema.SCHEMA}, drawn from the code.\n", "## Tables of a store\n"]
     made = "\n\n".join([*(each + ";" for each in schema.STATEMENTS), schema.CLAIMS + ";", schema.LEFT_OUT + ";"])
     parts.append(f"```sql\n{made}\n```\n")
     for title, cls in {"A row: one true image": schema.ImageRow, "A cell": schema.CellResult}.items():
         parts += [f"## {title}\n", table(("name", "type", "default", "meaning"), _rows(fields_of(cls)))]
-    columns = dict.fromkeys([*schema.ROW_COLUMNS, *schema.DESCRIBED, *dictionary._FACTS, *dictionary.METRICS])
+    columns = dict.fromkeys([*schema.ROW_COLUMNS, *schema.DESCRIBED, *dictionary._FACTS, *METRICS])
     described = [(name, *dictionary.describe(name)) for name in columns]
     known = [(f"`{name}`", unit, meaning) for name, unit, meaning in described if meaning]
     parts += ["## Columns of the tables of a report\n", "`schema.json` beside them says the same.\n"]

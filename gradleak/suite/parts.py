@@ -144,7 +144,11 @@ def taken(stored: Mapping[str, Any], key: str, kind: type[_T] | tuple[type, ...]
 
 
 def members(name: str) -> list[str]:
-    """Return the names that a chain `a + b` is of; of another plugin, its own."""
+    """Return the names that a chain `a + b` is of; of another plugin, its own.
+
+    >>> members("sketch + dp-sgd")
+    ['sketch', 'dp-sgd']
+    """
     return [part.strip() for part in name.split("+")]
 
 
