@@ -74,7 +74,11 @@ _RANKS: dict[type[StrEnum], dict[StrEnum, int]] = {
 
 
 def rank(level: StrEnum) -> int:
-    """Position on its ladder: a grant covers a need when its rank is at least as high."""
+    """Position on its ladder: a grant covers a need when its rank is at least as high.
+
+    >>> rank(Labels.KNOWN) > rank(Labels.COUNTS) > rank(Labels.INFERRED)
+    True
+    """
     return _RANKS[type(level)][level]
 
 
@@ -95,7 +99,11 @@ class Knowledge:
     """What the server may do to the model; the setting's `server` grants it."""
 
     def missing(self, granted: Knowledge) -> list[str]:
-        """Name what is needed here but not granted, e.g. `["labels: known"]`; empty when all is there."""
+        """Name what is needed here but not granted, e.g. `["labels: known"]`; empty when all is there.
+
+        >>> Knowledge(labels=Labels.KNOWN, auxiliary=True).missing(Knowledge(labels=Labels.COUNTS))
+        ['labels: known', 'auxiliary: true']
+        """
         lacking = []
         for item in dataclasses.fields(self):
             need, grant = getattr(self, item.name), getattr(granted, item.name)

@@ -39,6 +39,9 @@ def conceal(text: str, places: Mapping[str, Path | None]) -> str:
     Args:
         text: an error, say, that is going to be stored.
         places: folders by the names that stand for them, e.g. `{"<data root>": Path("/data")}`.
+
+    >>> conceal("/data/cats/1.png is no image", {"<data root>": Path("/data")})
+    '<data root>/cats/1.png is no image'
     """
     usual = {"<temporary>": Path(tempfile.gettempdir()), "<here>": Path.cwd(), "~": Path.home()}
     known: dict[str, str] = {}
@@ -69,6 +72,9 @@ def printable(text: str, keep: str = "", form: Callable[[str], str] = _written_o
         text: which may be a stranger's.
         keep: characters that stay.
         form: what is written for another.
+
+    >>> printable("red: " + chr(27) + "[31m", form=lambda mark: "?")
+    'red: ?[31m'
     """
     if text.isascii() and text.isprintable():
         return text

@@ -41,7 +41,11 @@ class Guarantee:
 
 @dataclass(frozen=True)
 class Exposure:
-    """How often one example enters what is seen."""
+    """How often one example enters what is seen.
+
+    >>> Exposure(messages=10).sampling_rate
+    1.0
+    """
 
     messages: int = 1
     """Messages, or rounds where an example takes part in a share of them."""

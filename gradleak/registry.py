@@ -47,7 +47,11 @@ _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 
 
 def names(group: str) -> list[str]:
-    """Return every known name of a group, sorted. Imports no plugin."""
+    """Return every known name of a group, sorted. Imports no plugin.
+
+    >>> "top-k" in names("defenses")
+    True
+    """
     return sorted(_sources(group))
 
 
@@ -96,6 +100,12 @@ def build(group: str, name: str, options: Mapping[str, Any] | None = None, where
 
     Raises:
         GradleakError: as `load`, or an option has a wrong name, type or range; `where` opens the line.
+
+    >>> build("defenses", "top-k", {"ratio": 0.1}).ratio
+    0.1
+    >>> build("attacks", "dlg", {"lr": -1})
+    Traceback (most recent call last):
+    gradleak.errors.GradleakError: attack 'dlg': lr = -1: Input should be greater than 0
     """
     cls = load(group, name, where)
     options = _with_preset(cls, dict(options or {}), where)
@@ -118,12 +128,20 @@ def build(group: str, name: str, options: Mapping[str, Any] | None = None, where
 
 
 def options_of(plugin: Any) -> dict[str, Any]:
-    """Return every hyper-parameter of an instance as plain data, defaults included."""
+    """Return every hyper-parameter of an instance as plain data, defaults included.
+
+    >>> options_of(build("models", "mlp", {"widths": [8]}))["widths"]
+    (8,)
+    """
     return {field.name: getattr(plugin, field.name) for field in dataclasses.fields(plugin)}
 
 
 def describe(group: str, name: str) -> dict[str, Any]:
-    """Return what `gradleak list` shows of a plugin, as plain data; of a broken one its `error`."""
+    """Return what `gradleak list` shows of a plugin, as plain data; of a broken one its `error`.
+
+    >>> describe("defenses", "sign")["family"]
+    'compression'
+    """
     facts: dict[str, Any] = {"name": name, "error": ""}
     try:
         cls = load(group, name)
@@ -176,7 +194,11 @@ def add_file(path: Path) -> list[tuple[str, str]]:
 
 
 def groups_of(name: str) -> list[str]:
-    """Return the groups that have a plugin of a name, sorted."""
+    """Return the groups that have a plugin of a name, sorted.
+
+    >>> groups_of("mlp")
+    ['models']
+    """
     return [group for group in sorted(GROUPS) if name in _sources(group)]
 
 

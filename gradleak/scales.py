@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """Facts about one column of the per-image rows."""
+    """Facts about one column of the per-image rows.
+
+    >>> METRICS["psnr"].worst, METRICS["mse"].worst
+    (0.0, 1.0)
+    """
 
     name: str
     """Key of the row."""
@@ -56,7 +60,11 @@ class Threshold:
         return f"{self.metric} {'>=' if METRICS[self.metric].higher_is_better else '<='} {self.value:g}"
 
     def reached(self, value: float) -> bool:
-        """Return whether a value is a success; NaN is none (drop unmeasured rows first, not failed ones)."""
+        """Return whether a value is a success; NaN is none (drop unmeasured rows first, not failed ones).
+
+        >>> Threshold(metric="psnr", value=20.0).reached(20.0), Threshold(metric="lpips", value=0.1).reached(0.2)
+        (True, False)
+        """
         if math.isnan(value):
             return False
         return value >= self.value if METRICS[self.metric].higher_is_better else value <= self.value

@@ -24,7 +24,12 @@ from .update import Network
 
 
 def digits(victims: int = 2, batch_size: int = 1) -> tuple[Tensor, Tensor]:
-    """Images [N, B, 1, 8, 8] in [0, 1] and labels [N, B] of the first tuning victims of digits."""
+    """Images [N, B, 1, 8, 8] in [0, 1] and labels [N, B] of the first tuning victims of digits.
+
+    >>> images, labels = digits(victims=2, batch_size=3)
+    >>> tuple(images.shape), tuple(labels.shape)
+    ((2, 3, 1, 8, 8), (2, 3))
+    """
     return Data(registry.build("datasets", "digits"), "digits").victims(victims, batch_size, tuning=True)
 
 
@@ -132,7 +137,12 @@ def reconstruct(attack: str | Attack, observation: Observation, **options: Any) 
 
 
 def psnr(guesses: Tensor, images: Tensor) -> Tensor:
-    """Mean PSNR [N] in dB of each victim's images [N, B, C, H, W], guesses assigned to them as the evaluator does."""
+    """Mean PSNR [N] in dB of each victim's images [N, B, C, H, W], guesses assigned to them as the evaluator does.
+
+    >>> images, _ = digits()
+    >>> bool((psnr(images, images) > 99).all())
+    True
+    """
     pairs = zip(guesses, images, strict=True)
     return torch.stack([metrics.psnr(guess[metrics.assign(guess, truth)], truth).mean() for guess, truth in pairs])
 

@@ -354,7 +354,11 @@ def _rows(buffers: dict[str, Tensor] | None, batch: slice | Tensor) -> dict[str,
 
 
 def one_hot(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """Class probabilities [..., classes] of integer labels [...]."""
+    """Class probabilities [..., classes] of integer labels [...].
+
+    >>> one_hot(torch.tensor([2, 0]), 3, torch.float32).tolist()
+    [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    """
     return nn.functional.one_hot(labels, classes).to(dtype)
 
 
@@ -369,18 +373,32 @@ def flatten(update: Update) -> Tensor:
 
 
 def unflatten(vector: Tensor, shapes: Mapping[str, Sequence[int]]) -> Update:
-    """Cut one vector [d] into tensors of these shapes; the inverse of `flatten`."""
+    """Cut one vector [d] into tensors of these shapes; the inverse of `flatten`.
+
+    >>> update = {"w": torch.rand(2, 3), "b": torch.rand(3)}
+    >>> back = unflatten(flatten(update), {name: tensor.shape for name, tensor in update.items()})
+    >>> all(torch.equal(back[name], tensor) for name, tensor in update.items())
+    True
+    """
     parts = vector.split([math.prod(shape) for shape in shapes.values()])
     return {name: part.reshape(tuple(shape)) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def dot(left: Update, right: Update) -> Tensor:
-    """Inner product over all tensors of two updates, a scalar."""
+    """Inner product over all tensors of two updates, a scalar.
+
+    >>> dot({"w": torch.ones(2), "b": torch.ones(1)}, {"w": torch.full((2,), 2.0), "b": torch.ones(1)})
+    tensor(5.)
+    """
     return torch.stack([(left[name] * right[name]).sum() for name in left]).sum()
 
 
 def squared_norm(update: Update) -> Tensor:
-    """Squared Euclidean norm over all tensors of an update, a scalar."""
+    """Squared Euclidean norm over all tensors of an update, a scalar.
+
+    >>> squared_norm({"w": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])})
+    tensor(25.)
+    """
     return dot(update, update)
 
 

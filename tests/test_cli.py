@@ -20,8 +20,9 @@ import yaml
 
 from gradleak import __version__, registry
 from gradleak.board.store import Store
-from gradleak.cli import catalogue
+from gradleak.cli import catalogue, doctor
 from gradleak.cli.main import main
+from gradleak.evaluation import perceptual
 
 SMOKE = Path(__file__).parents[1] / "benchmarks" / "smoke.yaml"
 
@@ -334,4 +335,48 @@ def test_version_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"gradleak {__version__}\n"
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    assert f"torch {torch.__version__.partition('+')[0]}" in said and "lpips weights" in said
+    assert f"torch {torch.__version__.partition('+')[0]}" in said and "lpips alex" in said
+
+
+def test_doctor_says_what_to_do_about_each_absence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "EXTRAS", {"tune": ("no_such_package", "`gradleak tune`")})
+    monkeypatch.setattr(perceptual, "state", lambda trunk: f"{trunk}.pth is missing; it can be had from there")
+    assert main(["doctor", "--json"]) == 0, "all of these are optional"
+    found = {fact["name"]: fact for fact in json.loads(capsys.readouterr().out)["facts"]}
+    assert found["[tune]"]["do"] == "for `gradleak tune`: pip install 'gradleak[tune]'"
+    assert found["lpips vgg"]["do"].startswith("it can be had from there") and not found["cpu"]["do"]
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no_such_package"))
+    assert main(["doctor"]) == 1
+    assert "-> pip install no_such_package" in capsys.readouterr().out
+
+
+def test_bare_gradleak_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "Usage: gradleak" in said and "leaderboard" in said
+
+
+def test_shells_complete_commands_and_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_GRADLEAK_COMPLETE", "complete_bash")
+    for words, found in (("gradleak leader", "leaderboard"), ("gradleak run --sum", "--summary")):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        with pytest.raises(SystemExit):
+            main([])
+        assert found in capsys.readouterr().out.split()
+
+
+def test_a_run_leaves_a_summary_for_scripts(tmp_path: Path) -> None:
+    suite, out = tmp_path / "s.yaml", tmp_path / "summary.json"
+    suite.write_text(
+        "name: s\nvictims: 2\ndatasets: [digits]\nmodels: [linear]\nattacks: [mean-image]\ndefenses: [none]\n"
+    )
+    command = ["run", str(suite), "--store", str(tmp_path / "s.sqlite"), "--executor", "local", "--summary"]
+    assert main([*command, str(out)]) == 0
+    said = json.loads(out.read_text())
+    assert (said["ran"], said["stored"], said["failed"], said["pending"]) == (said["cells"], said["cells"], {}, {})
+    assert main([*command, str(tmp_path / "absent" / "x.json")]) == 2

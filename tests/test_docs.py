@@ -68,7 +68,8 @@ def test_every_command_that_is_shown_is_one(capsys: pytest.CaptureFixture[str]) 
 
     root: Any = typer.main.get_command(app)
     for page in PAGES:
-        for found in re.finditer(r"^(?:\$ | {4})?gradleak ([a-z]+)(?: ([a-z]+))?(.*)$", page.read_text(), re.MULTILINE):
+        shown = "\n".join([text for _, text in blocks(page)] + re.findall("^ {4}(.*)$", page.read_text(), re.MULTILINE))
+        for found in re.finditer(r"^(?:\$ )?gradleak ([a-z]+)(?: ([a-z]+))?(.*)$", shown, re.MULTILINE):
             command = root.commands.get(found[1])
             assert command is not None, f"{page.name}: gradleak {found[1]}"
             if hasattr(command, "commands") and found[2]:

@@ -7,11 +7,16 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
-from gradleak import registry
+from gradleak import registry, suite
 from gradleak.cli import new
 from gradleak.cli.main import main
 from gradleak.contract import check_file
+from gradleak.errors import GradleakError
+from gradleak.evaluation.beside import boards, suite_of
+from gradleak.evaluation.runner import plan
+from gradleak.evaluation.workshop import Resources
 
 KINDS = sorted(registry.GROUPS.values())
 
@@ -81,3 +86,26 @@ def test_names_that_would_not_do_are_refused(case: str, tmp_path: Path, capsys: 
     arguments, said = REFUSED[case]
     assert main(["new", *arguments, "--out", str(tmp_path)]) == 2
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_a_small_board(kind: str, tmp_path: Path) -> None:
+    assert main(["new", kind, f"my-{kind}", "--out", str(tmp_path)]) == 0
+    registry.add_file(tmp_path / f"my_{kind}.py")
+    path = tmp_path / "beside.yaml"
+    path.write_text(yaml.safe_dump(suite_of(new.kinds()[kind], f"my-{kind}", {})))
+    assert suite.read(path).tuning, "a small board is no place for evaluation victims"
+    titles = [cell.title for cell in plan(path, tmp_path / "s.sqlite", Resources()).cells]
+    own = [title for title in titles if f"my-{kind}" in title]
+    assert own and len(own) < len(titles), "it stands beside others"
+
+
+def test_check_shows_a_small_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new", "defense", "my-defense", "--out", str(tmp_path)]) == 0
+    assert main(["check", str(tmp_path / "my_defense.py"), "--board"]) == 0
+    lines = capsys.readouterr().out
+    assert "my-defense" in lines and "gaussian-noise 0.3" in lines and "linear-leakage" in lines
+    with pytest.raises(GradleakError, match=r"no small board: .*transformer"):
+        boards("attacks", "april", {}, Resources())
+    with pytest.raises(GradleakError, match=r"no small board: .*needs generator"):
+        boards("attacks", "ggl", {}, Resources())

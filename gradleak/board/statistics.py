@@ -207,6 +207,10 @@ def wilson(rate: float, trials: float) -> Interval:
     """Wilson's interval of a success rate in [0, 1] over `trials`, which may be an effective, broken number.
 
     Wilson (1927). `effective_trials` gives the number where trials come in clusters.
+
+    >>> found = wilson(0.0, 16)
+    >>> round(found.low, 2), round(found.high, 2)
+    (0.0, 0.19)
     """
     if not math.isfinite(rate) or trials <= 0:
         return Interval(rate, math.nan, math.nan)
@@ -217,7 +221,12 @@ def wilson(rate: float, trials: float) -> Interval:
 
 
 def over_seeds(values: Floats) -> Interval:
-    """Return the mean of one number a seed, with Student's interval; a single seed has no interval."""
+    """Return the mean of one number a seed, with Student's interval; a single seed has no interval.
+
+    >>> found = over_seeds(np.array([1.0, 2.0, 3.0]))
+    >>> round(found.low, 2), found.estimate, round(found.high, 2)
+    (-0.48, 2.0, 4.48)
+    """
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]
     if not len(values):
@@ -269,7 +278,11 @@ def paired_p_values(differences: Floats, overlaps: Pairs = APART) -> Floats:
 
 
 def holm(p_values: Sequence[float] | Floats) -> Floats:
-    """Adjust p-values [M] so that any of them below 0.05 is wrong at most 1 time in 20 (Holm 1979)."""
+    """Adjust p-values [M] so that any of them below 0.05 is wrong at most 1 time in 20 (Holm 1979).
+
+    >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
+    [0.03, 0.06, 0.06]
+    """
     values = np.asarray(p_values, dtype=float)
     order = np.argsort(values)
     factors = np.arange(len(values), 0, -1)
@@ -310,6 +323,9 @@ def ranks_from_wins(better: Bools) -> list[tuple[int, int]]:
     """Rank interval of each item from `better` [M, M]: whether the row's item separably beats the column's.
 
     An item's rank lies after all that beat it and before all that it beats (Mogstad et al. 2024).
+
+    >>> ranks_from_wins(np.array([[False, False, True], [False, False, True], [False, False, False]]))
+    [(1, 2), (1, 2), (3, 3)]
     """
     items = len(better)
     return [(1 + int(better[:, item].sum()), items - int(better[item].sum())) for item in range(items)]
@@ -336,7 +352,11 @@ def separable(values: Floats, overlaps: Pairs = APART) -> Bools:
 
 
 def mean_over_known(values: Floats) -> Floats:
-    """Mean over the first axis without its NaN entries; NaN where there is no other."""
+    """Mean over the first axis without its NaN entries; NaN where there is no other.
+
+    >>> mean_over_known(np.array([[1.0, np.nan], [3.0, np.nan]])).tolist()
+    [2.0, nan]
+    """
     there = np.isfinite(values)
     count = there.sum(axis=0)
     total = np.where(there, values, 0.0).sum(axis=0)
@@ -400,7 +420,11 @@ def _ratings(wins: Floats) -> Floats:
 
 
 def pareto_front(costs: Floats) -> Bools:
-    """Which points [M, axes], all axes the lower the better, none beats; equal points stay, NaN goes."""
+    """Which points [M, axes], all axes the lower the better, none beats; equal points stay, NaN goes.
+
+    >>> pareto_front(np.array([[1.0, 3.0], [2.0, 2.0], [3.0, 3.0]])).tolist()
+    [True, True, False]
+    """
     known = np.atleast_1d(np.isfinite(costs).all(axis=1))
     front = known.copy()
     for item in np.flatnonzero(known):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import platform
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,9 +17,9 @@ from rich.padding import Padding
 
 from .. import __version__
 from ..errors import GradleakError, unknown
-from ..paths import printable
+from ..paths import printable, written_whole
 from ..secret import Secret, is_secret
-from . import attack, audit, catalogue, check, new, prior, verify
+from . import attack, audit, catalogue, check, doctor, new, prior, shared, tune, verify
 from . import store as store_commands
 from .asked import questions
 
@@ -32,7 +30,6 @@ BOARDS = ("defenses", "attacks", "pareto", "compute", "malicious", "detection")
 """Boards that `gradleak leaderboard` can show; by default the first two, and the last two where there is anything."""
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Which defense stops which gradient inversion attack, and at what cost.",
@@ -41,13 +38,11 @@ app.add_typer(prior.app, name="prior")
 app.command("attack")(attack.attack)
 app.command("audit")(audit.audit)
 app.command("check")(check.check)
+app.command("doctor")(doctor.doctor)
 app.command("new")(new.new)
+app.command("tune")(tune.tune)
 app.command("verify")(verify.verify)
 app.add_typer(store_commands.app, name="store")
-
-PluginFiles = Annotated[
-    list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to add; may be repeated.")
-]
 
 AllCode = Annotated[
     bool, typer.Option("--all-code", help="Also cells of older code, told apart; else each label shows its newest.")
@@ -86,14 +81,17 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """Options that come before a command; `--debug` may stand anywhere (see `main`)."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command("list")
@@ -106,7 +104,7 @@ def _list(
         ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
-    plugin: PluginFiles = None,
+    plugin: shared.PluginFiles = None,
     ensemble: Annotated[
         str, typer.Option(metavar="NAME", help="Only members of an ensemble of attacks, e.g. auto-v2.")
     ] = "",
@@ -163,10 +161,8 @@ def _run(
             "--ray-address", metavar="ADDRESS", help="A Ray cluster: auto, ray://HOST:PORT [default: starts one here]."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
-    data_root: Annotated[
-        Path | None, typer.Option("--data-root", metavar="DIR", help="Where datasets are that do not come along.")
-    ] = None,
+    device: shared.Device = "cpu",
+    data_root: shared.DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Allow datasets to be downloaded there.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     cell_timeout: Annotated[
@@ -178,16 +174,12 @@ def _run(
             "--memory-limit", metavar="GIB", help="Memory of a worker [default: four fifths of the machine's]."
         ),
     ] = None,
-    plugin: PluginFiles = None,
-    secret: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HEX|FILE",
-            help="What clients draw their noise from: 32 digits, or a store or bundle whose table is to be made again"
-            " [default: the store's own; a new store draws one].",
-        ),
-    ] = None,
+    plugin: shared.PluginFiles = None,
+    secret: shared.Secret = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the cells.")] = False,
+    summary_file: Annotated[
+        Path | None, typer.Option("--summary", metavar="FILE", help="Also write how the run ended, as JSON.")
+    ] = None,
 ) -> None:
     """Run the cells of a suite that the store lacks; the same command goes on where it was interrupted."""
     from ..suite import outline
@@ -207,7 +199,23 @@ def _run(
         return
     console = Console(stderr=True)
     summary = runner.run(suite, target, engine, resources, plugins, retry_failed, console, chosen)
+    if summary_file is not None:
+        _write_summary(summary, suite, target, summary_file)
     _conclude(summary, target)
+
+
+def _write_summary(summary: Summary, suite: Path, store: Path, path: Path) -> None:
+    """Write how a run ended as JSON, for scripts.
+
+    Raises:
+        GradleakError: it cannot be written.
+    """
+    text = json.dumps({"suite": str(suite), "store": str(store), **asdict(summary)}, indent=2) + "\n"
+    try:
+        with written_whole(path) as beside:
+            beside.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise GradleakError(f"--summary {path}: cannot be written ({error.strerror})") from error
 
 
 def _secret(given: str) -> Secret:
@@ -237,7 +245,7 @@ def _leaderboard(
         Path | None, typer.Option(metavar="FILE", help="Show the cells of this suite, and no other.")
     ] = None,
     all_code: AllCode = False,
-    plugin: PluginFiles = None,
+    plugin: shared.PluginFiles = None,
     data_root: Annotated[
         Path | None, typer.Option("--data-root", metavar="DIR", help="Where the suite's data is.")
     ] = None,
@@ -335,41 +343,6 @@ def _publish(
 
     manifest = publish(store, out)
     _say(f"{out}: {manifest['cells']} cells, {manifest['failed']} failed, {manifest['images']} images")
-
-
-@app.command("doctor")
-def _doctor() -> None:
-    """Say what this machine has: versions, devices, cache, LPIPS weights, extras."""
-    import torch
-
-    from ..evaluation import perceptual
-    from ..process import default_cache
-
-    packages = ("torch", "torchvision", "torchmetrics", "lpips", "opacus", "numpy", "scipy", "pandas", "pydantic")
-    cache = default_cache()
-    nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    facts = {
-        "gradleak": __version__,
-        "python": f"{platform.python_version()} on {platform.platform()}",
-        "packages": ", ".join(f"{package} {version(package)}" for package in packages),
-        "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
-        "cuda": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
-        "cache": f"{cache}, {'writable' if os.access(nearest, os.W_OK) else 'NOT writable'} (GRADLEAK_CACHE)",
-        "lpips weights": ", ".join(f"{trunk} {perceptual.state(trunk)}" for trunk in perceptual.SOURCES),
-        "extras": ", ".join(f"{name} {_installed(name)}" for name in ("pennylane", "breaching", "ray")),
-    }
-    width = max(map(len, facts))
-    for name, text in facts.items():
-        print(f"{name:{width}}  {text}")
-
-
-def _installed(package: str) -> str:
-    if importlib.util.find_spec(package) is None:
-        return "not installed"
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "installed"
 
 
 def _conclude(summary: Summary, target: Path) -> None:

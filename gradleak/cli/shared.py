@@ -1,7 +1,8 @@
-"""Options that `gradleak attack` and `gradleak audit` share: a model of one's own, its training, a budget."""
+"""Options that several commands share, each named once."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,3 +19,18 @@ LocalBatchSize = Annotated[
 Mode = Annotated[str, typer.Option("--mode", help="Of batch normalisation: eval or train.")]
 Budget = Annotated[str, typer.Option("--budget", metavar="TIME", help="As 90s, 10m or 1h.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, or cuda:N.")]
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", metavar="DIR", help="Where datasets are that do not come along.")
+]
+PluginFiles = Annotated[
+    list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to add; may be repeated.")
+]
+Secret = Annotated[
+    str | None,
+    typer.Option(
+        "--secret",
+        metavar="HEX|FILE",
+        help="What clients draw their noise from: 32 digits, or a store or bundle whose table is to be made again"
+        " [default: the store's own; a new store draws one].",
+    ),
+]

@@ -19,6 +19,9 @@ def seconds(text: str, flag: str) -> float:
 
     Raises:
         GradleakError: the text is no time above 0.
+
+    >>> seconds("1.5h", "--budget")
+    5400.0
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
     value = float(found[1]) * _UNITS[found[2]] if found else math.nan
@@ -32,6 +35,9 @@ def shape(text: str, flag: str = "--shape") -> tuple[int, int, int]:
 
     Raises:
         GradleakError: the text is no shape.
+
+    >>> shape("3x32x32")
+    (3, 32, 32)
     """
     parts = text.replace("x", ",").split(",")
     if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
@@ -57,6 +63,9 @@ def options(given: Sequence[str], flag: str = "--options") -> dict[str, Any]:
 
     Raises:
         GradleakError: one is neither.
+
+    >>> options(["lr=0.1", "{signed: true, widths: [8, 8]}"])
+    {'lr': 0.1, 'signed': True, 'widths': [8, 8]}
     """
     found: dict[str, Any] = {}
     for text in given:
@@ -76,6 +85,9 @@ def plugin(text: str, flag: str) -> tuple[str, dict[str, Any]]:
 
     Raises:
         GradleakError: it is neither.
+
+    >>> plugin("top-k: {ratio: 0.1}", "--defense")
+    ('top-k', {'ratio': 0.1})
     """
     try:
         parsed = yaml.safe_load(text)

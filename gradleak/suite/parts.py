@@ -144,7 +144,11 @@ def taken(stored: Mapping[str, Any], key: str, kind: type[_T] | tuple[type, ...]
 
 
 def members(name: str) -> list[str]:
-    """Return the names of a chain's members (`a + b`); of any other plugin, its own."""
+    """Return the names of a chain's members (`a + b`); of any other plugin, its own.
+
+    >>> members("sketch + dp-sgd")
+    ['sketch', 'dp-sgd']
+    """
     return [part.strip() for part in name.split("+")]
 
 
