@@ -19,7 +19,8 @@ from .schema import CLAIMS
 from .store import Store
 
 LEASE = 120.0
-"""Seconds without a sign of life after which a run's claims are anybody's."""
+"""Seconds without a sign of life after which a run's claims are anybody's: eight missed ones, as a busy machine misses
+some."""
 BEAT = 15.0
 """Seconds between two signs of life."""
 

@@ -221,7 +221,7 @@ class _Run:
         self.memories = sent.memories
         self.bytes += sum(sent.bytes)
         update = vmap(lambda message: defense.decode(message, sent.public))(sent.message)
-        # A gradient points uphill, a weight difference downhill.
+        # A gradient points uphill, a weight difference downhill, along which the clients have gone already.
         step = self.lr if self.setting.local_lr is not None else -self.lr
         moved = {name: tensor + step * update[name].mean(0) for name, tensor in self.network.parameters.items()}
         self.network = replace(self.network, parameters=moved)

@@ -26,7 +26,8 @@ from ..workshop import Resources
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""Times that a cell is tried whose worker dies; after that it is left for another run."""
+"""Times that a cell is tried whose worker dies, since one may be killed for what others on the machine do; then it is
+left to another run."""
 HOPELESS = 3
 """Different cells whose workers have died, before any cell was finished, at which a run stops: it is not the cells."""
 PAUSE = 0.5

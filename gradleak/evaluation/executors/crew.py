@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 LOOK = 0.2
 """Seconds between two looks at workers that say nothing."""
 START = 600.0
-"""Seconds that a worker has to import what it needs."""
+"""Seconds that a worker has to import what it needs: torch may come from a cold disk that many share."""
 STOPPED = 30.0
 """Seconds after which a worker that somebody has stopped is given up."""
 
