@@ -21,8 +21,7 @@ from ..scales import CAP
 from .plan import Ran
 
 RECOGNISABLE = 20.0
-"""PSNR in dB from which an image counts as recovered: a mean squared error of .01, where people recognise digits and
-faces."""
+"""PSNR in dB from which an image counts as recovered: a mean squared error of .01."""
 CLEARLY = 3.0
 """Decibels by which it has to be better than what a guess without the update has of the same image: half its squared
 error."""
