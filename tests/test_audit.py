@@ -36,8 +36,8 @@ def net() -> nn.Sequential:
 @pytest.fixture(scope="module")
 def undefended(own: tuple[Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> tuple[Audit, Path]:
     store = tmp_path_factory.mktemp("audit") / "audit.sqlite"
-    remedies: list[str | tuple[str, dict[str, Any]]] = [("gaussian-noise", {"sigma": 5.0}), "sign"]
-    return gradleak.audit(net(), own, budget=14, victims=3, remedies=remedies, store=store), store
+    remedies: list[str | tuple[str, dict[str, Any]]] = [("gaussian-noise", {"sigma": 5.0})]
+    return gradleak.audit(net(), own, budget=25, victims=3, remedies=remedies, store=store), store
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,7 @@ def test_it_says_who_how_much_and_what_would_help(undefended: tuple[Audit, Path]
         assert math.isclose(-10 * math.log10(max(error, 1e-10)), each.psnr, abs_tol=0.1)
     known = {each.defense: each for each in found.remedies}
     assert known["gaussian-noise"].verdict == HOLDS and 0 <= known["gaussian-noise"].accuracy <= 1
-    assert math.isclose(
-        known["gaussian-noise"].lost - known["sign"].lost, known["sign"].accuracy - known["gaussian-noise"].accuracy
-    )
+    assert math.isfinite(known["gaussian-noise"].lost), "accuracy is measured on the user's data"
     assert "came back" in found.lines()[0] and "gaussian-noise would bring it to the floor" in " ".join(found.lines())
     assert found._repr_html_().count("<img") == 6
     assert set(gradleak.read(store).cells["model"]) == {"Sequential"}, "a store like any other"
@@ -104,7 +102,7 @@ def test_what_is_written_says_the_same(undefended: tuple[Audit, Path], tmp_path:
     found, _ = undefended
     found.write(tmp_path / "new" / "out")
     facts = json.loads((tmp_path / "new" / "out" / "report.json").read_text())
-    assert facts["verdict"] == LEAKS and facts["share"] == 1 and len(facts["remedies"]) == 2
+    assert facts["verdict"] == LEAKS and facts["share"] == 1 and len(facts["remedies"]) == 1
     assert "http" not in (tmp_path / "new" / "out" / "index.html").read_text(), "it needs no network"
 
 

@@ -39,7 +39,7 @@ LAYERS = [
     {"defense"},
     {"threat", "mechanisms"},
     {"engine"},
-    {"channel", "reconstruction", "server"},
+    {"channel", "reconstruction"},
     {"search"},
     {"captured"},
     {"attack"},

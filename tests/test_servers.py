@@ -397,7 +397,8 @@ def test_a_refused_round_scores_the_floor_and_alarms_are_counted(stored: Path) -
         found = results.read(store)
     rows = found.malicious.rows
     refused = rows[(rows["defense"] == "architecture-check") & (rows["attack"] == "imprint-readout")]
-    floor = rows[(rows["attack"] == "mean-image") & (rows["defense"] == "architecture-check")]
+    # It reads nothing of the message, and so serves all defenses of a context.
+    floor = rows[(rows["attack"] == "mean-image") & (rows["defense"] == "none")]
     assert (refused["status"] == REFUSED).all() and not refused["failed"].any()
     assert np.allclose(refused["psnr"].to_numpy(), floor["psnr"].to_numpy())
     table = malicious.detection_board(found).table.set_index("server")

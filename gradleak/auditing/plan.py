@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,6 +62,8 @@ class Own(Workshop):
         """Take a model, in eval mode, and data."""
         super().__init__(resources)
         self.module, self.images = module, data
+        # What is found of a network's structure is kept with the object.
+        self._prepared: dict[str, nn.Module] = {}
 
     def data(self, part: Part) -> Data:
         """Return the user's data."""
@@ -73,7 +75,10 @@ class Own(Workshop):
 
     def network(self, cell: Cell, epochs: int | None = None) -> tuple[nn.Module, float]:
         """Return the user's model as the defense prepares it; its accuracy is not asked for here."""
-        return prepared(self.module, cell.built_defense), math.nan
+        key = f"{cell.defense.name} {cell.defense.options}"
+        if key not in self._prepared:
+            self._prepared = {key: prepared(self.module, cell.built_defense)}
+        return self._prepared[key], math.nan
 
 
 def prepared(module: nn.Module, defense: Defense) -> nn.Module:
@@ -135,7 +140,6 @@ class Bench:
         attacker: Attacker,
         attack: tuple[str, str, dict[str, Any]],
         defense: tuple[str, dict[str, Any]],
-        timeout: float,
         level: Level = Level.PUBLIC,
     ) -> AttackCell:
         """Return the cell of one attack by one attacker."""
@@ -154,25 +158,34 @@ class Bench:
             knowledge=level,
             victims=self.victims,
             candidates=min(100, len(self.workshop.images.split.train) + len(self.workshop.images.split.test) // 2),
-            engine=Engine(width=32, timeout=max(1.0, timeout)),
         )
 
-    def fits(self, cell: AttackCell) -> str | None:
-        """Say why an attack cannot run here, or None.
+    def reasons(self, cells: Sequence[AttackCell]) -> dict[str, str]:
+        """Say of the cells whose attack cannot run why, by their keys.
 
         Raises:
-            GradleakError: no attack can: it is the model or the data that does not fit.
+            GradleakError: no attack can run: it is the model, the data or the defense that does not fit.
         """
-        missing = cell.built_attack.needs.missing(replace(cell.setting.grants, defense=cell.knowledge))
-        if missing and cell.built_attack.family != "control":
-            return f"needs {', '.join(missing)}"
-        notes: list[str] = []
-        kept = check.check([cell], self.workshop, lambda left: notes.append(left.reason))
-        return None if kept else "; ".join(notes) or "cannot run"
+        found: dict[str, str] = {}
+        able = []
+        for cell in cells:
+            missing = cell.built_attack.needs.missing(replace(cell.setting.grants, defense=cell.knowledge))
+            if missing and cell.built_attack.family != "control":
+                found[cell.key] = f"needs {', '.join(missing)}"
+            else:
+                able.append(cell)
+        notes: dict[tuple[str, str], str] = {}
+        kept = check.check(able, self.workshop, lambda left: notes.update({(left.setting, left.attack): left.reason}))
+        running = {cell.key for cell in kept}
+        for cell in able:
+            if cell.key not in running:
+                found[cell.key] = notes.get((cell.setting.name, cell.attack.label), "cannot run")
+        return found
 
     def run(self, cell: AttackCell, seconds: float, usual: int | None = None) -> Ran:
         """Run one attack for about so many seconds; searches get as many iterations as fit."""
         plugin, given = cell.built_attack, None
+        cell = replace(cell, engine=Engine(width=32, timeout=max(1.0, 1.5 * seconds)))
         if isinstance(plugin, GradientMatching):
             given = self._fitting(cell, seconds)
             cell = _with_iterations(cell, given)

@@ -20,11 +20,11 @@ from ..evaluation.workshop import Resources
 from ..federation.trainable import Trainable
 from ..intake import network_of
 from ..model import Normalise
-from ..suite import DatasetPart, Part, Utility, build_setting
+from ..suite import AttackCell, DatasetPart, Part, Utility, build_setting
 from ..suite.parts import members
 from . import plan, report
 from .inputs import Labels, Shape, Source, data_of, read
-from .plan import ATTACKERS, Attacker, Bench, Clock, Own, Ran
+from .plan import ATTACKERS, Bench, Clock, Own, Ran
 from .report import Audit, Exposed, Finding, Remedy
 
 BUDGET = 600.0
@@ -174,11 +174,22 @@ class _Auditor:
     def audit(self, wanted: Sequence[str | tuple[str, dict[str, Any]]] | None) -> Audit:
         """Run everything, in order."""
         skipped: list[str] = []
+        cells = {
+            each.name: [self.bench.cell(each, attack, self.defense) for attack in plan.attacks()] for each in ATTACKERS
+        }
+        self.tell("what can run", self.clock.left)
+        reasons = self.bench.reasons([cell for several in cells.values() for cell in several])
         floor = report.guesses(self._controls())
         ran: list[Ran] = []
         for attacker in ATTACKERS:
+            able = [cell for cell in cells[attacker.name] if cell.key not in reasons]
+            skipped += [
+                f"{attacker.name}, {cell.attack.label}: {reasons[cell.key]}"
+                for cell in cells[attacker.name]
+                if cell.key in reasons
+            ]
             share = 1 - _REMEDIES if attacker is ATTACKERS[-1] else (1 - _REMEDIES) * 0.6
-            ran += self._attacked(attacker, share * self.clock.budget, ran, floor, skipped)
+            ran += self._attacked(able, share * self.clock.budget, ran, floor, skipped)
         findings = [report.finding(each, floor) for each in ran]
         worst, verdict = report.strongest(findings), report.verdict_of(findings)
         tried: list[Remedy] = []
@@ -204,13 +215,13 @@ class _Auditor:
     def _controls(self) -> list[Ran]:
         self.tell("guesses that read nothing", self.clock.left)
         return [
-            self._keep(self.bench.run(self.bench.cell(ATTACKERS[0], each, self.defense, self.clock.budget / 10), 60.0))
+            self._keep(self.bench.run(self.bench.cell(ATTACKERS[0], each, self.defense), self.clock.budget / 10))
             for each in plan.controls()
         ]
 
     def _attacked(
         self,
-        attacker: Attacker,
+        cells: Sequence[AttackCell],
         until: float,
         before: Sequence[Ran],
         floor: dict[tuple[int, int], float],
@@ -218,28 +229,21 @@ class _Auditor:
     ) -> list[Ran]:
         """Run the attacks of one attacker, the first search the longest, until so many seconds are gone."""
         found: list[Ran] = []
-        waiting = list(plan.attacks())
-        for index, attack in enumerate(waiting):
-            left = until - self.clock.spent
-            name, label, options = attack
-            plugin = registry.build("attacks", name, options)
-            if any(_everything(report.finding(each, floor)) for each in found):
-                skipped.append(f"{attacker.name}, {label}: every image had come back already")
-                continue
-            if left <= 0:
-                skipped.append(f"{attacker.name}, {label}: no time was left")
-                continue
-            share = left / (len(waiting) - index)
-            if label == "inverting-gradients":
+        for index, cell in enumerate(cells):
+            left, title = until - self.clock.spent, f"{cell.setting.name}, {cell.attack.label}"
+            share, reason = left / (len(cells) - index), ""
+            if cell.attack.label == "inverting-gradients":
                 share = max(share, min(left, _SEARCH * self.clock.budget))
-            cell = self.bench.cell(attacker, attack, self.defense, 1.5 * share)
-            reason = self.bench.fits(cell)
-            if reason is None and _second_order(plugin) and self._too_slow([*before, *found], cell, share):
+            if any(_everything(report.finding(each, floor)) for each in found):
+                reason = "every image had come back already"
+            elif left <= 0:
+                reason = "no time was left"
+            elif _second_order(cell.built_attack) and self._too_slow([*before, *found], cell, share):
                 reason = "an iteration takes too long for this budget"
-            if reason is not None:
-                skipped.append(f"{attacker.name}, {label}: {reason}")
+            if reason:
+                skipped.append(f"{title}: {reason}")
                 continue
-            self.tell(f"{attacker.name}: {label}", self.clock.left)
+            self.tell(title, self.clock.left)
             found.append(self._keep(self.bench.run(cell, share)))
         return found
 
@@ -292,19 +296,19 @@ class _Auditor:
     ) -> Remedy:
         faced: list[Finding] = []
         notes: list[str] = []
-        for attack in attacks:
-            try:
-                cell = self.bench.cell(ATTACKERS[0], attack, defense, 1.5 * seconds)
-                reason = self.bench.fits(cell)
-            except GradleakError as error:
-                reason = plan.refused(error)
-            if reason is not None:
-                notes.append(f"{attack[1]}: {reason}")
+        try:
+            cells = [self.bench.cell(ATTACKERS[0], attack, defense) for attack in attacks]
+            reasons = self.bench.reasons(cells)
+        except GradleakError as error:
+            return Remedy(defense[0], report.UNSURE, 0.0, math.nan, (), note=plan.refused(error))
+        for cell in cells:
+            if cell.key in reasons:
+                notes.append(f"{cell.attack.label}: {reasons[cell.key]}")
                 continue
             ran = self._keep(self.bench.run(cell, 0.7 * seconds / len(attacks)))
             faced.append(report.finding(ran, floor))
             if ran.result.error:
-                notes.append(f"{attack[1]}: {ran.result.error}")
+                notes.append(f"{cell.attack.label}: {ran.result.error}")
         worst = report.strongest(faced)
         accuracy = math.nan
         if faced and self.clock.left > 0:

@@ -199,4 +199,5 @@ def _worst(panel: Panel, entries: Any, counts: Floats, images: int) -> tuple[Int
     largest: Floats = np.fmax.reduce(means, axis=0)
     ordered = means[np.argsort(-means[:, 0], kind="stable")]
     found = resamples.interval(largest, maximum=True, scale=(0.0, float(images)), luck=luck_of(ordered, resamples))
-    return found, int(entries[leader])
+    # No fewer than none, and no more than there are.
+    return Interval(found.estimate, max(0.0, found.low), min(float(images), found.high)), int(entries[leader])
