@@ -46,6 +46,12 @@ def attack(
         typer.Option("--local-batch-size", min=1, metavar="N", help="Images of a local step [default: all]."),
     ] = None,
     local_lr: Annotated[float | None, typer.Option("--local-lr", metavar="RATE", help="Known local rate.")] = None,
+    loss: Annotated[
+        str, typer.Option("--loss", metavar="NAME", help="cross-entropy, bce, mse or module:function.")
+    ] = "cross-entropy",
+    optimiser: Annotated[
+        str, typer.Option("--optimiser", metavar="NAME", help="Of local steps, as 'sgd: {momentum: 0.9}' or adam.")
+    ] = "sgd",
     mode: Annotated[str, typer.Option("--mode", help="Of batch normalisation: eval or train.")] = "eval",
     defense: Annotated[
         str, typer.Option("--defense", metavar="NAME", help="A known one, as 'gaussian-noise: {sigma: 0.1, clip: 1}'.")
@@ -66,13 +72,14 @@ def attack(
     OUT/index.html shows the images, OUT/report.json holds the numbers: the attack's own loss, how much of the update is
     left unexplained, whether restarts agree, and what was assumed.
     """
-    from .. import sources
+    from .. import registry, sources
     from ..captured import attack as run
     from ..suite import build_defense
     from ..threat import Observation
     from ..update import LocalTraining
 
     limit, size = values.seconds(budget, "--budget"), values.shape(shape)
+    name, own = values.plugin(optimiser, "--optimiser")
     given = values.options(options or [])
     if kind and kind not in KINDS:
         raise unknown("kind", kind, KINDS, "--kind")
@@ -92,6 +99,7 @@ def attack(
         local=local,
         weight_difference=None if not kind else kind == KINDS[1],
         mode=mode,  # type: ignore[arg-type]
+        client=registry.build("clients", name, {"loss": loss, **own}, "--optimiser"),
         defense=build_defense(*values.plugin(defense, "--defense"), "--defense") if defense else None,
     )
     found = run(observation, method, seed=seed, budget=limit, tell=_tell, **given)
