@@ -402,7 +402,7 @@ def _better(one: Captured | None, other: Captured | None) -> Captured | None:
 
 
 def _status(answer: Reconstruction) -> Sequence[Any]:
-    from .engine.loop import Status
+    from .status import Status
 
     return answer.status or [Status.OK] * len(answer.images)
 
