@@ -86,12 +86,7 @@ def attack(
     limit, size = values.seconds(budget, "--budget"), values.shape(shape)
     name, own = values.plugin(optimiser, "--optimiser")
     given = values.options(options or [])
-    if kind and kind not in KINDS:
-        raise unknown("kind", kind, KINDS, "--kind")
-    if mode not in ("eval", "train"):
-        raise unknown("mode", mode, ("eval", "train"), "--mode")
-    if local_lr is None and (local_steps > 1 or local_batch_size is not None):
-        raise GradleakError("--local-steps and --local-batch-size need --local-lr; leave them out if it is unknown")
+    _check(kind, mode, local_lr is not None or (local_steps == 1 and local_batch_size is None))
     module = sources.network(model, weights, values.options(model_options or [], "--model-options")).to(device)
     tensors = {name: tensor.to(device) for name, tensor in sources.tensors(update, "--update").items()}
     local = None if local_lr is None else LocalTraining(steps=local_steps, batch_size=local_batch_size, lr=local_lr)
@@ -112,6 +107,15 @@ def attack(
     for line in found.lines():
         print(printable(line))
     print(f"gradleak: images, report.json and a page are in {out}", file=sys.stderr)
+
+
+def _check(kind: str, mode: str, rate_is_known: bool) -> None:
+    if kind and kind not in KINDS:
+        raise unknown("kind", kind, KINDS, "--kind")
+    if mode not in ("eval", "train"):
+        raise unknown("mode", mode, ("eval", "train"), "--mode")
+    if not rate_is_known:
+        raise GradleakError("--local-steps and --local-batch-size need --local-lr; leave them out if it is unknown")
 
 
 def _tell(method: str) -> None:
