@@ -67,6 +67,12 @@ def test_a_package_is_found_by_its_entry_point(
     passes(root / "tests" / f"test_own_{kind}.py")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_of_one_word_will_do(kind: str, tmp_path: Path) -> None:
+    assert main(["new", kind, "mine", "--out", str(tmp_path)]) == 0
+    assert "class Mine(" in (tmp_path / "mine.py").read_text()
+
+
 REFUSED = {
     "no kind": (["attak", "mine"], "did you mean 'attack'"),
     "no name": (["attack", "My Attack"], "small letters"),

@@ -42,7 +42,7 @@ def test_constraints_cover_every_dependency_and_name_no_place() -> None:
     pinned = {line.partition("==")[0].lower() for line in lines if not line.startswith("#")}
     assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", line) for line in lines if not line.startswith("#"))
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["dev"]]
+    wanted = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["dev"], *extras["docs"], *extras["tune"]]
     names = {re.split(r"[\[<>=~! ]", line)[0].lower() for line in wanted} - {"gradleak"}
     assert names <= pinned
 

@@ -34,6 +34,10 @@ _BatchSize = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", hel
 _Labels = Annotated[str, typer.Option("--labels", metavar="3,1,…", help="Known labels [default: inferred].")]
 _LocalSteps = Annotated[int, typer.Option("--local-steps", min=1, metavar="N", help="Known local steps.")]
 _LocalLr = Annotated[float | None, typer.Option("--local-lr", metavar="RATE", help="Known local rate.")]
+_Loss = Annotated[str, typer.Option("--loss", metavar="NAME", help="cross-entropy, bce, mse or module:function.")]
+_Optimiser = Annotated[
+    str, typer.Option("--optimiser", metavar="NAME", help="Of local steps, as 'sgd: {momentum: 0.9}' or adam.")
+]
 _Defense = Annotated[
     str, typer.Option("--defense", metavar="NAME", help="A known one, as 'gaussian-noise: {sigma: 0.1, clip: 1}'.")
 ]
@@ -57,6 +61,8 @@ def attack(
     local_steps: _LocalSteps = 1,
     local_batch_size: shared.LocalBatchSize = None,
     local_lr: _LocalLr = None,
+    loss: _Loss = "cross-entropy",
+    optimiser: _Optimiser = "sgd",
     mode: shared.Mode = "eval",
     defense: _Defense = "",
     method: _Method = "auto",
@@ -71,20 +77,16 @@ def attack(
     OUT/index.html shows the images, OUT/report.json holds the numbers: the attack's own loss, how much of the update is
     left unexplained, whether restarts agree, and what was assumed.
     """
-    from .. import sources
+    from .. import registry, sources
     from ..captured import attack as run
     from ..suite import build_defense
     from ..threat import Observation
     from ..update import LocalTraining
 
     limit, size = values.seconds(budget, "--budget"), values.shape(shape)
+    name, own = values.plugin(optimiser, "--optimiser")
     given = values.options(options or [])
-    if kind and kind not in KINDS:
-        raise unknown("kind", kind, KINDS, "--kind")
-    if mode not in ("eval", "train"):
-        raise unknown("mode", mode, ("eval", "train"), "--mode")
-    if local_lr is None and (local_steps > 1 or local_batch_size is not None):
-        raise GradleakError("--local-steps and --local-batch-size need --local-lr; leave them out if it is unknown")
+    _check(kind, mode, local_lr is not None or (local_steps == 1 and local_batch_size is None))
     module = sources.network(model, weights, values.options(model_options or [], "--model-options")).to(device)
     tensors = {name: tensor.to(device) for name, tensor in sources.tensors(update, "--update").items()}
     local = None if local_lr is None else LocalTraining(steps=local_steps, batch_size=local_batch_size, lr=local_lr)
@@ -97,6 +99,7 @@ def attack(
         local=local,
         weight_difference=None if not kind else kind == KINDS[1],
         mode=mode,  # type: ignore[arg-type]
+        client=registry.build("clients", name, {"loss": loss, **own}, "--optimiser"),
         defense=build_defense(*values.plugin(defense, "--defense"), "--defense") if defense else None,
     )
     found = run(observation, method, seed=seed, budget=limit, tell=_tell, **given)
@@ -104,6 +107,15 @@ def attack(
     for line in found.lines():
         print(printable(line))
     print(f"gradleak: images, report.json and a page are in {out}", file=sys.stderr)
+
+
+def _check(kind: str, mode: str, rate_is_known: bool) -> None:
+    if kind and kind not in KINDS:
+        raise unknown("kind", kind, KINDS, "--kind")
+    if mode not in ("eval", "train"):
+        raise unknown("mode", mode, ("eval", "train"), "--mode")
+    if not rate_is_known:
+        raise GradleakError("--local-steps and --local-batch-size need --local-lr; leave them out if it is unknown")
 
 
 def _tell(method: str) -> None:

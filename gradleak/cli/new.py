@@ -82,7 +82,7 @@ def _files(kind: str, name: str, package: bool) -> dict[str, str]:
     maker = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
     )
-    if re.search(rf"\b{cls}\b", maker.get_template(f"{kind}.py.j2").render({**facts, "cls": "_"})):
+    if re.search(rf"\b{cls}\b", maker.get_template(f"{kind}.py.j2").render({**facts, "cls": "_", "title": "_"})):
         raise GradleakError(f"NAME {name}: {cls} is the name of something that the file needs; choose another")
     wanted = _package(kind, stem, module) if package else _pair(kind, stem)
     return {path: maker.get_template(template).render(facts) for path, template in wanted.items()}

@@ -35,6 +35,9 @@ DEFENSES = (
 BATCH = 4
 """Images of the clients that a malicious server asks."""
 
+_AXES = {"models": "model", "datasets": "dataset", "clients": "setting"}
+"""What differs between a plugin and those beside it, where each has a board of its own."""
+
 
 def boards(group: str, name: str, options: Mapping[str, Any], resources: Resources) -> list[Board]:
     """Run a plugin of the registry beside others and return what boards say.
@@ -69,7 +72,9 @@ def boards(group: str, name: str, options: Mapping[str, Any], resources: Resourc
         with Store(store) as opened:
             found = results.read(opened)
     if group == "servers":
-        return [leaderboard.landing_board(found), *malicious.server_boards(found)]
+        return malicious.server_boards(found)
+    if axis := _AXES.get(group):
+        return [leaderboard.landing_board(found.where(**{axis: label})) for label in dict.fromkeys(found.cells[axis])]
     landing = leaderboard.landing_board(found)
     return [landing, leaderboard.attack_board(found)] if group == "attacks" else [landing]
 
