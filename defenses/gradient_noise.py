@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradleak.defense import Defense, Message, Public
 from gradleak.defenses.gaussian_noise import GaussianNoise
-from gradleak.update import Update
+from gradleak.update import Update, flatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,7 @@ class GradientNoise(Defense):
 
     def protect(self, update: Update, public: Public, generator: torch.Generator) -> Message:
         """Add the noise."""
-        noise = self._noise
-        return noise.protect(update, noise.public(update, 1, generator), generator)
+        return self._noise.protect(update, self._scale(update), generator)
 
     def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Squared distance relative to the message's squared norm."""
@@ -61,11 +60,15 @@ class GradientNoise(Defense):
 
     def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Differences over the noise's standard deviation."""
-        return self._noise.residual(message, simulated, self._noise.public(message, 1, torch.Generator()))
+        return self._noise.residual(message, simulated, self._scale(message))
 
     def noise_floor(self, message: Message, public: Public) -> Tensor:
         """One an entry."""
         return self._noise.noise_floor(message, public)
+
+    def _scale(self, like: Message) -> Public:
+        """What `GaussianNoise` publishes; here it follows from the options, so nothing is published."""
+        return {"deviation": flatten(like).new_tensor(self.deviation)}
 
     @property
     def _noise(self) -> GaussianNoise:

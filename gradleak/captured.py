@@ -14,7 +14,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from . import registry, seeds
-from .client import PLAIN
 from .defense import Defense
 from .engine import memory
 from .engine.gauss_newton import LevenbergMarquardt
@@ -224,7 +223,7 @@ def _unfit(plugin: Attack, observation: Observation) -> str | None:
 def _conduct(observation: Observation) -> Conduct:
     """The client's loss as a setting names it; what it is called makes no difference."""
     client = observation.network.client
-    if client == PLAIN:
+    if client.plain:
         return Conduct()
     loss = {"loss": client.loss, "label_smoothing": client.label_smoothing, "forward": client.forward}
     return Conduct(name="sgd", options=loss)
@@ -403,7 +402,7 @@ def _better(one: Captured | None, other: Captured | None) -> Captured | None:
 
 
 def _status(answer: Reconstruction) -> Sequence[Any]:
-    from .engine.loop import Status
+    from .status import Status
 
     return answer.status or [Status.OK] * len(answer.images)
 

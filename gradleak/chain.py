@@ -82,6 +82,11 @@ class Chain(Defense):
         return any(defense.mixes for defense in self.defenses)
 
     @property
+    def publishes(self) -> bool:  # type: ignore[override]
+        """Whether any member does."""
+        return any(defense.publishes for defense in self.defenses)
+
+    @property
     def per_example_gradients(self) -> bool:
         """Whether any member acts on each example's gradient."""
         return any(defense.per_example_gradients for defense in self.defenses)

@@ -38,9 +38,9 @@ Memory = Any
 class Defense(Options):
     """A defense; a plugin implements `protect`, and `simulate` or `nll` so that it can be attacked adaptively.
 
-    What others go by (`linear`, `simulates`, `has_likelihood`, `additive`, `per_example_gradients`) a class declares
-    beside the methods that it brings, as an attribute or, where it depends on options, as a property; `gradleak check`
-    holds it to that.
+    What others go by (`linear`, `simulates`, `has_likelihood`, `prepares`, `publishes`, `additive`,
+    `per_example_gradients`) a class declares beside the methods that it brings, as an attribute or, where it depends on
+    options, as a property; `gradleak check` holds it to that.
     """
 
     family: ClassVar[str]
@@ -58,6 +58,10 @@ class Defense(Options):
     """Whether `simulate` may change an update."""
     has_likelihood: ClassVar[bool] = False
     """Whether `nll` is there, the defense's own matching objective."""
+    prepares: ClassVar[bool] = False
+    """Whether `prepare_model` may return another model, which is then trained and attacked under its own weights."""
+    publishes: ClassVar[bool] = False
+    """Whether `public` may return anything: an attacker who knows only its parameters cannot simulate it then."""
     mixes: ClassVar[bool] = False
     """Whether `encode` makes an image out of several, so that clipping gradients bounds no single example's share."""
 
@@ -256,7 +260,13 @@ class Defense(Options):
         return not torch.equal(self.soft_targets(labels), labels)
 
 
-_ASSUMED = {"protect": ("linear", False), "simulate": ("simulates", True), "nll": ("has_likelihood", True)}
+_ASSUMED = {
+    "protect": ("linear", False),
+    "simulate": ("simulates", True),
+    "nll": ("has_likelihood", True),
+    "prepare_model": ("prepares", True),
+    "public": ("publishes", True),
+}
 """What is assumed of a class that brings a method and declares nothing about it."""
 
 

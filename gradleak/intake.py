@@ -6,6 +6,7 @@ their change, a weight difference in place of a gradient.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from . import structure
 from .client import PLAIN, Client
 from .errors import GradleakError
-from .update import Network, Update
+from .update import LocalTraining, Network, Update
 
 _FEW = 4
 """Names that an error shows."""
@@ -138,6 +139,20 @@ def _refuse_weights(rows: Update, network: Network) -> None:
         )
 
 
+def training_of(
+    local: LocalTraining | None, weight_difference: bool | None, client: Client
+) -> tuple[LocalTraining, bool]:
+    """Return how a client trained, as far as it is known, and whether its update is a weight difference.
+
+    Raises:
+        GradleakError: local steps without their rate.
+    """
+    if local is not None and local.lr is None and (local.steps > 1 or weight_difference):
+        raise GradleakError("local: steps need their rate, as LocalTraining(steps=4, lr=0.01); leave it out if unknown")
+    training = dataclasses.replace(local or LocalTraining(), client=client)
+    return training, training.lr is not None if weight_difference is None else weight_difference
+
+
 def refuse_misfits(update: Update, network: Network) -> None:
     """Refuse an update that is not one of the network's parameters, in its precision, with a row a victim.
 
@@ -205,6 +220,16 @@ def refuse_other_kind(update: Update, network: Network, batch_size: int, differe
         f"update: {bias!r} has the wrong sign for {told} of {batch_size} image{'s' * (batch_size > 1)}: {count} of its "
         f"{classes} entries, at most {batch_size} expected; {remedy}, or give the right batch_size"
     )
+
+
+def known_labels(labels: object, update: Update, network: Network, batch_size: int) -> Tensor:
+    """Return labels as a row a victim [N, B], beside the update.
+
+    Raises:
+        GradleakError: as `label_rows`.
+    """
+    like = next(iter(update.values()))
+    return label_rows(labels, len(like), batch_size, structure.of(network.module).classes).to(like.device)
 
 
 def label_rows(labels: object, victims: int, batch_size: int, classes: int) -> Tensor:

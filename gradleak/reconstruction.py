@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .defense import Defense
-from .engine.loop import Status
 from .knowledge import Power
 from .options import Options
 from .plugins import PluginError, at, place_of_hook
 from .seeds import Generators
+from .status import Status
 from .threat import Knowledge, Level, Observation, Setting
 
 ROUNDING = 1e-6

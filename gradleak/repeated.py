@@ -71,6 +71,16 @@ class Repeated(Defense):
         return self.defense.linear
 
     @property
+    def prepares(self) -> bool:  # type: ignore[override]
+        """As the defense."""
+        return self.defense.prepares
+
+    @property
+    def publishes(self) -> bool:  # type: ignore[override]
+        """As the defense."""
+        return self.defense.publishes
+
+    @property
     def simulates(self) -> bool:  # type: ignore[override]
         """Whether a message is not the update itself: of several, always."""
         return True

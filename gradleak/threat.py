@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,8 +151,7 @@ class Observation:
             local: the client's local steps where they are known; the update is a weight difference then.
             weight_difference: whether it is one (weights after local training minus before); by default, if `local` has
                 a rate, and then its sign is looked at.
-            mode: whether batch normalisation used the batch (train) or its running statistics (eval); by default as
-                the module is.
+            mode: batch normalisation by the batch (train) or by running statistics (eval); by default as the module is.
             client: its loss and arithmetic, and the optimiser of its local steps.
             defense: what is known of the client's defense, for one whose messages are updates (noise, clipping). A
                 round's randomness that the server shares is not known, unless there is none.
@@ -167,30 +165,21 @@ class Observation:
         rows = intake.stacked(update, network)
         if batch_size < 1:
             raise GradleakError(f"batch_size: {batch_size} (allowed: 1 or more)")
-        training = dataclasses.replace(local or LocalTraining(), client=client)
-        if local is not None and local.lr is None and (local.steps > 1 or weight_difference):
-            raise GradleakError(
-                "local: steps need their rate, as LocalTraining(steps=4, lr=0.01); leave it out if unknown"
-            )
-        difference = training.lr is not None if weight_difference is None else weight_difference
+        training, difference = intake.training_of(local, weight_difference, client)
         if defense is None and weight_difference is None and client.shows_labels:
             intake.refuse_other_kind(rows, network, batch_size, difference)
-        victims, classes = len(next(iter(rows.values()))), structure.of(network.module).classes
-        like = next(iter(rows.values()))
-        known = None if labels is None else intake.label_rows(labels, victims, batch_size, classes).to(like.device)
         return cls(
             network=network,
             message=rows,
             update=rows,
             view=None if defense is None else View(defense, _agreed(defense, network, batch_size)),
             shape=shape,
-            classes=classes,
+            classes=structure.of(network.module).classes,
             batch_size=batch_size,
             training=training,
             weight_difference=difference,
-            labels=known,
-            running_statistics=batch_statistics.running(model if isinstance(model, nn.Module) else network.module)
-            or None,
+            labels=None if labels is None else intake.known_labels(labels, rows, network, batch_size),
+            running_statistics=_running(model, network),
             auxiliary=auxiliary,
             compute=compute or Compute(),
         )
@@ -220,6 +209,11 @@ class Observation:
             return self.update
         scale = (self.training.lr or 1.0) * self.training.steps
         return {name: -tensor / scale for name, tensor in self.update.items()}
+
+
+def _running(model: nn.Module | Network, network: Network) -> dict[str, Tensor] | None:
+    """Return the running statistics of a model as it was given, None where it has none."""
+    return batch_statistics.running(model if isinstance(model, nn.Module) else network.module) or None
 
 
 def _agreed(defense: Defense, network: Network, batch_size: int) -> Public | None:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gradleak.attack import Attack, Reconstruction
 from gradleak.board import results
-from gradleak.board.store import STATUSES, Store
+from gradleak.board.schema import REFUSED, STATUSES
+from gradleak.board.store import Store
 from gradleak.contract.attacks import AttackCase
-from gradleak.engine.loop import Status
 from gradleak.evaluation import runner
 from gradleak.evaluation.answer import Answer, ask
 from gradleak.evaluation.executors import Local
@@ -27,6 +27,7 @@ from gradleak.evaluation.workshop import Resources
 from gradleak.reconstruction import ROUNDING
 from gradleak.seeds import Generators
 from gradleak.state import random_states, restored
+from gradleak.status import Status
 from gradleak.threat import Observation
 
 torch.set_num_threads(1)
@@ -84,6 +85,7 @@ WHOLE = {
     "one loss": (Reconstruction(images=GREY, loss=torch.zeros(())), "loss of shape []"),
     "a status of one": (Reconstruction(images=GREY, status=[Status.OK]), "status"),
     "an unknown status": (Reconstruction(images=GREY, status=cast(Any, ["fine"] * 3)), "one a victim of ok"),
+    "a client's status": (Reconstruction(images=GREY, status=cast(Any, [REFUSED] * 3)), "status ['refused'"),
     "details": (Reconstruction(images=GREY, details={"gap": torch.zeros(2)}), "details['gap'] of shape [2]"),
     "trace": (Reconstruction(images=GREY, trace=torch.zeros(4)), "trace of shape [4]"),
     "candidates": (Reconstruction(images=GREY, candidates=GREY), "candidates of shape"),
@@ -119,8 +121,8 @@ def test_a_failure_that_the_attack_owns_up_to_keeps_its_status() -> None:
     assert given.status == ["ok", "diverged", "ok"] and not given.notes
 
 
-def test_both_lists_of_statuses_are_one() -> None:
-    assert STATUSES == tuple(state.value for state in Status)
+def test_rows_know_the_statuses_of_attacks_and_of_clients_that_refused() -> None:
+    assert STATUSES == (*(state.value for state in Status), REFUSED)
 
 
 CHANGES: dict[str, Callable[[], Any]] = {

@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path: Path, capsys: pytest.C
     with Store(store) as found:
         before = set(found.statuses())
     assert _run(suite, "--store", store) == 0
-    assert _run(suite, "--store", whole) == 0
+    assert _run(suite, "--store", whole, "--secret", store) == 0
     with Store(store) as found, Store(whole) as complete:
         assert before < set(found.statuses()), "the kill came too late to prove anything"
         assert found.statuses() == complete.statuses()

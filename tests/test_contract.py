@@ -162,6 +162,12 @@ MISDECLARED = [
     ("linear = simulates = False", GUESSES, "simulates = False"),
     ("has_likelihood = True", HALVES, "has_likelihood = True, but there is no `nll`"),
     ("has_likelihood = False", SCORES, "has_likelihood = False, but there is an `nll`"),
+    ("prepares = False", "prepare_model(self, module): return torch.nn.Sequential(module)", "prepares = False"),
+    (
+        "publishes = False",
+        "public(self, template, batch_size, generator): return {'mask': torch.ones(3)}",
+        "publishes = False",
+    ),
     (
         "",
         "per_example(self, gradient, public): return {n: t / 2 for n, t in gradient.items()}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from gradleak.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,6 +62,12 @@ def test_the_notebook_runs_and_shows_what_it_promises(tmp_path: Path) -> None:
 def test_a_client_of_plain_torch_is_attacked(tmp_path: Path) -> None:
     assert example("plain_torch").main(tmp_path) > 30
     assert {each.name for each in tmp_path.iterdir()} == {"weights.safetensors", "update.safetensors"}
+    command = (ROOT / "examples" / "README.md").read_text().partition("    gradleak attack")[2].replace("\\\n", " ")
+    given = shlex.split(command.replace("captured/", f"{tmp_path}/").replace("examples/", f"{ROOT}/examples/"))
+    given[-1] = str(tmp_path / "out")
+    assert main(["attack", *given, "--attack", "gauss-newton", "--options", "restarts=2", "--budget", "60s"]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["mismatch"][0] < 1e-6, "it is told the optimiser"
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")

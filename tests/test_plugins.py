@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 
 from gradleak import plugins, registry
 from gradleak.cli.main import main
-from gradleak.contract import checks, findings, process
+from gradleak.contract import behaviour, checks, findings, process
 from gradleak.contract.victims import Ask
 from gradleak.errors import GradleakError
 
@@ -295,6 +296,29 @@ def reconstruct(self, observation, generator):
     assert f"the gradient mode (thing.py:{line - 1}), the default dtype (thing.py:{line - 1})" in changed
     assert f"uses _getframe (thing.py:{line + 3})" in found["looks at no frames"]
     assert torch.is_grad_enabled() and torch.get_default_dtype() is torch.float32
+
+
+BLAMED = {
+    "a field of that name": ("def f(self): return self.seed, self.random.shuffle(self.choice)", ""),
+    "a generator of its own": ("import random\nSTREAM = random.Random(0).random()", ""),
+    "another module's": ("import numpy.random as random\nrandom.seed(0)", ""),
+    "the module": ("import random\nrandom.gauss(0, 1)", "own.py:2"),
+    "by another name": ("from random import betavariate as noise\nnoise(1, 1)", "own.py:2"),
+    "a module beside it": ("import beside", "beside.py:3"),
+}
+
+
+@pytest.mark.parametrize("case", BLAMED)
+def test_only_code_that_names_a_global_generator_is_blamed_for_it(case: str, tmp_path: Path) -> None:
+    source, place = BLAMED[case]
+    path = tmp_path / "own.py"
+    path.write_text(source)
+    (tmp_path / "beside.py").write_text("import random\n\nrandom.random()")
+    watch, before = behaviour.Watch(path), random.getstate()
+    with watch():
+        random.random()  # as libraries do when they are imported
+    assert random.getstate() == before
+    assert watch.changed == ({"Python's global generator": place} if place else {})
 
 
 def test_checks_go_by_options_dataset_model_and_shape(tmp_path: Path) -> None:

@@ -185,15 +185,15 @@ def test_a_suite_resolves_epsilon_over_its_training_run(tmp_path: Path) -> None:
 
 
 def test_noise_that_was_found_makes_no_other_defense() -> None:
-    from gradleak.board.results import _options
+    from gradleak.board.labels import options_of
 
     def config(options: Any) -> dict[str, Any]:
         return {"defense": {"name": "dp-sgd", "options": options}}
 
     for wrapped in (lambda own: own, lambda own: {"dp-sgd": own}, lambda own: [{}, own]):
         one, other = (config(wrapped({"epsilon": 8.0, "sigma": sigma, "clip": 1.0})) for sigma in (0.7, 0.9))
-        assert _options(one, "defense") == _options(other, "defense")
-        given = [_options(config(wrapped({"sigma": sigma})), "defense") for sigma in (0.7, 0.9)]
+        assert options_of(one, "defense") == options_of(other, "defense")
+        given = [options_of(config(wrapped({"sigma": sigma})), "defense") for sigma in (0.7, 0.9)]
         assert given[0] != given[1]
 
 

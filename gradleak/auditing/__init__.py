@@ -2,6 +2,7 @@
 
 from .inputs import Source, data_of
 from .report import Audit, Exposed, Remedy
+from .request import Request
 from .run import audit
 
-__all__ = ["Audit", "Exposed", "Remedy", "Source", "audit", "data_of"]
+__all__ = ["Audit", "Exposed", "Remedy", "Request", "Source", "audit", "data_of"]

@@ -27,7 +27,8 @@ from ..update import copied
 
 ENSEMBLE = "auto-v2"
 SHORTEST = 20
-"""Iterations below which a search says nothing."""
+"""Iterations below which a search says nothing: it would be stopped before its loss has settled, and pass for a
+defense."""
 _ANALYTIC = "analytic"
 
 

@@ -21,9 +21,11 @@ from ..scales import CAP
 from .plan import Ran
 
 RECOGNISABLE = 20.0
-"""PSNR in dB from which an image counts as recovered."""
+"""PSNR in dB from which an image counts as recovered: a mean squared error of .01, where people recognise digits and
+faces."""
 CLEARLY = 3.0
-"""Decibels by which it has to be better than what a guess without the update has of the same image."""
+"""Decibels by which it has to be better than what a guess without the update has of the same image: half its squared
+error."""
 PLAIN = 30.0
 """PSNR from which it counts as recovered whatever a guess has."""
 
@@ -291,7 +293,7 @@ def _percent(share: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return data without what JSON has no word for."""
+    """Return data with None in place of numbers that JSON cannot write (NaN, infinity)."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -2,163 +2,55 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from .. import registry, structure
+from .. import registry
+from ..board.provenance import Provenance
 from ..board.store import Store, victim_list
-from ..dataset import Data
 from ..errors import GradleakError
 from ..evaluation.evaluate import evaluate
-from ..evaluation.workshop import Resources
-from ..federation.trainable import Trainable
-from ..intake import network_of
-from ..model import Normalise
-from ..suite import AttackCell, DatasetPart, Part, Utility, build_setting
+from ..suite import AttackCell, Utility
 from ..suite.parts import members
 from . import plan, report
-from .inputs import Labels, Shape, Source, data_of, read
-from .plan import ATTACKERS, Bench, Clock, Own, Ran
+from .plan import ATTACKERS, Bench, Clock, Ran
 from .report import Audit, Exposed, Finding, Remedy
+from .request import Guard, Request, Tell, taking
 
-BUDGET = 600.0
-"""Seconds."""
 _SEARCH, _REMEDIES = 0.25, 0.4
-"""Shares of the budget: of the first search of each attacker, and of all defenses together."""
+"""Shares of the budget: of the first search of each attacker, which has to come to its end for the audit to say
+anything, and of all defenses together."""
 _PERFECT = 40.0
 """Mean PSNR in dB above which nothing more can come back that anybody would see."""
-_VICTIMS, _LARGE = 8, 5_000_000
-"""Clients that are attacked, and parameters of a model from which half as many are."""
 _SHOWN = 3
+"""Images of the report, those that came back best."""
 _PREFERRED = ("dp-sgd", "gaussian-noise", "secure-aggregation", "sign", "top-k", "gradient-noise", "quantise")
 """Defenses that are tried first."""
 
-Tell = Callable[[str, float], None]
-"""Told in a few words what is done now, and the seconds that are left."""
 
-
-def audit(
-    model: nn.Module,
-    data: Source | Data,
-    *,
-    labels: Labels = None,
-    shape: Shape | None = None,
-    batch_size: int = 1,
-    client: str | dict[str, Any] | None = None,
-    local_steps: int = 1,
-    local_batch_size: int | None = None,
-    local_lr: float | None = None,
-    trainable: Trainable = "all",
-    mode: str = "eval",
-    defense: str | tuple[str, dict[str, Any]] = "none",
-    normalise: tuple[Sequence[float], Sequence[float]] | None = None,
-    budget: float = BUDGET,
-    victims: int | None = None,
-    remedies: Sequence[str | tuple[str, dict[str, Any]]] | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    store: Path | None = None,
-    tell: Tell | None = None,
-) -> Audit:
+@taking(Request)
+def audit(request: Request) -> Audit:
     """Attack one's own training with everything of `auto-v2` that can run, and say what came back.
 
     Half of the data is public; clients are made of the private half. Attackers in turn (see `plan.ATTACKERS`), attacks
     in turn, then, if anything came back, the defenses of the registry against the strongest attacks, each with the
-    accuracy that it leaves.
-
-    Args:
-        model: images [B, C, H, W] in [0, 1] to logits; as it is, its weights are those that clients are sent.
-        data: a folder, tensors (images, labels), pairs of image and label, or `Data`.
-        labels: of a folder's files: a CSV, a mapping, a function of the file's name; by default its class folders.
-        shape: (C, H, W) to which files are fitted.
-        batch_size: images of a client.
-        client: loss and optimiser, as in a suite: a name of `gradleak list clients`, or {name: {options}}.
-        local_steps: of FedAvg; with `local_lr`.
-        local_batch_size: images of a local step; by default the whole batch.
-        local_lr: rate of local steps; None is one gradient (FedSGD).
-        trainable: what is trained and sent: all, head, or names.
-        mode: of batch normalisation: eval or train.
-        defense: of the training, by name or with options; `a + b` chains several.
-        normalise: mean and standard deviation by channel, where the model expects normalised images.
-        budget: seconds for all of it.
-        victims: clients that are attacked; by default up to 8 as the data allows, of large models up to 4.
-        remedies: defenses to try if it leaks; by default those of the registry.
-        seed: of the clients' and the attacks' draws.
-        device: cpu or cuda.
-        store: where finished cells are kept, for `gradleak leaderboard` and `gradleak report`.
-        tell: told what is done now.
+    accuracy that it leaves. It takes what a `Request` is made of: `audit(model, data, batch_size=8, budget=60)`.
 
     Raises:
         GradleakError: model, data and client do not fit each other, or the budget is none.
     """
-    if not budget > 0:
-        raise GradleakError(f"budget: {budget} (allowed: seconds above 0)")
-    clock = Clock(budget)
-    module, images = _fitted(model, data, labels, shape, normalise)
-    given = {
-        "batch_size": batch_size,
-        "mode": mode,
-        "trainable": trainable,
-        "local_steps": local_steps,
-        "local_batch_size": local_batch_size,
-        "local_lr": local_lr,
-        **({"client": client} if client else {}),
-    }
-    setting = build_setting({key: value for key, value in given.items() if value is not None}, "audit")
-    guard = (defense, {}) if isinstance(defense, str) else defense
-    most = len(images.split.test) // 2 // batch_size
-    if most < 1:
-        raise GradleakError(f"batch_size {batch_size}: {len(images.split.test) // 2} images are there to be attacked")
-    size = sum(tensor.numel() for tensor in module.parameters())
-    chosen = min(_VICTIMS if size < _LARGE else _VICTIMS // 2, most) if victims is None else victims
-    weights = hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in module.state_dict().values()))
-    bench = Bench(
-        workshop=Own(module, images, Resources(device=device)),
-        setting=setting,
-        victims=chosen,
-        seed=seed,
-        model=Part("own", type(model).__name__, {"weights": weights.hexdigest()}),
-        dataset=DatasetPart("own", images.name, {}, "1", "", images.digest),
-    )
-    opened = None if store is None else Store(store, create=True)
+    if not request.budget > 0:
+        raise GradleakError(f"budget: {request.budget} (allowed: seconds above 0)")
+    clock = Clock(request.budget)
+    bench = request.bench()
+    opened = None if request.store is None else Store(request.store, create=True)
     try:
-        return _Auditor(bench, guard, clock, opened, tell or _untold).audit(remedies)
+        return _Auditor(bench, request.guard, clock, opened, request.told).audit(request.remedies)
     finally:
         if opened is not None:
             opened.close()
-
-
-def _untold(what: str, left: float) -> None:
-    pass
-
-
-def _fitted(
-    model: nn.Module, data: Source | Data, labels: Labels, shape: Shape | None, normalise: Any
-) -> tuple[nn.Module, Data]:
-    """Return the model, ready to be frozen, and the data that it takes."""
-    if not isinstance(model, nn.Module):
-        raise GradleakError(f"model: {type(model).__name__} (allowed: torch.nn.Module)")
-    module: nn.Module = model.eval()
-    if isinstance(data, Data):
-        size = data.shape
-    else:
-        pixels, numbers = read(data, labels, shape)
-        channels, height, width = pixels.shape[1:]
-        size = (int(channels), int(height), int(width))
-    if normalise is not None:
-        mean, std = normalise
-        if len(mean) not in (1, size[0]) or len(std) not in (1, size[0]):
-            raise GradleakError(f"normalise: {len(mean)} means for images of {size[0]} channels")
-        module = nn.Sequential(Normalise(size[0], tuple(mean), tuple(std)), module).eval()
-    classes = structure.of(network_of(module, size).module).classes
-    structure.mark(module, size)
-    return module, data if isinstance(data, Data) else data_of(pixels, numbers, classes)
 
 
 @dataclass
@@ -171,7 +63,7 @@ class _Auditor:
     store: Store | None
     tell: Tell
 
-    def audit(self, wanted: Sequence[str | tuple[str, dict[str, Any]]] | None) -> Audit:
+    def audit(self, wanted: Sequence[Guard] | None) -> Audit:
         """Run everything, in order."""
         skipped: list[str] = []
         cells = {
@@ -263,7 +155,7 @@ class _Auditor:
 
     def _remedies(
         self,
-        wanted: Sequence[str | tuple[str, dict[str, Any]]] | None,
+        wanted: Sequence[Guard] | None,
         ran: Sequence[Ran],
         findings: Sequence[Finding],
         floor: dict[tuple[int, int], float],
@@ -330,7 +222,8 @@ class _Auditor:
         """Return the accuracy after further training under a defense; NaN where it cannot be trained under."""
         result = evaluate(plan.training(self.bench, defense, _recipe(self.bench)), self.bench.workshop)
         if not result.error:
-            return float(result.provenance["test_accuracy"])
+            accuracy = Provenance.of(result.provenance).test_accuracy
+            return math.nan if accuracy is None else accuracy
         if notes is not None:
             notes.append(f"accuracy: {result.error}")
         return math.nan
@@ -382,9 +275,7 @@ def _strongest_attacks(ran: Sequence[Ran], findings: Sequence[Finding]) -> list[
     return [known[label] for label in dict.fromkeys([*wanted, "inverting-gradients"])][:3]
 
 
-def _candidates(
-    wanted: Sequence[str | tuple[str, dict[str, Any]]] | None, own: str
-) -> list[tuple[str, dict[str, Any]]]:
+def _candidates(wanted: Sequence[Guard] | None, own: str) -> list[tuple[str, dict[str, Any]]]:
     if wanted is not None:
         return [(each, {}) if isinstance(each, str) else each for each in wanted]
     names = [name for name in registry.names("defenses") if name not in members(own) and name != "none"]

@@ -31,11 +31,12 @@ FORMAT = 1
 """Raised whenever the layout of a bundle changes."""
 STORE, MANIFEST = "store.sqlite", "manifest.json"
 MOST_MANIFEST = 2**24
-"""Bytes of a manifest."""
+"""Most bytes of a manifest."""
 MOST_STORE = 2**34
-"""Bytes of a bundle's store."""
+"""Most bytes of a bundle's store."""
 MOST_RATIO = 200
-"""How much larger than its bundle a store may be, from 100 MB on; its arrays are compressed already."""
+"""How much larger than its bundle a store may be, from 100 MB on; its arrays are compressed already, so what unpacks to
+more was made to fill a disk."""
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _CHUNK = 2**20

@@ -19,7 +19,8 @@ from .schema import CLAIMS
 from .store import Store
 
 LEASE = 120.0
-"""Seconds without a sign of life after which a run's claims are anybody's."""
+"""Seconds without a sign of life after which a run's claims are anybody's: eight missed ones, as a busy machine misses
+some."""
 BEAT = 15.0
 """Seconds between two signs of life."""
 
@@ -50,7 +51,8 @@ class Claims:
         with store.transaction() as database:
             found = database.execute("SELECT key, started, seconds FROM cells WHERE status = 'failed'").fetchall()
         self._again = {key: (started, seconds) for key, started, seconds in found} if retry_failed else {}
-        """Failures to try again: one that failed anew since this run began is another, and not tried for ever."""
+        """Failed cells to try again; one that has failed since this run began is not among them, or it would be tried
+        for ever."""
 
     def take(self, key: str) -> Claim:
         """Ask for a cell."""

@@ -10,44 +10,54 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..privacy import Guarantee
+from .provenance import Provenance
 from .results import CONTEXT, UNDEFENDED, Results
 from .statistics import LEVEL, ends, over_seeds
 
 
 def price(provenance: pd.Series[Any]) -> dict[str, Any]:
     """Return what a defense costs and guarantees; the weakest guarantee where several settings differ."""
-    facts = pd.DataFrame(list(provenance))
-    names = ("bytes", "dense_bytes", "client_seconds")
+    facts = [Provenance.of(fact) for fact in provenance]
     line: dict[str, Any] = {
-        name: float(pd.to_numeric(facts[name]).mean()) if name in facts else math.nan for name in names
+        "bytes": _mean(fact.bytes for fact in facts),
+        "dense_bytes": _mean(fact.dense_bytes for fact in facts),
+        "client_seconds": _mean(fact.client_seconds for fact in facts),
     }
-    looked = [fact["inspection"]["false_alarms"] for fact in provenance if fact.get("inspection")]
+    looked = [fact.inspection.false_alarms for fact in facts if fact.inspection is not None]
     line["false_alarms"] = float(np.mean(looked)) if looked else math.nan
-    # A cell that failed says nothing of its guarantee; None says that there is none.
-    weakest = _weakest(fact["epsilon"] for fact in provenance if "epsilon" in fact)
-    for name in ("epsilon", "delta", "noise"):
-        line[name] = float(math.nan if weakest.get(name) is None else weakest[name])
-    line["accountant"] = str(weakest.get("accountant", ""))
-    line["unit"] = str(weakest.get("unit", ""))
+    # A cell that failed says nothing of its guarantee.
+    weakest = _weakest(fact.epsilon for fact in facts if fact.epsilon is not None)
+    line["epsilon"] = math.nan if weakest is None else weakest.epsilon
+    line["delta"] = math.nan if weakest is None else weakest.delta
+    line["noise"] = math.nan if weakest is None or weakest.noise is None else weakest.noise
+    line["accountant"] = "" if weakest is None else weakest.accountant
+    line["unit"] = "" if weakest is None else weakest.unit
     return line
 
 
-def _weakest(guarantees: Iterable[Any]) -> Mapping[str, Any]:
-    """Return the weakest guarantee, empty if anything has none."""
+def _weakest(guarantees: Iterable[Any]) -> Guarantee | None:
+    """Return the weakest guarantee, None if anything has none."""
     found = list(guarantees)
-    if not found or not all(isinstance(fact, Mapping) for fact in found):
-        return {}
-    weakest: Mapping[str, Any] = max(found, key=lambda fact: float(fact["epsilon"]))
+    if not found or not all(isinstance(each, Guarantee) for each in found):
+        return None
+    weakest: Guarantee = max(found, key=lambda each: each.epsilon)
     return weakest
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    """Return the mean of what is known, NaN if nothing is."""
+    return float(pd.Series(list(values), dtype=float).mean())
 
 
 def guarantees(results: Results) -> list[str]:
     """Say what the epsilons are of, what neighbouring inputs differ in, and who computed them."""
-    facts = [*results.cells["provenance"], *_of_the_attacked(results)["provenance"]]
-    known = [fact[name] for fact in facts for name in ("epsilon", "training_epsilon") if fact.get(name)]
+    facts = map(Provenance.of, [*results.cells["provenance"], *_of_the_attacked(results)["provenance"]])
     made = {
-        f"delta {fact['delta']:g}, {fact['accountant']}, neighbours: {str(fact.get('unit', '')).partition(',')[0]}"
-        for fact in known
+        f"delta {each.delta:g}, {each.accountant}, neighbours: {each.unit.partition(',')[0]}"
+        for fact in facts
+        for each in (fact.epsilon, fact.training_epsilon)
+        if isinstance(each, Guarantee)
     }
     if not made:
         return []
@@ -72,9 +82,10 @@ def accuracies(results: Results) -> pd.DataFrame:
     """
     names = [*CONTEXT, "attack", "seed", "defense", "defense_family", "provenance"]
     cells = pd.concat([results.cells[names], _of_the_attacked(results)[names]], ignore_index=True)
-    facts = cells.pop("provenance")
-    accuracy = pd.to_numeric(pd.Series([fact.get("test_accuracy") for fact in facts], dtype=object))
-    cells = cells.assign(accuracy=accuracy, guarantee=[fact.get("training_epsilon") for fact in facts])
+    facts = [Provenance.of(fact) for fact in cells.pop("provenance")]
+    known = [each.training_epsilon if isinstance(each.training_epsilon, Guarantee) else None for each in facts]
+    accuracy = pd.to_numeric(pd.Series([each.test_accuracy for each in facts], dtype=object))
+    cells = cells.assign(accuracy=accuracy, guarantee=pd.Series(known, dtype=object))
     return cells[cells["accuracy"].notna() | cells["guarantee"].notna()]
 
 
@@ -104,7 +115,8 @@ def utility(accuracies: pd.DataFrame, defense: str) -> dict[str, float]:
     bare = known[known["defense_family"] == UNDEFENDED].groupby(same)["accuracy"].mean()
     line = ends("test_accuracy", over_seeds(own.groupby("seed").mean().to_numpy()))
     line |= ends("accuracy_lost", over_seeds((bare - own).dropna().groupby("seed").mean().to_numpy()))
-    line["training_epsilon"] = float(_weakest(chosen["guarantee"]).get("epsilon", math.nan))
+    weakest = _weakest(chosen["guarantee"])
+    line["training_epsilon"] = math.nan if weakest is None else weakest.epsilon
     return line
 
 

@@ -1,11 +1,15 @@
-"""A database as a file: how it is opened, which files belong to it, whether it is still where it was."""
+"""A database as a file: how it is made and opened, which files belong to it, whether it is still where it was."""
 
 from __future__ import annotations
 
 import os
 import sqlite3
 import time
+from datetime import UTC, datetime
 from pathlib import Path
+
+from .. import __version__
+from .schema import SCHEMA, STATEMENTS
 
 PATIENCE = 60.0
 """Seconds to wait for another process's transaction."""
@@ -32,7 +36,7 @@ def is_blank(path: Path | str) -> bool:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a database, or make an empty one; to be read only where this process may not write."""
+    """Open a database, or make an empty one; read-only where this process may not write."""
     mode = "rwc"
     if path.exists() and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
         # Without write permission SQLite cannot make the files beside the store that a reader needs.
@@ -40,6 +44,25 @@ def connect(path: Path) -> sqlite3.Connection:
         mode = "ro" if log.exists() and log.stat().st_size else "ro&immutable=1"
     # Autocommit: transactions are ours, see `Store.transaction`.
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=PATIENCE, isolation_level=None)
+
+
+def create_tables(database: sqlite3.Connection) -> None:
+    """Make all tables in one transaction, in the main file: a process that dies meanwhile leaves a blank file."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        # Another process may have made the tables since we looked.
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+            for statement in STATEMENTS:
+                database.execute(statement)
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            facts = {"schema": str(SCHEMA), "gradleak": __version__, "created": created}
+            database.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
+        database.execute("COMMIT")
+    except BaseException:
+        if database.in_transaction:  # a full disk has ended it already
+            database.execute("ROLLBACK")
+        raise
+    database.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
 
 def log_of(path: Path) -> Path:

@@ -21,9 +21,9 @@ from .results import CONTEXT, KNOWLEDGE, UNDEFENDED, Results
 from .statistics import LEVEL, Floats, holm, mean_over_known, paired_p_values
 
 NEAR_FLOOR = 3.0
-"""dB above the floor below which an attack has learnt next to nothing."""
+"""dB above the floor below which an attack has learnt next to nothing: half the best guess's squared error is left."""
 MARGIN = 0.5
-"""dB below which a difference is of no interest, however significant."""
+"""dB below which a difference is of no interest, however significant: an eighth in squared error."""
 BUDGET = ("iterations", "restarts")
 """Options of attacks that only buy more computation."""
 LADDER = (*KNOWLEDGE, "oracle")

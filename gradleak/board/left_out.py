@@ -1,4 +1,4 @@
-"""What of a suite's grid is left out, and why: an attack that does not apply, or a suite's own choice.
+"""What a suite's grid leaves out, and why: an attack that does not apply, or a suite's own choice.
 
 A board counts against a defense every attack that others faced and it did not, unless a reason is stored here.
 """

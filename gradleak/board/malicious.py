@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pandas as pd
 
 from ..scales import CAP
 from .cost import operating_point
+from .provenance import Provenance
 from .results import CONTEXT, HEADLINE, KNOWLEDGE, Panel, Results, luck_of
 from .schema import HONEST, server_of
 from .statistics import Floats, Interval, Resamples, ends, mean_over_known, wilson
@@ -63,10 +65,12 @@ def server_boards(results: Results) -> list[Board]:
 def detection_board(results: Results) -> Board:
     """Return what share of rounds each defense that looks at the model refuses, server by server."""
     lines = []
-    for cell in _looked_at(results.cells).to_dict("records"):
-        seen = cell["provenance"]["inspection"]
+    for cell in results.cells.to_dict("records"):
+        seen = Provenance.of(cell["provenance"]).inspection
+        if seen is None:
+            continue
         name = {"defense": cell["defense"], "server": cell["server"], **{each: cell[each] for each in CONTEXT}}
-        facts = {each: seen[each] for each in ("refused", "false_alarms", "honest_rounds")}
+        facts = {"refused": seen.refused, "false_alarms": seen.false_alarms, "honest_rounds": seen.honest_rounds}
         lines.append({**name, "batch_size": cell["batch_size"], "seed": cell["seed"], **facts})
     found = pd.DataFrame(lines)
     notes = (
@@ -85,10 +89,6 @@ def detection_board(results: Results) -> Board:
     alarms = [wilson(rate, count) for rate, count in zip(table["false_alarms"], table["honest_rounds"], strict=True)]
     table["false_alarms_low"], table["false_alarms_high"] = [a.low for a in alarms], [a.high for a in alarms]
     return Board("detection", "Detection", table, notes)
-
-
-def _looked_at(cells: pd.DataFrame) -> pd.DataFrame:
-    return cells[[bool((facts or {}).get("inspection")) for facts in cells["provenance"]]]
 
 
 def _lines(part: Results, honest: Mapping[Place, float]) -> Iterator[dict[str, Any]]:
@@ -149,10 +149,10 @@ def _of_place(cells: pd.DataFrame, place: Place) -> tuple[dict[str, Any], dict[s
     chosen = np.logical_and.reduce(
         [cells[name] == label for name, label in zip((*CONTEXT, "defense"), place, strict=True)]
     )
-    configs, facts = list(cells.loc[chosen, "config"]), [each or {} for each in cells.loc[chosen, "provenance"]]
-    found: dict[str, Any] = {"model_accuracy": _mean([each.get("model_accuracy") for each in facts])}
+    configs, facts = list(cells.loc[chosen, "config"]), list(map(Provenance.of, cells.loc[chosen, "provenance"]))
+    found: dict[str, Any] = {"model_accuracy": _mean([each.model_accuracy for each in facts])}
     for part in ("server", "inspection"):
-        known = [each[part] for each in facts if each.get(part)]
+        known = [asdict(each) for each in (getattr(fact, part) for fact in facts) if each is not None]
         names = {name for each in known for name, value in each.items() if isinstance(value, int | float)}
         found[part] = {name: _mean([each.get(name) for each in known]) for name in names}
     return configs[0], found
@@ -174,7 +174,8 @@ def _counts(part: Results) -> Floats:
 
 
 def _draws(facts: Mapping[str, Any] | None) -> bool:
-    return ((facts or {}).get("server") or {}).get("counts") == "alike"
+    server = Provenance.of(facts).server
+    return server is not None and server.counts == "alike"
 
 
 def _per_victim(part: Results, values: pd.Series[float], over_images: str) -> Floats:

@@ -37,7 +37,7 @@ def chosen(cells: pd.DataFrame, all_code: bool = False, asked: Collection[str] |
 
 def _newest(cells: pd.DataFrame) -> pd.DataFrame:
     current = pd.Series(True, index=cells.index)
-    # Of what began in one second the later line is the newer; of what says nothing of its time none is.
+    # Of two cells that began in the same second the later line is the newer; a cell without a time is never newer.
     began = cells["started"] + [f" {number:010d}" for number in cells["id"]]
     began = began.where(cells["started"] != "", "")
     for group in _GROUPS:
@@ -51,6 +51,6 @@ def _newest(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _code(config: Mapping[str, Any], group: str) -> str:
-    """Return what a part was computed by; the engine and the metrics count as the attack's."""
+    """Return the code that a part was computed with; the engine and the metrics count as the attack's."""
     shared = json.dumps(config.get("definitions"), sort_keys=True) if group == "attack" else ""
     return f"{config[group].get('version')}\x1f{config[group].get('code')}\x1f{shared}"

@@ -23,7 +23,7 @@ SUBMITTED, RECOMPUTED, RERUN = "as submitted", "recomputed", "re-run"
 STATES = (SUBMITTED, RECOMPUTED, RERUN)
 """From the least to the most."""
 MOST = 2**26
-"""Bytes of a record."""
+"""Most bytes of a record."""
 
 
 class _Found(BaseModel):

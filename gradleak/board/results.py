@@ -7,12 +7,10 @@ worst case over attacks is taken, with everything an interval needs.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +20,8 @@ from ..errors import GradleakError, unknown
 from ..scales import CAP, METRICS, THRESHOLDS
 from ..suite import UTILITY
 from . import newest
+from .labels import distinct
+from .provenance import Provenance
 from .record import STATES
 from .schema import HONEST, REFUSED
 from .statistics import APART, Floats, Pairs, Resamples, mean_over_known
@@ -151,18 +151,17 @@ def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None =
     rows = rows[rows["key"].isin(set(cells["key"]))]
     rows = rows.drop_duplicates(["key", "victim", "image"], ignore_index=True)
     for group in ("attack", "defense", *CONTEXT):
-        cells[group] = _distinct_labels(cells, group)
+        cells[group] = distinct(cells, group)
         rows[group] = rows["key"].map(dict(zip(cells["key"], cells[group], strict=True))).astype(str)
     for group in ("attack", "defense"):
         cells[f"{group}_family"] = _families(cells, group)
     trained = cells["attack_name"] == UTILITY
     cells, utility = cells[~trained].reset_index(drop=True), cells[trained].reset_index(drop=True)
     rows = _with_failed_cells(cells, rows)
-    facts = dict(zip(cells["key"], cells["provenance"], strict=True))
-    known = {key: fact.get("adaptive", False) for key, fact in facts.items()}
-    rows["adaptive"] = rows["key"].map(known).astype(bool) & rows["knowledge"].isin(ADAPTIVE)
-    rows["stochastic"] = rows["key"].map({key: fact.get("stochastic", False) for key, fact in facts.items()})
-    rows["stochastic"] = rows["stochastic"].astype(bool)
+    facts = {key: Provenance.of(fact) for key, fact in zip(cells["key"], cells["provenance"], strict=True)}
+    adaptive = {key: bool(fact.adaptive) for key, fact in facts.items()}
+    rows["adaptive"] = rows["key"].map(adaptive).astype(bool) & rows["knowledge"].isin(ADAPTIVE)
+    rows["stochastic"] = rows["key"].map({key: bool(fact.stochastic) for key, fact in facts.items()}).astype(bool)
     rows["refused"] = rows["status"] == REFUSED
     rows["failed"] = (rows["status"] != "ok") & ~rows["refused"]
     rows["stratum"] = rows["dataset"] + "/" + rows["batch_size"].astype(str)
@@ -191,74 +190,6 @@ def _unsuited(stores: Sequence[Store]) -> pd.DataFrame:
     table = pd.concat([pd.DataFrame(columns=list(UNSUITED), dtype=str), *found], ignore_index=True)
     known: pd.DataFrame = table[list(UNSUITED)].drop_duplicates(ignore_index=True)
     return known
-
-
-def _distinct_labels(cells: pd.DataFrame, group: str) -> pd.Series[str]:
-    """Return the labels of a group, made distinct where one label stands for different options."""
-    # Thousands of cells share a few parts, and comparing parts costs a tenth of flattening them.
-    known: dict[str, list[tuple[Any, dict[str, str]]]] = {}
-    places = []
-    for label, config in zip(cells[group].tolist(), cells["config"].tolist(), strict=True):
-        variants, part = known.setdefault(label, []), _part(config, group)
-        place = next((place for place, (other, _) in enumerate(variants) if other == part), len(variants))
-        if place == len(variants):
-            variants.append((part, _options(config, group)))
-        places.append((label, place))
-    named = {
-        (label, place): _named(label, place, [flat for _, flat in variants])
-        for label, variants in known.items()
-        for place in range(len(variants))
-    }
-    return pd.Series([named[each] for each in places], index=cells.index, dtype=str)
-
-
-def _named(label: str, place: int, variants: list[dict[str, str]]) -> str:
-    names = sorted({name for other in variants for name in other})
-    differ = [name for name in names if len({other.get(name) for other in variants}) > 1]
-    detail = ", ".join(f"{name}={variants[place].get(name, '-')}" for name in differ)
-    return f"{label} ({detail})" if detail else label
-
-
-def _part(config: Mapping[str, Any], group: str) -> Any:
-    """Return all that `_options` reads."""
-    part = config[group]
-    if group != "setting":
-        return part
-    return part, config.get("candidates"), config.get("engine"), config.get("secret")
-
-
-def _options(config: Mapping[str, Any], group: str) -> dict[str, str]:
-    """Flatten a part of a configuration to comparable text; what is an axis of its own is left out.
-
-    What applies to every cell alike (candidates of re-identification, the engine, the secret that clients draw from)
-    counts as the setting's.
-    """
-    part = {name: value for name, value in config[group].items() if name != "label"}
-    if group == "setting":
-        part |= {"candidates": config.get("candidates"), **config.get("engine", {}), "secret": config.get("secret")}
-        part["grants"] = {name: value for name, value in part.get("grants", {}).items() if name != "defense"}
-        if "server" in part:
-            part["server"] = json.dumps(part["server"], sort_keys=True)
-    flat: dict[str, str] = {}
-    for name, value in part.items():
-        value = _asked(value)
-        if isinstance(value, Mapping):
-            flat |= {inner: json.dumps(item, sort_keys=True) for inner, item in value.items()}
-        else:
-            flat[name] = (
-                value[:8] if name in ("digest", "code", "secret") and value else json.dumps(value, sort_keys=True)
-            )
-    return flat
-
-
-def _asked(options: Any) -> Any:
-    """Leave out the noise that was found for a wanted epsilon: it differs from context to context by right."""
-    if isinstance(options, list):  # the options of a chain's members
-        return [_asked(each) for each in options]
-    if not isinstance(options, Mapping):
-        return options
-    found = options.get("epsilon") is not None
-    return {name: _asked(value) for name, value in options.items() if not (found and name == "sigma")}
 
 
 def _families(cells: pd.DataFrame, group: str) -> pd.Series[str]:

@@ -9,15 +9,16 @@ from typing import Any, Literal, Self
 
 import numpy.typing as npt
 
+from ..status import Status
 from ..suite import dataset_label
 
 SCHEMA = 2
 """Raised whenever the tables of results change; a store of another schema is refused, never converted in place."""
 
 REFUSED = "refused"
-"""The client looked at the model and sent nothing."""
-STATUSES = ("ok", "diverged", "oom", "timeout", "invalid", "error", REFUSED)
-"""How the attack on one victim ended; everything but `ok` is scored at the floor."""
+"""The client looked at the model and sent nothing: no attack ended so, and none may say that it did."""
+STATUSES = (*(state.value for state in Status), REFUSED)
+"""What a row says of its victim; everything but `ok` is scored at the floor."""
 
 Array = npt.NDArray[Any]
 
@@ -89,13 +90,7 @@ class CellResult:
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """What is known beside the configuration. The leaderboard reads these, all optional:
-
-    `attack_family` ("control" for a floor), `adaptive` (the attack uses what it knows of the defense),
-    `threat_model`, `defense_family` ("none" for no defense), `stochastic` (messages of one update differ),
-    `bytes` and `dense_bytes` of a message, `epsilon` ({"epsilon", "delta", "accountant", "unit"}),
-    `client_seconds`, `test_accuracy`, `training_epsilon` (as `epsilon`, of all messages of a training run).
-    """
+    """What is known beside the configuration, as `Provenance.stored` says it."""
     rows: Sequence[ImageRow] = ()
     reconstructions: Mapping[int, Array] = field(default_factory=dict)
     """By victim, [B, C, H, W] in the order of the attack's answer (see `ImageRow.matched`)."""

@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +24,7 @@ from ..errors import GradleakError
 from ..secret import Secret
 from . import left_out, trust
 from .codec import dump, late_progress, pack, row_values, unpack
-from .file import connect, free_name, is_blank, keep_log, log_of, place_of
+from .file import connect, create_tables, free_name, is_blank, keep_log, log_of, place_of
 from .schema import (
     DESCRIBED,
     INTEGERS,
@@ -33,7 +32,6 @@ from .schema import (
     NUMBERS,
     ROW_COLUMNS,
     SCHEMA,
-    STATEMENTS,
     STATUSES,
     Array,
     CellResult,
@@ -114,10 +112,10 @@ class Store:
 
     @property
     def secret(self) -> Secret | None:
-        """What the private randomness of its clients is drawn from; None in stores of old, and in those of no run.
+        """What the private randomness of its clients is drawn from; None in older stores, and before any run.
 
         Raises:
-            GradleakError: it is none.
+            GradleakError: what is stored is no secret.
         """
         found = self.query("SELECT value FROM meta WHERE name = 'secret'")
         return Secret.of(str(found[0][0]), self._name) if found else None
@@ -414,7 +412,7 @@ class Store:
         trust.guard(database)
         blank = not database.execute("SELECT 1 FROM sqlite_master").fetchone()
         if blank and create:
-            self._create()
+            create_tables(database)
         elif blank:
             raise GradleakError(f"store {self.path}: {self._why_blank(log)}")
         names = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
@@ -440,24 +438,6 @@ class Store:
         if self._database.execute("PRAGMA journal_mode").fetchone()[0] == "wal" and not log:
             return f"holds no tables; if it is a copy, they are in {log_of(self.path).name}, which was not copied"
         return "is empty; `gradleak run` fills it"
-
-    def _create(self) -> None:
-        """Make all tables in one transaction, in the main file: whoever dies meanwhile leaves a blank one."""
-        database = self._database
-        database.execute("BEGIN IMMEDIATE")
-        try:
-            # Another process may have made the tables since we looked.
-            if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
-                for statement in STATEMENTS:
-                    database.execute(statement)
-                created = datetime.now(UTC).isoformat(timespec="seconds")
-                facts = {"schema": str(SCHEMA), "gradleak": __version__, "created": created}
-                database.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
-            database.execute("COMMIT")
-        except BaseException:
-            self._roll_back()
-            raise
-        database.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def _is_inplace_of(self) -> bool:
         try:

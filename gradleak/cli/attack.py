@@ -12,7 +12,7 @@ import typer
 
 from ..errors import GradleakError, unknown
 from ..paths import printable, written_whole
-from . import values
+from . import shared, values
 
 if TYPE_CHECKING:
     from ..captured import Captured
@@ -22,64 +22,71 @@ KINDS = ("gradient", "weight-difference")
 """What an update can be."""
 
 
+_Update = Annotated[
+    Path, typer.Option("--update", metavar="FILE", help="The captured update: safetensors, or a state dict.")
+]
+_Shape = Annotated[str, typer.Option("--shape", metavar="C,H,W", help="Of an image, e.g. 3,32,32.")]
+_Weights = Annotated[
+    Path | None, typer.Option("--weights", metavar="FILE", help="What the server sent: safetensors or a state dict.")
+]
+_Kind = Annotated[str, typer.Option("--kind", help="gradient, or weight-difference (after minus before).")]
+_BatchSize = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Images of the client.")]
+_Labels = Annotated[str, typer.Option("--labels", metavar="3,1,…", help="Known labels [default: inferred].")]
+_LocalSteps = Annotated[int, typer.Option("--local-steps", min=1, metavar="N", help="Known local steps.")]
+_LocalLr = Annotated[float | None, typer.Option("--local-lr", metavar="RATE", help="Known local rate.")]
+_Loss = Annotated[str, typer.Option("--loss", metavar="NAME", help="cross-entropy, bce, mse or module:function.")]
+_Optimiser = Annotated[
+    str, typer.Option("--optimiser", metavar="NAME", help="Of local steps, as 'sgd: {momentum: 0.9}' or adam.")
+]
+_Defense = Annotated[
+    str, typer.Option("--defense", metavar="NAME", help="A known one, as 'gaussian-noise: {sigma: 0.1, clip: 1}'.")
+]
+_Method = Annotated[str, typer.Option("--attack", metavar="NAME", help="auto, or an attack.")]
+_Options = Annotated[
+    list[str] | None, typer.Option("--options", metavar="OPTIONS", help="Of a named attack, as '{lr: 0.1}'.")
+]
+_Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of the attack's draws.")]
+_Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where page, JSON and images go.")]
+
+
 def attack(
-    model: Annotated[
-        str, typer.Option("--model", metavar="MODULE:FUNCTION", help="Returns the model; also FILE.py:FUNCTION.")
-    ],
-    update: Annotated[
-        Path, typer.Option("--update", metavar="FILE", help="The captured update: safetensors, or a state dict.")
-    ],
-    shape: Annotated[str, typer.Option("--shape", metavar="C,H,W", help="Of an image, e.g. 3,32,32.")],
-    weights: Annotated[
-        Path | None,
-        typer.Option("--weights", metavar="FILE", help="What the server sent: safetensors or a state dict."),
-    ] = None,
-    model_options: Annotated[
-        list[str] | None, typer.Option("--model-options", metavar="OPTIONS", help="Of the function, as '{width: 8}'.")
-    ] = None,
-    kind: Annotated[str, typer.Option("--kind", help="gradient, or weight-difference (after minus before).")] = "",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Images of the client.")] = 1,
-    labels: Annotated[str, typer.Option("--labels", metavar="3,1,…", help="Known labels [default: inferred].")] = "",
-    local_steps: Annotated[int, typer.Option("--local-steps", min=1, metavar="N", help="Known local steps.")] = 1,
-    local_batch_size: Annotated[
-        int | None,
-        typer.Option("--local-batch-size", min=1, metavar="N", help="Images of a local step [default: all]."),
-    ] = None,
-    local_lr: Annotated[float | None, typer.Option("--local-lr", metavar="RATE", help="Known local rate.")] = None,
-    mode: Annotated[str, typer.Option("--mode", help="Of batch normalisation: eval or train.")] = "eval",
-    defense: Annotated[
-        str, typer.Option("--defense", metavar="NAME", help="A known one, as 'gaussian-noise: {sigma: 0.1, clip: 1}'.")
-    ] = "",
-    method: Annotated[str, typer.Option("--attack", metavar="NAME", help="auto, or an attack.")] = "auto",
-    options: Annotated[
-        list[str] | None, typer.Option("--options", metavar="OPTIONS", help="Of a named attack, as '{lr: 0.1}'.")
-    ] = None,
-    budget: Annotated[str, typer.Option("--budget", metavar="TIME", help="As 90s, 10m or 1h.")] = "5m",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the attack's draws.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where page, JSON and images go.")] = Path(
-        "attacked"
-    ),
+    model: shared.Model,
+    update: _Update,
+    shape: _Shape,
+    weights: _Weights = None,
+    model_options: shared.ModelOptions = None,
+    kind: _Kind = "",
+    batch_size: _BatchSize = 1,
+    labels: _Labels = "",
+    local_steps: _LocalSteps = 1,
+    local_batch_size: shared.LocalBatchSize = None,
+    local_lr: _LocalLr = None,
+    loss: _Loss = "cross-entropy",
+    optimiser: _Optimiser = "sgd",
+    mode: shared.Mode = "eval",
+    defense: _Defense = "",
+    method: _Method = "auto",
+    options: _Options = None,
+    budget: shared.Budget = "5m",
+    seed: _Seed = 0,
+    device: shared.Device = "cpu",
+    out: _Out = Path("attacked"),
 ) -> None:
     """Attack a captured update: images, and what can be known of them without a truth.
 
     OUT/index.html shows the images, OUT/report.json holds the numbers: the attack's own loss, how much of the update is
     left unexplained, whether restarts agree, and what was assumed.
     """
-    from .. import sources
+    from .. import registry, sources
     from ..captured import attack as run
     from ..suite import build_defense
     from ..threat import Observation
     from ..update import LocalTraining
 
     limit, size = values.seconds(budget, "--budget"), values.shape(shape)
+    name, own = values.plugin(optimiser, "--optimiser")
     given = values.options(options or [])
-    if kind and kind not in KINDS:
-        raise unknown("kind", kind, KINDS, "--kind")
-    if mode not in ("eval", "train"):
-        raise unknown("mode", mode, ("eval", "train"), "--mode")
-    if local_lr is None and (local_steps > 1 or local_batch_size is not None):
-        raise GradleakError("--local-steps and --local-batch-size need --local-lr; leave them out if it is unknown")
+    _check(kind, mode, local_lr is not None or (local_steps == 1 and local_batch_size is None))
     module = sources.network(model, weights, values.options(model_options or [], "--model-options")).to(device)
     tensors = {name: tensor.to(device) for name, tensor in sources.tensors(update, "--update").items()}
     local = None if local_lr is None else LocalTraining(steps=local_steps, batch_size=local_batch_size, lr=local_lr)
@@ -92,6 +99,7 @@ def attack(
         local=local,
         weight_difference=None if not kind else kind == KINDS[1],
         mode=mode,  # type: ignore[arg-type]
+        client=registry.build("clients", name, {"loss": loss, **own}, "--optimiser"),
         defense=build_defense(*values.plugin(defense, "--defense"), "--defense") if defense else None,
     )
     found = run(observation, method, seed=seed, budget=limit, tell=_tell, **given)
@@ -99,6 +107,15 @@ def attack(
     for line in found.lines():
         print(printable(line))
     print(f"gradleak: images, report.json and a page are in {out}", file=sys.stderr)
+
+
+def _check(kind: str, mode: str, rate_is_known: bool) -> None:
+    if kind and kind not in KINDS:
+        raise unknown("kind", kind, KINDS, "--kind")
+    if mode not in ("eval", "train"):
+        raise unknown("mode", mode, ("eval", "train"), "--mode")
+    if not rate_is_known:
+        raise GradleakError("--local-steps and --local-batch-size need --local-lr; leave them out if it is unknown")
 
 
 def _tell(method: str) -> None:

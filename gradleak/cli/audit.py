@@ -4,77 +4,89 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import GradleakError
 from ..paths import printable
-from . import values
+from . import shared, values
+
+if TYPE_CHECKING:
+    from ..auditing import Audit
 
 ABOVE, UNSURE = 1, 3
 """Exit codes of `--fail-above`: more came back than allowed; less did, but no search came to its end."""
 
 
+_Data = Annotated[
+    str, typer.Option("--data", metavar="FOLDER|MODULE:FUNCTION", help="Images; a function returns (images, labels).")
+]
+_Weights = Annotated[
+    Path | None, typer.Option("--weights", metavar="FILE", help="Of the model: safetensors or a state dict.")
+]
+_Labels = Annotated[
+    str,
+    typer.Option("--labels", metavar="CSV|MODULE:FUNCTION", help="Of a folder's files [default: its class folders]."),
+]
+_Shape = Annotated[str, typer.Option("--shape", metavar="C,H,W", help="To which files are fitted.")]
+_Mean = Annotated[str, typer.Option("--mean", help="By channel, if the model expects normalised images: 0.485,0.456,…")]
+_Std = Annotated[str, typer.Option("--std", help="By channel, with --mean.")]
+_Loss = Annotated[str, typer.Option("--loss", metavar="NAME", help="cross-entropy, bce, mse or module:function.")]
+_Optimiser = Annotated[
+    str, typer.Option("--optimiser", metavar="NAME", help="Of local steps, as 'sgd: {momentum: 0.9}' or adam.")
+]
+_BatchSize = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Images of a client.")]
+_LocalSteps = Annotated[int, typer.Option("--local-steps", min=1, metavar="N", help="With --local-lr.")]
+_LocalLr = Annotated[
+    float | None, typer.Option("--local-lr", metavar="RATE", help="Of local steps [default: one gradient].")
+]
+_Defense = Annotated[
+    list[str] | None,
+    typer.Option("--defense", metavar="NAME", help="Of the training, as 'top-k: {ratio: 0.1}'; may be repeated."),
+]
+_Victims = Annotated[int | None, typer.Option("--victims", min=2, metavar="N", help="Clients to attack.")]
+_FailAbove = Annotated[
+    float | None,
+    typer.Option(
+        "--fail-above",
+        min=0.0,
+        max=1.0,
+        metavar="SHARE",
+        help="Exit with 1 if more of the images come back, with 3 if that is not sure.",
+    ),
+]
+_Remedies = Annotated[
+    bool, typer.Option("--remedies/--no-remedies", help="If it leaks, try the defenses of the registry.")
+]
+_Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of clients and attacks.")]
+_Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where page, JSON and store go.")]
+
+
 def audit(
-    model: Annotated[
-        str, typer.Option("--model", metavar="MODULE:FUNCTION", help="Returns the model; also FILE.py:FUNCTION.")
-    ],
-    data: Annotated[
-        str,
-        typer.Option("--data", metavar="FOLDER|MODULE:FUNCTION", help="Images; a function returns (images, labels)."),
-    ],
-    weights: Annotated[
-        Path | None, typer.Option("--weights", metavar="FILE", help="Of the model: safetensors or a state dict.")
-    ] = None,
-    model_options: Annotated[
-        list[str] | None, typer.Option("--model-options", metavar="OPTIONS", help="Of the function, as '{width: 8}'.")
-    ] = None,
-    labels: Annotated[
-        str,
-        typer.Option(
-            "--labels", metavar="CSV|MODULE:FUNCTION", help="Of a folder's files [default: its class folders]."
-        ),
-    ] = "",
-    shape: Annotated[str, typer.Option("--shape", metavar="C,H,W", help="To which files are fitted.")] = "",
-    mean: Annotated[str, typer.Option(help="By channel, if the model expects normalised images: 0.485,0.456,…")] = "",
-    std: Annotated[str, typer.Option(help="By channel, with --mean.")] = "",
-    loss: Annotated[
-        str, typer.Option("--loss", metavar="NAME", help="cross-entropy, bce, mse or module:function.")
-    ] = "cross-entropy",
-    optimiser: Annotated[
-        str, typer.Option("--optimiser", metavar="NAME", help="Of local steps, as 'sgd: {momentum: 0.9}' or adam.")
-    ] = "sgd",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Images of a client.")] = 1,
-    local_steps: Annotated[int, typer.Option("--local-steps", min=1, metavar="N", help="With --local-lr.")] = 1,
-    local_batch_size: Annotated[
-        int | None,
-        typer.Option("--local-batch-size", min=1, metavar="N", help="Images of a local step [default: all]."),
-    ] = None,
-    local_lr: Annotated[
-        float | None, typer.Option("--local-lr", metavar="RATE", help="Of local steps [default: one gradient].")
-    ] = None,
-    mode: Annotated[str, typer.Option("--mode", help="Of batch normalisation: eval or train.")] = "eval",
-    defense: Annotated[
-        list[str] | None,
-        typer.Option("--defense", metavar="NAME", help="Of the training, as 'top-k: {ratio: 0.1}'; may be repeated."),
-    ] = None,
-    victims: Annotated[int | None, typer.Option("--victims", min=2, metavar="N", help="Clients to attack.")] = None,
-    budget: Annotated[str, typer.Option("--budget", metavar="TIME", help="As 90s, 10m or 1h.")] = "10m",
-    fail_above: Annotated[
-        float | None,
-        typer.Option(
-            "--fail-above",
-            min=0.0,
-            max=1.0,
-            metavar="SHARE",
-            help="Exit with 1 if more of the images come back, with 3 if that is not sure.",
-        ),
-    ] = None,
-    remedies: Annotated[bool, typer.Option(help="If it leaks, try the defenses of the registry.")] = True,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of clients and attacks.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where page, JSON and store go.")] = Path("audit"),
+    model: shared.Model,
+    data: _Data,
+    weights: _Weights = None,
+    model_options: shared.ModelOptions = None,
+    labels: _Labels = "",
+    shape: _Shape = "",
+    mean: _Mean = "",
+    std: _Std = "",
+    loss: _Loss = "cross-entropy",
+    optimiser: _Optimiser = "sgd",
+    batch_size: _BatchSize = 1,
+    local_steps: _LocalSteps = 1,
+    local_batch_size: shared.LocalBatchSize = None,
+    local_lr: _LocalLr = None,
+    mode: shared.Mode = "eval",
+    defense: _Defense = None,
+    victims: _Victims = None,
+    budget: shared.Budget = "10m",
+    fail_above: _FailAbove = None,
+    remedies: _Remedies = True,
+    seed: _Seed = 0,
+    device: shared.Device = "cpu",
+    out: _Out = Path("audit"),
 ) -> None:
     """Attack your own training: what share of your images comes back, to whom, and which defense would stop that.
 
@@ -85,9 +97,7 @@ def audit(
     from ..auditing import audit as run
 
     limit = values.seconds(budget, "--budget")
-    if bool(mean) != bool(std):
-        raise GradleakError("--mean and --std belong together")
-    normalise = (values.numbers(mean, "--mean"), values.numbers(std, "--std")) if mean else None
+    normalise = _normalise(mean, std)
     module = sources.network(model, weights, values.options(model_options or [], "--model-options"))
     out.mkdir(parents=True, exist_ok=True)
     found = run(
@@ -112,11 +122,22 @@ def audit(
         tell=_tell,
     )
     found.write(out)
+    _conclude(found, out, fail_above)
+
+
+def _conclude(found: Audit, out: Path, fail_above: float | None) -> None:
+    """Print what was found, and exit as `--fail-above` asks."""
     for line in found.lines():
         print(printable(line))
     print(f"gradleak: {found.seconds:.0f} s; see {out / 'index.html'}", file=sys.stderr)
     if fail_above is not None and (passes := found.passes(fail_above)) is not True:
         raise typer.Exit(UNSURE if passes is None else ABOVE)
+
+
+def _normalise(mean: str, std: str) -> tuple[list[float], list[float]] | None:
+    if bool(mean) != bool(std):
+        raise GradleakError("--mean and --std belong together")
+    return (values.numbers(mean, "--mean"), values.numbers(std, "--std")) if mean else None
 
 
 def _fresh(store: Path) -> Path:

@@ -19,7 +19,7 @@ from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable, written_whole
 from ..secret import Secret, is_secret
-from . import attack, audit, catalogue, check, doctor, new, prior, tune, verify
+from . import attack, audit, catalogue, check, doctor, new, prior, shared, tune, verify
 from . import store as store_commands
 from .asked import questions
 
@@ -43,10 +43,6 @@ app.command("new")(new.new)
 app.command("tune")(tune.tune)
 app.command("verify")(verify.verify)
 app.add_typer(store_commands.app, name="store")
-
-PluginFiles = Annotated[
-    list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to add; may be repeated.")
-]
 
 AllCode = Annotated[
     bool, typer.Option("--all-code", help="Also cells of older code, told apart; else each label shows its newest.")
@@ -108,7 +104,7 @@ def _list(
         ),
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Everything that is known, as JSON.")] = False,
-    plugin: PluginFiles = None,
+    plugin: shared.PluginFiles = None,
     ensemble: Annotated[
         str, typer.Option(metavar="NAME", help="Only members of an ensemble of attacks, e.g. auto-v2.")
     ] = "",
@@ -165,10 +161,8 @@ def _run(
             "--ray-address", metavar="ADDRESS", help="A Ray cluster: auto, ray://HOST:PORT [default: starts one here]."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
-    data_root: Annotated[
-        Path | None, typer.Option("--data-root", metavar="DIR", help="Where datasets are that do not come along.")
-    ] = None,
+    device: shared.Device = "cpu",
+    data_root: shared.DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="Allow datasets to be downloaded there.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     cell_timeout: Annotated[
@@ -180,15 +174,8 @@ def _run(
             "--memory-limit", metavar="GIB", help="Memory of a worker [default: four fifths of the machine's]."
         ),
     ] = None,
-    plugin: PluginFiles = None,
-    secret: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HEX|FILE",
-            help="What clients draw their noise from: 32 digits, or a store or bundle whose table is to be made again"
-            " [default: the store's own; a new store draws one].",
-        ),
-    ] = None,
+    plugin: shared.PluginFiles = None,
+    secret: shared.Secret = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the cells.")] = False,
     summary_file: Annotated[
         Path | None, typer.Option("--summary", metavar="FILE", help="Also write how the run ended, as JSON.")
@@ -258,7 +245,7 @@ def _leaderboard(
         Path | None, typer.Option(metavar="FILE", help="Show the cells of this suite, and no other.")
     ] = None,
     all_code: AllCode = False,
-    plugin: PluginFiles = None,
+    plugin: shared.PluginFiles = None,
     data_root: Annotated[
         Path | None, typer.Option("--data-root", metavar="DIR", help="Where the suite's data is.")
     ] = None,
@@ -359,7 +346,7 @@ def _publish(
 
 
 def _conclude(summary: Summary, target: Path) -> None:
-    """Say how a run ended, and end with the code that says so too."""
+    """Say how a run ended, and exit with the code that says the same."""
     for title, error in summary.failed.items():
         _say(f"failed: {title}: {error}")
     for title, reason in summary.pending.items():

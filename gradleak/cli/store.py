@@ -60,7 +60,7 @@ def _prune(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be dropped, and drop nothing.")] = False,
 ) -> None:
-    """Drop cells of other code than is here (attacks, defenses, models, datasets, engine, metrics).
+    """Drop cells of other code than is installed here (attacks, defenses, models, datasets, engine, metrics).
 
     With a suite also those that it does not ask for. Of a plugin that is not here nothing is known: its cells stay.
     """

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import GradleakError
 from ..paths import printable, written_whole
-from . import values
+from . import shared, values
 
 if TYPE_CHECKING:
     from ..evaluation.tuning import Choice, Range, Trial
@@ -45,13 +45,9 @@ def tune(
         Path | None, typer.Option("--store", metavar="FILE", help="Of all trials [default: beside the record].")
     ] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, metavar="N", help="Worker processes.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:N.")] = "cpu",
-    data_root: Annotated[
-        Path | None, typer.Option("--data-root", metavar="DIR", help="Where datasets are that do not come along.")
-    ] = None,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to add; may be repeated.")
-    ] = None,
+    device: shared.Device = "cpu",
+    data_root: shared.DataRoot = None,
+    plugin: shared.PluginFiles = None,
 ) -> None:
     """Search an attack's options on tuning victims, and write a record that says how they were found.
 

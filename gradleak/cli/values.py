@@ -1,4 +1,4 @@
-"""What is written on a command line, read: times, shapes, numbers, plugins with their options."""
+"""Reads what is written on a command line: times, shapes, numbers, plugins with their options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def seconds(text: str, flag: str) -> float:
     """Return the seconds of `90`, `90s`, `10m` or `1.5h`.
 
     Raises:
-        GradleakError: it is no time above 0.
+        GradleakError: the text is no time above 0.
 
     >>> seconds("1.5h", "--budget")
     5400.0
@@ -34,7 +34,7 @@ def shape(text: str, flag: str = "--shape") -> tuple[int, int, int]:
     """Return (C, H, W) of `3,32,32` or `3x32x32`.
 
     Raises:
-        GradleakError: it is none.
+        GradleakError: the text is no shape.
 
     >>> shape("3x32x32")
     (3, 32, 32)
@@ -50,7 +50,7 @@ def whole_numbers(text: str, flag: str) -> list[int]:
     """Return the numbers of `3,1,1`.
 
     Raises:
-        GradleakError: one is none.
+        GradleakError: one of them is no number.
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
@@ -106,7 +106,7 @@ def numbers(text: str, flag: str) -> list[float]:
     """Return the numbers of `0.5,0.5,0.5`.
 
     Raises:
-        GradleakError: one is none.
+        GradleakError: one of them is no number.
     """
     try:
         found = [float(part) for part in text.split(",")]

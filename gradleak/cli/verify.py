@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..evaluation.verify import Verified
 
 PAUSE = 10.0
-"""Seconds between two lines of progress."""
+"""Seconds between two lines of progress: a log stays short, and nobody takes a long check for one that hangs."""
 STATES = {True: "ok", False: "REFUSED", None: "not checked"}
 
 

@@ -18,6 +18,7 @@ from typing import Any, TextIO, cast
 import numpy as np
 import torch
 
+from ..code import local_files
 from ..plugins import at, place_of_caller
 from .findings import require
 from .scan import names
@@ -32,8 +33,8 @@ class _Setting:
 
     read: Callable[[], Any]
     write: Callable[[Any], object]
-    by: tuple[str, ...] = ()
-    """Last parts of the names by which code changes it."""
+    by: str = ""
+    """The full names by which code changes it, as a regular expression."""
     shared: bool = False
     """Whether others change it with good reason, as libraries do when imported: only code that names it is blamed."""
 
@@ -50,49 +51,53 @@ def _set_environment(value: dict[str, str]) -> None:
 
 SETTINGS: dict[str, _Setting] = {
     "the gradient mode": _Setting(
-        torch.is_grad_enabled, torch._C._set_grad_enabled, ("set_grad_enabled", "no_grad", "enable_grad")
+        torch.is_grad_enabled, torch._C._set_grad_enabled, r"torch\.(\w+\.)*(set_grad_enabled|no_grad|enable_grad)"
     ),
     "the default dtype": _Setting(
-        torch.get_default_dtype, torch.set_default_dtype, ("set_default_dtype", "set_default_tensor_type")
+        torch.get_default_dtype, torch.set_default_dtype, r"torch\.(set_default_dtype|set_default_tensor_type)"
     ),
-    "the number of threads": _Setting(torch.get_num_threads, torch.set_num_threads, ("set_num_threads",)),
+    "the number of threads": _Setting(torch.get_num_threads, torch.set_num_threads, r"torch\.set_num_threads"),
     "deterministic algorithms": _Setting(
         lambda: (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
         ),
         _set_deterministic,
-        ("use_deterministic_algorithms", "set_deterministic_debug_mode"),
+        r"torch\.(use_deterministic_algorithms|set_deterministic_debug_mode)",
     ),
     "the precision of products": _Setting(
-        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, ("set_float32_matmul_precision",)
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, r"torch\.set_float32_matmul_precision"
     ),
     "anomaly detection": _Setting(
-        torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly, ("set_detect_anomaly", "detect_anomaly")
+        torch.is_anomaly_enabled,
+        torch.autograd.set_detect_anomaly,
+        r"torch\.autograd\.(\w+\.)*(set_detect_anomaly|detect_anomaly)",
     ),
     "torch's global generator": _Setting(
         lambda: torch.get_rng_state().numpy().tobytes(),
         lambda value: torch.set_rng_state(torch.frombuffer(bytearray(value), dtype=torch.uint8)),
-        ("manual_seed", "set_rng_state", "seed"),
+        r"torch\.(random\.)?(manual_seed|set_rng_state|seed)",
         shared=True,  # those who draw from it break a promise of their group
     ),
     "Python's global generator": _Setting(
-        random.getstate, random.setstate, ("seed", "random", "shuffle", "choice"), shared=True
+        random.getstate, random.setstate, r"random\.(?!getstate$)[a-z]\w*", shared=True
     ),
     "NumPy's global generator": _Setting(
         lambda: repr(np.random.get_state(legacy=False)),
         lambda value: None,
-        ("seed", "rand", "randn", "normal", "shuffle", "choice"),
+        r"numpy\.random\.(?!get_state$|default_rng$)[a-z]\w*",
         shared=True,
     ),
     "the warning filters": _Setting(
         lambda: list(warnings.filters),
         lambda value: warnings.filters.__setitem__(slice(None), value),  # type: ignore[index]
-        ("simplefilter", "filterwarnings", "resetwarnings"),
+        r"warnings\.(simplefilter|filterwarnings|resetwarnings|filters)",
         shared=True,
     ),
-    "the working folder": _Setting(os.getcwd, os.chdir, ("chdir",)),
-    "environment variables": _Setting(lambda: dict(os.environ), _set_environment, ("environ", "putenv"), shared=True),
+    "the working folder": _Setting(os.getcwd, os.chdir, r"os\.f?chdir"),
+    "environment variables": _Setting(
+        lambda: dict(os.environ), _set_environment, r"os\.(environ|putenv|unsetenv)", shared=True
+    ),
 }
 """What a plugin must leave as it is."""
 
@@ -170,11 +175,17 @@ class Watch:
             self.said.append(f"warned {_short(message)} ({self.source.name}:{line})")
 
     def _note(self, name: str, setting: _Setting) -> None:
-        lines = {} if self.source is None else names(self.source)
-        line = next((lines[call] for call in setting.by if call in lines), None)
-        if line is None and setting.shared:
-            return
-        self.changed[name] = "" if line is None or self.source is None else f"{self.source.name}:{line}"
+        # What a plugin brings along counts as its own, as in `looks_only_at_what_it_is_given`.
+        files = [] if self.source is None else [each for each in local_files(self.source) if each.suffix == ".py"]
+        places = (
+            f"{file.name}:{line}"
+            for file in files
+            for used, line in names(file).items()
+            if re.fullmatch(setting.by, used)
+        )
+        place = next(places, "")
+        if place or not setting.shared:
+            self.changed[name] = place
 
 
 @contextlib.contextmanager

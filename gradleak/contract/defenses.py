@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
 from .. import registry
@@ -49,7 +49,13 @@ class DefenseCase:
     @cached_property
     def network(self) -> Network:
         """The model as clients run it."""
-        return self._network(self.defense)
+        return client.client_network(self.module(), self.defense, self.setting)
+
+    def module(self) -> nn.Module:
+        """Return the model as the server has it, with initial weights; a new one each time."""
+        options = {} if self._ask.model else {"widths": (12,), "activation": "sigmoid"}
+        model = registry.build("models", self._ask.model or "mlp", options)
+        return initialise(model, self.data.shape, self.data.classes, 0)
 
     @cached_property
     def batches(self) -> tuple[Tensor, Tensor]:
@@ -69,7 +75,7 @@ class DefenseCase:
     def plain(self) -> client.Sent:
         """What they would send without a defense."""
         nothing: Defense = registry.build("defenses", "none")
-        return self._send(nothing, self._network(nothing))
+        return self._send(nothing, client.client_network(self.module(), nothing, self.setting))
 
     def rows(self, update: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """One dict a victim."""
@@ -79,12 +85,6 @@ class DefenseCase:
         """The messages as the server decodes them, [N, ...]."""
         public = self.sent.public
         return dict(vmap(lambda message: self.defense.decode(message, public))(self.sent.message))
-
-    def _network(self, defense: Defense) -> Network:
-        options = {} if self._ask.model else {"widths": (12,), "activation": "sigmoid"}
-        model = registry.build("models", self._ask.model or "mlp", options)
-        module = initialise(model, self.data.shape, self.data.classes, 0)
-        return client.client_network(module, defense, self.setting)
 
     def _send(self, defense: Defense, network: Network) -> client.Sent:
         return client.send(network, *self.batches, self.data.classes, defense, self.setting, 5, list(range(VICTIMS)))
@@ -156,7 +156,10 @@ def defense_simulates_what_it_sends(case: DefenseCase) -> None:
             close(first, single, "sent and simulated (override `simulate`, or give an `nll`)")
 
 
-FACTS = ("linear", "additive", "simulates", "has_likelihood", "per_example_gradients", "softens", "is_adaptive_target")
+FACTS = (
+    *("linear", "additive", "simulates", "has_likelihood", "prepares", "publishes"),
+    *("per_example_gradients", "softens", "is_adaptive_target"),
+)
 """What a defense says of itself, each yes or no."""
 
 
@@ -173,6 +176,7 @@ def defense_is_what_it_declares(case: DefenseCase) -> None:
     silent = defense.simulates or same(simulated, one)
     require(silent, "simulates = False, but `simulate` changes an update; declare simulates = True")
     _likelihood_is_declared(case, simulated)
+    _shares_are_declared(case)
     if _never(defense, "per_example_gradients"):
         # Large enough for any clipping to show.
         large = {name: 1e6 * tensor for name, tensor in one.items()}
@@ -217,6 +221,15 @@ def _likelihood_is_declared(case: DefenseCase, simulated: Mapping[str, Tensor]) 
         return
     never = _never(defense, "has_likelihood")
     require(not never, "has_likelihood = False, but there is an `nll`; declare has_likelihood = True or leave it out")
+
+
+def _shares_are_declared(case: DefenseCase) -> None:
+    """Whether what the server and all clients share, a model or public tensors, is told of."""
+    defense, module = case.defense, case.module()
+    untouched = defense.prepares or defense.prepare_model(module) is module
+    require(untouched, "prepares = False, but `prepare_model` returns another model; declare prepares = True")
+    silent = defense.publishes or not case.sent.public
+    require(silent, "publishes = False, but `public` returns tensors; declare publishes = True")
 
 
 def _never(defense: Defense, fact: str) -> bool:

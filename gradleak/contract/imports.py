@@ -14,7 +14,7 @@ TRUTH = frozenset({"auditing", "board", "cli", "contract", "datasets", "evaluati
 
 
 _TYPES = {"dataset.Images", "dataset.Dataset", "dataset.Split"}
-"""What of the module that reads datasets says only what images look like."""
+"""Names of the module that reads datasets which say only what images look like."""
 
 
 # What a plugin file may import

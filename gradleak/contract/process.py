@@ -23,7 +23,8 @@ from .findings import Finding
 _FRAME = re.compile(r'File "(.+)", line (\d+)')
 """A frame of a stack that `faulthandler` writes, the innermost first."""
 _START = 300.0
-"""Seconds that a process has to import what it needs, before it looks at the plugin."""
+"""Seconds that a process has to import what it needs, before it looks at the plugin; these are not the plugin's
+fault."""
 _PATIENCE = 2.0
 """Seconds that a process has to say where it is."""
 

@@ -30,20 +30,38 @@ _READERS = frozenset(
 
 def looks_only_at_what_it_is_given(path: Path) -> None:
     """Looks at no frames, files, data sets or other processes, and makes no generator of its own."""
-    # What a module does that it brings along counts as its own.
+    # What a module that it brings along does counts as its own.
     files = [each for each in local_files(path) if each.suffix == ".py"]
     found = dict.fromkeys(f"{what} ({each.name}:{line})" for each in files for line, what in sorted(_suspicious(each)))
     require(not found, ", ".join([*found][:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else ""))
 
 
 def names(path: Path) -> dict[str, int]:
-    """Return every name and attribute that a file uses, and the line where it does so first."""
+    """Return every name that a file uses, and the line where it does so first.
+
+    What it imports is named in full, whatever the file calls it: `numpy.random.seed`. Other names are as written:
+    a field `self.seed` is none of these.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = dict(_imported(tree))
     found: dict[str, int] = {}
-    for node in _nodes(path):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Attribute | ast.Name):
-            name = node.attr if isinstance(node, ast.Attribute) else node.id
+            first, dot, rest = ast.unparse(node).partition(".")
+            name = imported.get(first, first) + dot + rest
             found[name] = min(node.lineno, found.get(name, node.lineno))
     return found
+
+
+def _imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Yield the names that imports bind, each with what it stands for."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                first = alias.name.partition(".")[0]
+                yield (alias.asname, alias.name) if alias.asname else (first, first)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
 
 
 def _nodes(path: Path) -> Iterator[ast.AST]:

@@ -14,13 +14,13 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..process import full_precision
+from ..status import Status
 from ..threat import Compute
 from . import memory
 from .choice import choose, kind_of
@@ -37,18 +37,6 @@ _LOOK = {"cuda": 16}
 """Iterations between two looks at which trials have ended, where looking waits for the device; elsewhere 1."""
 
 __all__ = ["Final", "Outcome", "Plan", "Status", "evaluate", "finish", "minimise"]
-
-
-class Status(StrEnum):
-    """How a victim's attack ended; all but `ok` are scored at the floor."""
-
-    OK = "ok"
-    DIVERGED = "diverged"
-    OUT_OF_MEMORY = "oom"
-    TIMEOUT = "timeout"
-    INVALID = "invalid"
-    """The answer was none: not finite, out of range, of another shape or type, or of classes that do not exist."""
-    ERROR = "error"
 
 
 @dataclass(frozen=True, kw_only=True)

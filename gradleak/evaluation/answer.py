@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_map
 
 from ..attack import Attack, Reconstruction
 from ..engine import memory
-from ..engine.loop import Status
 from ..plugins import at, place_of_hook, said
 from ..reconstruction import left_alone, mistakes, mistakes_of_victims
 from ..seeds import Generators
 from ..state import restored
+from ..status import Status
 from ..threat import Observation
 
 log = logging.getLogger(__name__)

@@ -133,7 +133,7 @@ class Apart:
 def _heard(
     connection: Connection, life: socket.socket, progress: Callable[[float, float], None], told: Callable[[int], None]
 ) -> tuple[Reconstruction | Mistake, int | None]:
-    """Hear an attack's process until it has answered."""
+    """Listen to an attack's process until it has answered."""
     known, words = "", b""
     while True:
         waited: list[Connection | socket.socket] = [connection, life]

@@ -67,7 +67,7 @@ def fitting(cells: Iterable[Cell], workshop: Workshop, note: Note = unnoted) -> 
 
 
 def _mark(cell: AttackCell) -> Hashable:
-    """Return what a cell asks for, which its seed is no part of."""
+    """Return what a cell asks for, whatever its seed."""
     parts = (cell.attack, cell.defense, cell.model, cell.dataset, cell.prior)
     return *parts, cell.setting, cell.knowledge, cell.victims, cell.candidates
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
 from .. import seeds
 from ..attack import Attack, Reconstruction
+from ..board.provenance import Provenance, guaranteed
 from ..board.store import CellResult
 from ..dataset import Data
 from ..federation import utility
@@ -32,7 +32,7 @@ from .faults import MachineFault, machine_fault
 from .identity import identity, provenance
 from .inspection import Inspection, inspection
 from .observe import observe
-from .rounds import Attacked, attacked, served, told_of
+from .rounds import Attacked, attacked, inspected, served, told_of
 from .workshop import Progress, Workshop, device_name, versions
 
 Phase = Callable[[str], None]
@@ -84,7 +84,7 @@ def evaluate(
 
 def failed(cell: Cell, error: str) -> CellResult:
     """Return the result of a cell that could not be computed."""
-    facts = identity(cell) if isinstance(cell, AttackCell) else {}
+    facts = identity(cell).stored() if isinstance(cell, AttackCell) else {}
     return CellResult(key=cell.key, config=cell.stored(), status="failed", error=error, provenance=facts)
 
 
@@ -94,7 +94,7 @@ def _unheard(name: str) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """All that a cell's attack plays on: rounds of clients who sent messages, and the truth."""
+    """The clients' side of a cell before its attack: rounds with their messages, and the truth."""
 
     cell: AttackCell
     data: Data
@@ -107,7 +107,7 @@ class Stage:
     labels: Tensor
     """[N, B]."""
     accuracy: float
-    """That the agreed model was trained to."""
+    """Test accuracy of the agreed model, in [0, 1]."""
     generator: Generator | None
 
     def observation(self, each: Round, progress: Progress | None = None) -> Observation:
@@ -119,12 +119,12 @@ class Stage:
         labels = self.labels[list(each.victims)]
         return observe(self.cell, self.data, each.network, each.sent, known, labels, self.generator, progress)
 
-    def facts(self, answer: Reconstruction | None) -> dict[str, Any]:
+    def facts(self, answer: Reconstruction | None) -> Provenance:
         """Return what is kept of a cell beside its rows."""
         queries = max(len(each.queries) or 1 for each in self.rounds)
         facts = provenance(self.cell, [each.sent for each in self.rounds], self.accuracy, answer, queries)
-        module, looks = self.serving.module, self.looks
-        return {**facts, **served(self.cell, self.data, module, self.serving, self.rounds, looks)}
+        server = served(self.cell, self.data, self.serving.module, self.rounds)
+        return replace(facts, inspection=inspected(self.rounds, self.looks), server=server)
 
 
 def stage(cell: AttackCell, workshop: Workshop) -> Stage:
@@ -160,7 +160,7 @@ def _attack(
 ) -> CellResult:
     found = stage(cell, workshop)
     data, images, labels = found.data, found.images, found.labels
-    # Numbers that say nothing of whose they are.
+    # The attack gets these names: derived, so that they do not tell which victim is whose.
     names = [seeds.derive(*cell.draws.attack, index) for index in range(len(images))]
     streams = Generators(names, workshop.resources.device, cell.setting.dtype, seeds.derive(*cell.draws.attack))
     phase("attack")
@@ -175,7 +175,7 @@ def _attack(
         key=cell.key,
         config=cell.stored(),
         error=next((each.given.error for each in asked if each.given.error), ""),
-        provenance={**found.facts(asked[0].given.reconstruction), **_width(asked)},
+        provenance=replace(found.facts(asked[0].given.reconstruction), width=_width(asked)).stored(),
         rows=[row for each in told for row in each.rows],
         reconstructions={victim: image for each in told for victim, image in each.reconstructions.items()},
         traces={victim: trace for each in told for victim, trace in each.traces.items()},
@@ -195,10 +195,9 @@ def _asker(cell: AttackCell, apart: Apart | None) -> Asker:
     return asked
 
 
-def _width(asked: Sequence[Attacked]) -> dict[str, int]:
+def _width(asked: Sequence[Attacked]) -> int | None:
     """Return the least width that memory held, if it was not the one that was asked for."""
-    widths = [each.given.width for each in asked if each.given.width is not None]
-    return {"width": min(widths)} if widths else {}
+    return min((each.given.width for each in asked if each.given.width is not None), default=None)
 
 
 def _train(cell: TrainingCell, workshop: Workshop, progress: Progress | None) -> CellResult:
@@ -209,15 +208,15 @@ def _train(cell: TrainingCell, workshop: Workshop, progress: Progress | None) ->
     return CellResult(
         key=cell.key,
         config=cell.stored(),
-        provenance={
-            "attack_family": UTILITY,
-            "defense_family": defense.family,
-            "test_accuracy": trained.accuracy,
-            "validation_accuracy": {f"{lr:g}": score for lr, score in trained.validation.items()},
-            "lr": trained.lr,
-            "bytes": trained.bytes,
-            "dense_bytes": trained.dense_bytes,
-            "participations": trained.participations,
-            "training_epsilon": None if trained.guarantee is None else asdict(trained.guarantee),
-        },
+        provenance=Provenance(
+            attack_family=UTILITY,
+            defense_family=defense.family,
+            test_accuracy=trained.accuracy,
+            validation_accuracy={f"{lr:g}": score for lr, score in trained.validation.items()},
+            lr=trained.lr,
+            bytes=trained.bytes,
+            dense_bytes=trained.dense_bytes,
+            participations=trained.participations,
+            training_epsilon=guaranteed(trained.guarantee),
+        ).stored(),
     )

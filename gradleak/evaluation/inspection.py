@@ -17,14 +17,15 @@ from ..update import copied, one_hot
 from .workshop import Workshop
 
 CHECKPOINTS = (0, 1, 4, 16)
-"""Epochs of training after which honest models are looked at, beside those of the setting."""
+"""Epochs of training after which honest models are looked at, beside those of the setting; closest together at first,
+where training changes a model most."""
 BATCHES = 50
 """Batches of images on which each checkpoint is looked at, to set thresholds; as many others count false alarms."""
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Above what a client refuses."""
+    """The suspicion above which a client refuses."""
 
     defense: Defense
     value: float

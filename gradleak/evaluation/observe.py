@@ -73,7 +73,7 @@ def isolated(cell: AttackCell) -> bool:
 
 
 def batch_size_of(attack: Attack, defense: Defense, setting: Setting, level: Level) -> int:
-    """Images that an attacker takes a message to be of.
+    """How many images an attacker takes a message to be of.
 
     Those of all clients in a sum, unless the attack could adapt to the defense and is not told of it.
     """

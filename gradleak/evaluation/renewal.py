@@ -1,4 +1,4 @@
-"""Why cells are computed anew that a store has of older code, in a line for each reason."""
+"""Why cells that a store has from older code are computed anew, in a line for each reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..suite import Cell, question_of
 
 
 def reasons(store: Store, cells: Sequence[Cell]) -> list[str]:
-    """Return a line for each change that makes cells anew which a store has of other code.
+    """Return a line for each change of code because of which cells are computed anew.
 
     Args:
         store: what is there.

@@ -10,10 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ..board.provenance import Inspected, Served
 from ..board.schema import REFUSED
 from ..board.store import ImageRow
 from ..dataset import Data, Images
-from ..federation.serving import Round, Serving
+from ..federation.serving import Round
 from ..seeds import Generators
 from ..suite import AttackCell
 from ..threat import Observation, Power
@@ -100,38 +101,39 @@ def _silent(row: ImageRow) -> ImageRow:
     return ImageRow(victim=row.victim, image=row.image, status=REFUSED, seconds=row.seconds)
 
 
-def served(
-    cell: AttackCell, data: Data, module: nn.Module, serving: Serving, rounds: list[Round], looks: Inspection | None
-) -> dict[str, Any]:
-    """What is known of the server's model and of the clients who looked at it; nothing where both are as ever."""
-    facts: dict[str, Any] = {}
-    if looks is not None:
-        refused = [each for round_ in rounds for each in round_.refused]
-        facts["inspection"] = {
-            "refused": float(np.mean(refused)) if refused else 0.0,
-            "false_alarms": looks.false_alarms,
-            "honest_rounds": looks.rounds,
-            "thresholds": [each.value for each in looks.thresholds],
-        }
+def inspected(rounds: list[Round], looks: Inspection | None) -> Inspected | None:
+    """What is known of clients who looked at the model; None where none did."""
+    if looks is None:
+        return None
+    refused = [each for round_ in rounds for each in round_.refused]
+    return Inspected(
+        refused=float(np.mean(refused)) if refused else 0.0,
+        false_alarms=looks.false_alarms,
+        honest_rounds=looks.rounds,
+        thresholds=[each.value for each in looks.thresholds],
+    )
+
+
+def served(cell: AttackCell, data: Data, module: nn.Module, rounds: list[Round]) -> Served | None:
+    """What is known of a server that changed the agreed model; None of one that did not."""
     server = cell.built_server
     if server.surface is Power.HONEST:
-        return facts
+        return None
     network = rounds[0].network
     agreed = sum(tensor.numel() for tensor in module.parameters())
     sent = sum(tensor.numel() for tensor in network.module.parameters())
     asked = [len(round_.queries) or 1 for round_ in rounds]
     plain = Network.of(module)
     trained = sum(tensor.numel() for tensor in plain.parameters.values())
-    facts["server"] = {
-        "queries": float(np.mean(asked)),
-        "most_queries": max(asked),
-        "expected": server.expected(cell.setting, cell.built_defense.cohort),
-        "added_parameters": sent - agreed,
-        "added_bytes": rounds[0].sent.dense_bytes - 4 * trained,
-        "accuracy": _accuracy(network, data.split.test),
-        "counts": server.counts,
-    }
-    return facts
+    return Served(
+        queries=float(np.mean(asked)),
+        most_queries=max(asked),
+        expected=server.expected(cell.setting, cell.built_defense.cohort),
+        added_parameters=sent - agreed,
+        added_bytes=rounds[0].sent.dense_bytes - 4 * trained,
+        accuracy=_accuracy(network, data.split.test),
+        counts=server.counts,
+    )
 
 
 def _accuracy(network: Network, images: Images) -> float:

@@ -39,9 +39,9 @@ class Plan:
     statuses: dict[str, str]
     """ok or failed, by key, for the cells that are stored."""
     left_out: list[LeftOut] = field(default_factory=list)
-    """What of the grid is not run, and why."""
+    """What the grid leaves out, and why."""
     anew: list[str] = field(default_factory=list)
-    """Why cells that the store has of other code are computed anew, a line for each reason."""
+    """Why cells that the store has from other code are computed anew, a line for each reason."""
     secret: Secret | None = None
     """What private randomness is drawn from: the store's, or the one that a new store gets."""
 
@@ -113,6 +113,17 @@ def _plan(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path], 
     return Plan(cells, {key: status for key, status in statuses.items() if key in keys}, unrun, anew, secret)
 
 
+def _settled(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path], wanted: Secret | None) -> Plan:
+    """Return the plan by the secret that the store keeps from now on."""
+    found = _plan(path, store, workshop, plugins, wanted)
+    if not found.cells or found.secret is None:
+        return found
+    with Store(store, create=True) as target:
+        kept = target.keep_secret(found.secret)
+    # The keys of cells depend on the secret, and another run may have made the store meanwhile.
+    return found if kept == found.secret else _plan(path, store, workshop, plugins, wanted)
+
+
 def run(
     path: Path,
     store: Path,
@@ -144,12 +155,7 @@ def run(
     """
     started = time.monotonic()
     workshop = Workshop(resources)
-    found = _plan(path, store, workshop, plugins, secret)
-    if found.cells and found.secret is not None:
-        with Store(store, create=True) as target:
-            kept = target.keep_secret(found.secret)
-        if kept != found.secret:  # Another run has made the store meanwhile.
-            found = _plan(path, store, workshop, plugins, secret)
+    found = _settled(path, store, workshop, plugins, secret)
     waiting = found.waiting(retry_failed)
     for line in found.anew:
         log.warning("%s", line)

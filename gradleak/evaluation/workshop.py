@@ -28,7 +28,6 @@ from ..model import Model, initialise, try_out
 from ..paths import conceal, printable
 from ..plugins import place_of, said
 from ..process import default_cache
-from ..repeated import Repeated
 from ..search.generators import Generator, load_generator
 from ..suite import AttackCell, Cell, GivenPrior, LearnedPrior, Part, build_defense
 from ..threat import Knowledge, Power, Setting, Tampering
@@ -122,7 +121,7 @@ class Workshop:
 
     def client(self, cell: AttackCell, data: Data) -> Network:
         """Return the untrained network of a cell's clients, as the server sends it, to look at its structure only."""
-        changes = _prepares(cell.built_defense) or cell.built_defense.per_example_gradients
+        changes = cell.built_defense.prepares or cell.built_defense.per_example_gradients
         guard, shape, classes = cell.built_defense if changes else Defense(), data.shape, data.classes
 
         def make() -> Network:
@@ -148,7 +147,7 @@ class Workshop:
 
         One that a defense changes is changed first and then trained, for so many epochs; by default the setting's.
         """
-        changed = cell.defense if _prepares(cell.built_defense) else None
+        changed = cell.defense if cell.built_defense.prepares else None
         epochs, seed = cell.setting.epochs if epochs is None else epochs, cell.seed
 
         def make() -> tuple[nn.Module, float]:
@@ -236,12 +235,6 @@ class _Kept(Generic[_K, _V]):
             self._things[key] = thing
         self._things.move_to_end(key)
         return self._things[key]
-
-
-def _prepares(defense: Defense) -> bool:
-    """Whether a defense changes the model."""
-    defense = defense.defense if isinstance(defense, Repeated) else defense
-    return type(defense).prepare_model is not Defense.prepare_model
 
 
 def _refuse_too_large(plugin: Model, name: str, shape: Shape, classes: int) -> None:

@@ -149,7 +149,7 @@ class Serving:
 
 
 def _interleaved(parts: Sequence[Sent]) -> Sent:
-    """Return what clients sent of whom every part has each so many-th, in their own order."""
+    """Join parts in which each client of a sum stands by itself: part k has the k-th client of every sum."""
 
     def joined(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(tensors), dim=1).flatten(0, 1)
@@ -176,7 +176,7 @@ def _interleaved(parts: Sequence[Sent]) -> Sent:
 
 
 def _silenced(sent: Sent, refusing: Sequence[bool], clients: int) -> Sent:
-    """Take the messages of those who refuse out of sums; a victim that refuses is no part of the board's scores."""
+    """Take the messages of clients who refuse out of their sums; a victim that refuses has no score anyway."""
     if clients == 1:
         return sent
     kept = torch.tensor([not refuses for refuses in refusing])

@@ -88,10 +88,7 @@ def train(
     check(data, defense, recipe)
     setting = recipe.setting()
     held_out, batches = _divide(data, recipe, seed)
-    held_out, test = (
-        Images(defense.encode_test(part.images, seeds.generator("utility", "test", seed)), part.labels)
-        for part in (held_out, data.split.test)
-    )
+    held_out, test = (_shown(part, defense, seed) for part in (held_out, data.split.test))
     start = client.freeze(module, defense, setting).to(device, setting.dtype)
     runs = []
     for index, lr in enumerate(recipe.lr):
@@ -224,10 +221,15 @@ class _Run:
         self.memories = sent.memories
         self.bytes += sum(sent.bytes)
         update = vmap(lambda message: defense.decode(message, sent.public))(sent.message)
-        # A gradient points uphill, a weight difference downhill.
+        # A gradient points uphill, a weight difference downhill, along which the clients have gone already.
         step = self.lr if self.setting.local_lr is not None else -self.lr
         moved = {name: tensor + step * update[name].mean(0) for name, tensor in self.network.parameters.items()}
         self.network = replace(self.network, parameters=moved)
+
+
+def _shown(images: Images, defense: Defense, seed: int) -> Images:
+    """Return images as the trained model is given them."""
+    return Images(defense.encode_test(images.images, seeds.generator("utility", "test", seed)), images.labels)
 
 
 def _divide(data: Data, recipe: Utility, seed: int) -> tuple[Images, Tensor]:

@@ -266,7 +266,7 @@ def _recovered(name: str, rank: int, intervals: bool = True) -> Column:
 
 
 def _successes(first: int, intervals: bool) -> list[Column]:
-    """Return the columns of the other shares, the less important the further."""
+    """Return the columns of the other shares; the later, the less important."""
     others = [name for name in SUCCESSES if name not in (_RECOGNISABLE, _EXACT)]
     return [_share(SUCCESSES[name], name, first + place, intervals) for place, name in enumerate(others)]
 

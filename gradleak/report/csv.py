@@ -10,7 +10,7 @@ from ..board.leaderboard import Board
 from ..paths import printable
 
 _FORMULA = ("=", "+", "-", "@")
-"""What a text begins with that spreadsheets compute."""
+"""What a text begins with that spreadsheets take for a formula."""
 
 
 def write(boards: Sequence[Board]) -> str:

@@ -145,7 +145,7 @@ def schema(columns: Iterable[str]) -> list[dict[str, str]]:
 
 
 def describe(name: str) -> tuple[str, str]:
-    """Return unit and meaning of a column, empty for a stranger's."""
+    """Return unit and meaning of a column; both empty where it is not known."""
     if name in _FACTS:
         return _FACTS[name]
     if name in METRICS:

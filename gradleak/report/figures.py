@@ -35,7 +35,7 @@ MOST = 8
 MOST_LINES, MOST_COLUMNS = 24, 32
 """Attacks and defenses of a heat map at most, the strongest and safest."""
 MOST_CURVES = 5
-"""Curves in a plot of losses, those of the strongest attacks."""
+"""Curves in a plot of losses, those of the strongest attacks: more cannot be told apart by colour."""
 SMALL = 6
 """Points of the smallest text."""
 

@@ -115,7 +115,7 @@ def all_boards(results: Results, reported: Sequence[Reported] = ()) -> dict[str,
 
 
 def _files_before(out: Path) -> list[str]:
-    """Return the files of the report that is there, none where the folder is new or empty."""
+    """Return the files of an earlier report; none where the folder is new or empty."""
     if out.exists() and not out.is_dir():
         raise GradleakError(f"report {out}: is a file, not a folder")
     if not out.exists() or not any(out.iterdir()):

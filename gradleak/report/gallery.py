@@ -15,7 +15,7 @@ from ..errors import GradleakError
 from ..pictures import Picture, picture
 
 QUANTILES = (0.1, 0.5, 0.9)
-"""Where in the order of their PSNR the shown images stand; the nearest image is taken."""
+"""Places, in the order of PSNR, of the images that are shown; the nearest image is taken."""
 
 
 def picks(rows: pd.DataFrame, by: str | Sequence[str] = "key") -> pd.DataFrame:

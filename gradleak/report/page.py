@@ -175,7 +175,7 @@ def _cell(column: Shown, line: int) -> dict[str, str | None]:
 
 
 def _with_settings(board: dict[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
-    """Add what the settings of a board mean: its own, where its title names one, else all."""
+    """Add to a board's notes what its settings mean: the one that its title names, or else all."""
     own = [text for name, text in settings.items() if board["where"].endswith(f" · {name}")]
     return {**board, "settings": own or [f"{name}: {text}" for name, text in settings.items()]}
 

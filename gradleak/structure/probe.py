@@ -18,7 +18,8 @@ from .found import Head, Link, OnPixels, Shape, Structure
 from .marks import sent_of
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""Relative distance below which two tensors are equal."""
+"""Relative distance below which two tensors are equal: far above what rounding adds up to over many layers, and far
+below what another structure would give."""
 _PROBES = 5  # black, white, a ramp that tells pixels apart, and two of noise
 _NOISE = 3  # the first probe of noise, whose loss is differentiated
 

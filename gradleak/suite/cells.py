@@ -64,10 +64,10 @@ class Cell(ABC):
         Args:
             stored: of a store.
             optional: see the field.
-            secret: of that store; without it a cell that was drawn from one cannot be computed, but be looked at.
+            secret: of that store; without it a cell that was drawn from one can be looked at, but not computed.
 
         Raises:
-            GradleakError: something is missing, or is not what it has to be.
+            GradleakError: a key is missing, or its value is of another kind.
         """
         attack = Part.of(taken(stored, "attack", dict))
         suite = taken(stored, "suite", dict, {})
@@ -110,10 +110,10 @@ class Cell(ABC):
         return server
 
     def check_code(self, root: Path | None = None) -> None:
-        """Refuse to compute it by other code than it was made of; `root` is the data root.
+        """Refuse to compute it with other code than it was made with; `root` is the data root.
 
         Raises:
-            GradleakError: something was changed, or is another here.
+            GradleakError: code or a file was changed, or differs on this machine.
         """
         sender = self.setting.server
         Part(sender.name, options=sender.options, code=sender.code).check_code("servers", root)
@@ -127,7 +127,7 @@ class Cell(ABC):
         return {"name": self.suite[0], "version": self.suite[1]}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel to workers as what it is, without what it has built."""
+        """Pickle the cell alone: a worker builds its plugins itself."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
@@ -145,7 +145,7 @@ class Before:
         """Return what is stored.
 
         Raises:
-            GradleakError: something is missing, or is not what it has to be.
+            GradleakError: a key is missing, or its value is of another kind.
         """
         return cls(Utility.of(taken(stored, "recipe", dict)), taken(stored, "epoch", int))
 
@@ -174,7 +174,7 @@ class AttackCell(Cell):
     definitions: Mapping[str, Any] = field(default_factory=dict)
     """Versions of what every result depends on beside its plugins."""
     secret: Secret | None = None
-    """What private randomness is drawn from; None in stores of old, where the suite's seed alone decided it."""
+    """What private randomness is drawn from; None in older stores, where the suite's seed alone decided it."""
 
     @classmethod
     def of_parts(
@@ -183,7 +183,7 @@ class AttackCell(Cell):
         """Return the cell of a stored form whose attack, and what all cells have, are read already.
 
         Raises:
-            GradleakError: something is missing, or is not what it has to be.
+            GradleakError: a key is missing, or its value is of another kind.
         """
         from ..threat import Level
 
@@ -281,10 +281,10 @@ class AttackCell(Cell):
         return attack
 
     def check_code(self, root: Path | None = None) -> None:
-        """Refuse to compute it by other code than it was made of; `root` is the data root.
+        """Refuse to compute it with other code than it was made with; `root` is the data root.
 
         Raises:
-            GradleakError: something was changed, or is another here.
+            GradleakError: code or a file was changed, or differs on this machine.
         """
         self.attack.check_code("attacks", root)
         super().check_code(root)

@@ -1,4 +1,4 @@
-"""A YAML file to plain data, without what loops, what is said twice and what YAML readers disagree on."""
+"""Reads a YAML file as plain data; loops, repeated keys and numbers that YAML readers disagree on are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from ..errors import GradleakError
 
 _LARGEST = 100_000
-"""Values of a suite, those that anchors repeat included."""
+"""Most values of a suite, counting what anchors repeat: a few lines of anchors can stand for billions of values."""
 
 _INTEGER, _FLOAT, _MERGE = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:merge"
 _PLAIN = {
@@ -34,8 +34,8 @@ def load(path: Path, where: str) -> Any:
     """Return what a YAML file holds.
 
     Raises:
-        GradleakError: the file cannot be read, is not YAML, holds itself, a key twice, or a number that readers
-            of YAML read differently; `where` opens the line.
+        GradleakError: the file cannot be read, is not YAML, or has a value within itself, a key twice, or a number that
+            readers of YAML read differently; `where` opens the line.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -33,7 +33,8 @@ label rules change a result. Their code is no part of a cell's identity: it can 
 
 
 Digest = Callable[[str, Mapping[str, Any]], tuple[str, str] | tuple[str, str, int]]
-"""A dataset's name and options to its version, the hash of its images, and how many there are to train on."""
+"""Takes a dataset's name and options; returns its version, the hash of its images, and how many there are to train
+on."""
 
 
 _Point: TypeAlias = (
@@ -61,34 +62,10 @@ def expand(
     """
     axes, definitions = _Axes.of(suite, digest, root), _definitions()
     cells: dict[str, Cell] = {}
-    guessed: set[tuple[object, ...]] = set()
-    for (data_entry, dataset), (model_entry, model), setting, seed, guard, attack in axes.grid(suite.seeds):
-        here = {
-            "datasets": data_entry.title,
-            "models": model_entry.title,
-            "settings": setting.name,
-            "defenses": guard.entry.title,
-        }
-        if not _wanted(guard.entry, here):
-            continue
-        guard = axes.calibrated(guard, data_entry, setting)
-        if setting.after_rounds and guard.plugin.single_round:
-            place = (
-                attack.entry.title,
-                here["defenses"],
-                here["models"],
-                dataset_label(here["datasets"], suite.tuning),
-            )
-            note(LeftOut(*place, setting.name, "", "after_rounds: no model is trained under a defense of one round"))
-            continue
-        if suite.controls == "all" and attack.plugin.family == "control" and attack.plugin.blind(setting):
-            # Nothing of it depends on the defense but how many clients' images it answers.
-            guess = (*list(here.values())[:3], seed, attack.entry.title, guard.plugin.cohort)
-            if guess in guessed:
-                continue
-            guessed.add(guess)
+    for point in _points(suite, axes, note):
+        (data_entry, dataset), (_, model), setting, seed, guard, attack = point
         takes_prior = attack.plugin.needs.generator and setting.grants.generator
-        for level in _levels(suite, attack, guard.plugin, setting, here, note):
+        for level in _levels(suite, attack, guard.plugin, setting, _titles(point), note):
             cell = AttackCell(
                 attack=attack.part,
                 defense=guard.part,
@@ -112,6 +89,35 @@ def expand(
     for training in _utilities(suite, axes):
         cells.setdefault(training.key, training)
     return list(cells.values())
+
+
+def _points(suite: Suite, axes: _Axes, note: Note) -> Iterator[_Point]:
+    """Yield the points of the grid at which attacks may run, each defense with the noise that it takes there."""
+    guessed: set[tuple[object, ...]] = set()
+    for point in axes.grid(suite.seeds):
+        (data_entry, _), _, setting, seed, guard, attack = point
+        here = _titles(point)
+        if not _wanted(guard.entry, here):
+            continue
+        guard = axes.calibrated(guard, data_entry, setting)
+        if setting.after_rounds and guard.plugin.single_round:
+            data = dataset_label(here["datasets"], suite.tuning)
+            place = (attack.entry.title, here["defenses"], here["models"], data, setting.name, "")
+            note(LeftOut(*place, "after_rounds: no model is trained under a defense of one round"))
+            continue
+        if suite.controls == "all" and attack.plugin.family == "control" and attack.plugin.blind(setting):
+            # Nothing of it depends on the defense but how many clients' images it answers.
+            guess = (*list(here.values())[:3], seed, attack.entry.title, guard.plugin.cohort)
+            if guess in guessed:
+                continue
+            guessed.add(guess)
+        yield (*point[:4], guard, attack)
+
+
+def _titles(point: _Point) -> dict[str, str]:
+    """Return what names a point but for its attack, by axis."""
+    (data, _), (model, _), setting, _, guard, _ = point
+    return {"datasets": data.title, "models": model.title, "settings": setting.name, "defenses": guard.entry.title}
 
 
 def _levels(
@@ -167,9 +173,9 @@ class _Axes:
     images: dict[str, int]
     """By title of a dataset, how many images there are to train on."""
     root: Path | None
-    """The data root, where files are that options name."""
+    """The data root, where the files are that options name."""
     known: dict[tuple[str, str, str], _Plugged[Defense]] = dataclasses.field(default_factory=dict)
-    """Defenses with the noise that a wanted guarantee takes, by what it depends on."""
+    """Defenses with the noise that reaches a wanted epsilon, by what that noise depends on."""
 
     @classmethod
     def of(cls, suite: Suite, digest: Digest, root: Path | None) -> _Axes:
@@ -207,10 +213,10 @@ class _Axes:
         return Before(recipe, setting.after_rounds // max(1, recipe.batches_an_epoch(self.images[data.title])))
 
     def calibrated(self, guard: _Plugged[Defense], data: Entry, setting: Setting) -> _Plugged[Defense]:
-        """Return a defense with the noise that a guarantee takes which it is asked for over the suite's training run.
+        """Return a defense with the noise that reaches the epsilon it is asked for over the suite's training run.
 
         Raises:
-            GradleakError: there is no such guarantee here.
+            GradleakError: no noise reaches it.
         """
         place = (guard.entry.title, data.title, setting.name)
         if place not in self.known:

@@ -25,7 +25,7 @@ class Part:
     """Plain values; of a chain of defenses (`a + b`), each part's by its name."""
     version: str = ""
     code: str = ""
-    """Digest of its code and of the files that its options name (`code_of`); empty in stores of old."""
+    """Digest of its code and of the files that its options name (`code_of`); empty in older stores."""
 
     @classmethod
     def of(cls, stored: Mapping[str, Any], **more: str) -> Self:
@@ -50,14 +50,14 @@ class Part:
         return {**own, **({"code": self.code} if self.code else {})}
 
     def check_code(self, group: str, root: Path | None = None) -> None:
-        """Refuse other code than it was made of.
+        """Refuse other code than it was made with.
 
         Args:
             group: of the plugin.
             root: the data root.
 
         Raises:
-            GradleakError: its file, a module or file that belongs to it was changed, or is another here.
+            GradleakError: its file, or a module or file that belongs to it, was changed or differs on this machine.
         """
         if self.code and self.code != code_of(group, self.name, self.options, root):
             raise GradleakError(f"{registry.GROUPS[group]} {self.name!r}: its code is not that of this cell")
@@ -108,7 +108,7 @@ class GivenPrior:
     digest: str
     """Hash of the weights."""
     code: str = ""
-    """Digest of the module; empty in stores of old."""
+    """Digest of the module; empty in older stores."""
 
     def stored(self) -> dict[str, Any]:
         """Return it as plain data."""
@@ -144,7 +144,7 @@ def taken(stored: Mapping[str, Any], key: str, kind: type[_T] | tuple[type, ...]
 
 
 def members(name: str) -> list[str]:
-    """Return the names that a chain `a + b` is of; of another plugin, its own.
+    """Return the names of a chain's members (`a + b`); of any other plugin, its own.
 
     >>> members("sketch + dp-sgd")
     ['sketch', 'dp-sgd']
@@ -153,13 +153,13 @@ def members(name: str) -> list[str]:
 
 
 def code_of(group: str, name: str, options: Mapping[str, Any], root: Path | None = None) -> str:
-    """Return the digest of what a plugin computes by: its code, that of local modules, and files that options name.
+    """Return the digest of what a plugin's results depend on: its code, local modules, and files that options name.
 
     Args:
         group: of the plugin.
         name: its own, or of a chain of defenses `a + b`.
         options: of it; of a chain, each member's by its name.
-        root: the data root, from where paths may start, as from here and from the folder of a plugin file.
+        root: the data root; paths may be relative to it, to the working folder, or to the plugin file's folder.
     """
     names = members(name)
     parts = [(f"{place} {each}", registry.fingerprint(group, each)) for place, each in enumerate(names)]

@@ -1,4 +1,4 @@
-"""A YAML file to a suite with every name, option and label checked."""
+"""Turns a YAML file into a suite with every name, option and label checked."""
 
 from __future__ import annotations
 

@@ -34,14 +34,14 @@ UTILITY = "utility"
 """What stands for the attack in a cell that trains a model under a defense, and attacks nobody."""
 
 HELD_OUT = 10
-"""One in so many images of the train split is no client's: it chooses the rate of a training under a defense."""
+"""One in so many images of the train split is given to no client: on these the server's rate is chosen."""
 
 KNOWLEDGE = ("oblivious", "parameters", "public", "oracle")
 """Levels of knowledge of the defense, weakest first (`gradleak.threat.Level`)."""
 
 
 EPOCHS = "local_epochs"
-"""Key of a setting that stands for as many local steps as so many passes over the batch take."""
+"""Key of a setting that gives its local steps as a number of passes over the batch."""
 
 AXES = ("datasets", "models", "settings", "defenses")
 
@@ -127,10 +127,10 @@ class Engine(_Strict):
     """How attacks compute; part of the key, because it can change the last digits."""
 
     backend: str = "layerwise"
-    """`auto` times what there is, once a machine: the last digits may differ between machines."""
+    """`auto` times the backends once on each machine: the last digits may differ between machines."""
     width: Annotated[int | Literal["auto"], BeforeValidator(_width)] = 32
-    """Trials optimised together, at most; `auto`: as many as memory is measured to hold, which other machines need not
-    repeat to the last digit."""
+    """Trials optimised together, at most; `auto`: as many as memory is measured to hold, so the last digits may differ
+    between machines."""
     compile: StrictBool = False
     """Compile the backend `vmap` with torch, which takes a minute for every cell: for long attacks."""
     timeout: Rate | None = None

@@ -78,7 +78,7 @@ def test_kills(executor: str, whole: Path, tmp_path: Path) -> None:
     path = trials.suite(tmp_path)
     for number in range(many(KILLS[executor])):
         store, log = tmp_path / f"{number}.sqlite", tmp_path / f"{number}.log"
-        arguments = ["run", str(path), "--store", str(store), "--executor", executor]
+        arguments = ["run", str(path), "--store", str(store), "--executor", executor, "--secret", str(whole)]
         arguments += [] if executor == "local" else ["--workers", "2"]
         trial = trials.start(arguments, log)
         _wait_for(trial, store, rng, executor)
@@ -113,7 +113,7 @@ def _wait_for(trial: trials.Trial, store: Path, rng: random.Random, executor: st
 @pytest.mark.parametrize("runs", [2, 4, 8])
 def test_writers(runs: int, whole: Path, tmp_path: Path) -> None:
     path, store = trials.suite(tmp_path), tmp_path / "s.sqlite"
-    arguments = ["run", str(path), "--store", str(store), "--executor", "local"]
+    arguments = ["run", str(path), "--store", str(store), "--executor", "local", "--secret", str(whole)]
     started = [trials.start(arguments, tmp_path / f"log{number}") for number in range(runs)]
     reads = 0
     while any(trial.alive() for trial in started):
@@ -148,7 +148,7 @@ def test_full_disks(whole: Path, tmp_path: Path) -> None:
             tmp_path / f"disk{number}", kilobytes := rng.choice((4, 8, 20, 40, 60, 90, 120, 160))
         ) as small:
             store = tmp_path / f"disk{number}" / "s.sqlite"
-            arguments = ["run", str(path), "--store", str(store), "--executor", "local"]
+            arguments = ["run", str(path), "--store", str(store), "--executor", "local", "--secret", str(whole)]
             full = trials.run(arguments, tmp_path / f"{number}.log", None if small else _limited(1024 * kilobytes))
             said = full.said()
             assert "Traceback" not in said and full.code in (0, 2), said

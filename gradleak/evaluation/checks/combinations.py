@@ -26,13 +26,13 @@ _TRIED = 16
 
 
 def mark_of(cell: AttackCell) -> Hashable:
-    """Return what a combination is told from others by: all that a client depends on, but for its weights' values."""
+    """Return what makes a combination its own: all that a client depends on except the values of its weights."""
     setting = replace(cell.setting, name="", epochs=0, after_rounds=0, grants=Knowledge())
     return cell.dataset, cell.model, cell.defense, setting, cell.victims, cell.tuning
 
 
 def private(data: Data, cell: AttackCell) -> None:
-    """Refuse victims that there are not, or that the attacker's public images hold too.
+    """Refuse victims that do not exist, or that are among the attacker's public images.
 
     Raises:
         GradleakError: more victims are asked for than the dataset holds, or one of them is in its train split.

@@ -26,9 +26,10 @@ from ..workshop import Resources
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""A cell whose worker died is tried so often; then it stays to be computed by another run."""
+"""Times that a cell is tried whose worker dies, since one may be killed for what others on the machine do; then it is
+left to another run."""
 HOPELESS = 3
-"""So many different cells whose workers died before any cell was finished stop the run."""
+"""Different cells whose workers have died, before any cell was finished, at which a run stops: it is not the cells."""
 PAUSE = 0.5
 """Seconds between two looks for cells that other runs had."""
 

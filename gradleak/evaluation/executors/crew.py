@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 LOOK = 0.2
 """Seconds between two looks at workers that say nothing."""
 START = 600.0
-"""Seconds that a worker has to import what it needs."""
+"""Seconds that a worker has to import what it needs: torch may come from a cold disk that many share."""
 STOPPED = 30.0
 """Seconds after which a worker that somebody has stopped is given up."""
 
@@ -158,5 +158,5 @@ def _without_answer(cell: Cell, status: str, error: str) -> CellResult:
     rows = [ImageRow(victim=victim, image=image, status=status) for victim, image in places]
     outcome: Literal["ok", "failed"] = "failed" if error else "ok"
     return CellResult(
-        key=cell.key, config=cell.stored(), status=outcome, error=error, rows=rows, provenance=identity(cell)
+        key=cell.key, config=cell.stored(), status=outcome, error=error, rows=rows, provenance=identity(cell).stored()
     )

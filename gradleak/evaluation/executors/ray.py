@@ -53,7 +53,7 @@ class Ray(Executor):
     address: str | None = None
     """Of a cluster that is there: auto (found on this machine, or by $RAY_ADDRESS) or ray://HOST:PORT."""
     limits: Limits = field(default_factory=Limits)
-    """Time is held to by cancelling; memory is Ray's own affair."""
+    """Time limits are kept by cancelling tasks; limits of memory are Ray's own affair."""
 
     def __post_init__(self) -> None:
         """Refuse what is no address."""

@@ -1,4 +1,4 @@
-"""What a check finds, and in which words."""
+"""What a check finds, and how that is said."""
 
 from __future__ import annotations
 

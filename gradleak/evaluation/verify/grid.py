@@ -1,4 +1,4 @@
-"""The suite that a bundle is of, expanded by the verifier, and what of it the bundle has, lacks or calls otherwise."""
+"""The suite of a bundle, expanded by the verifier, and which of its cells the bundle has, lacks or labels otherwise."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Scene:
 
     @property
     def stage(self) -> Stage:
-        """The plain one."""
+        """What the clients send from the weights as they are."""
         return self._of(0)[0]
 
     @property
@@ -163,12 +163,12 @@ def check(
 
 def facts(here: Stage, told: Mapping[str, Any]) -> Iterator[str]:
     """Say which stored facts of a finished cell are not those of its messages."""
-    yield from _compared(told, suite.plain(here.facts(None)), (*MEASURED, *OF_THE_ANSWER))
+    yield from _compared(told, suite.plain(here.facts(None).stored()), (*MEASURED, *OF_THE_ANSWER))
 
 
 def facts_of_failed(cell: Cell, told: Mapping[str, Any]) -> Iterator[str]:
     """Say which stored facts of a failed cell are not its own."""
-    yield from _compared(told, identity(cell) if isinstance(cell, AttackCell) else {}, ())
+    yield from _compared(told, identity(cell).stored() if isinstance(cell, AttackCell) else {}, ())
 
 
 def promises(cell: TrainingCell, told: Mapping[str, Any], workshop: Workshop) -> Iterator[str]:
