@@ -151,6 +151,7 @@ def _cells(tmp_path: Path, rounds: int, sigma: float, attacks: list[Any], **chan
     document = {
         "name": "rounds",
         "victims": 6,
+        "controls": "listed",
         "datasets": ["digits"],
         "models": [{"name": "mlp", "options": {"widths": [32]}, "label": "mlp"}],
         "settings": [{"name": "several", "rounds": rounds, "grants": {"labels": "known"}}],

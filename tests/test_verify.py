@@ -30,6 +30,7 @@ from gradleak.evaluation.verify.again import sample
 from gradleak.evaluation.verify.messages import Scene
 from gradleak.evaluation.verify.rounding import Shaken, unexplained
 from gradleak.evaluation.workshop import Resources, Workshop
+from gradleak.secret import Secret
 from gradleak.suite import AttackCell, Cell, key_of
 from gradleak.update import one_hot
 
@@ -118,7 +119,8 @@ def answer_with(images: Callable[[Any], Any], attack: str = "ig", defense: str =
 
     def change(database: Database) -> None:
         number, config = cell_of(database, attack, defense)
-        cell, workshop = Cell.of(config), Workshop(RESOURCES)
+        (kept,) = database.execute("SELECT value FROM meta WHERE name = 'secret'").fetchone()
+        cell, workshop = Cell.of(config, secret=Secret.of(kept)), Workshop(RESOURCES)
         assert isinstance(cell, AttackCell)
         data = workshop.data(cell.dataset)
         truth, labels = data.victims(config["victims"], 1, False)
