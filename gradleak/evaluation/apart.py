@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import json
@@ -219,8 +220,23 @@ def _started() -> socket.socket:
             stdout=2,
             env=environment,
         )
+    if os.getpid() not in _nurseries:
+        atexit.register(_end, os.getpid())
     _nurseries[os.getpid()] = process, ours
     return ours
+
+
+def _end(owner: int) -> None:
+    """End the nursery with the process that started it, and not with copies of that."""
+    if os.getpid() != owner:
+        return
+    process, control = _nurseries.pop(owner)
+    control.close()
+    try:
+        process.wait(2)
+    except subprocess.TimeoutExpired:  # A worker that has not ended yet holds the other end too.
+        process.kill()
+        process.wait()
 
 
 _ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
