@@ -73,6 +73,13 @@ def test_a_name_of_one_word_will_do(kind: str, tmp_path: Path) -> None:
     assert "class Mine(" in (tmp_path / "mine.py").read_text()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_may_be_spelt_as_its_file(kind: str, tmp_path: Path) -> None:
+    assert main(["new", kind, f"spelt_{kind}", "--out", str(tmp_path)]) == 0
+    assert f'"spelt-{kind}"' in (tmp_path / f"test_spelt_{kind}.py").read_text()
+    assert f"spelt_{kind}" not in (tmp_path / f"spelt_{kind}.py").read_text()
+
+
 REFUSED = {
     "no kind": (["attak", "mine"], "did you mean 'attack'"),
     "no name": (["attack", "My Attack"], "small letters"),

@@ -43,6 +43,8 @@ def new(
     """
     if kind not in kinds():
         raise unknown("kind", kind, kinds())
+    # As it is with files: an underscore in a stem is a hyphen in a name.
+    name = name.replace("_", "-")
     files = _files(kind, name, package)
     root = out / name if package else out
     there = [str(root / path) for path in files if (root / path).exists()]
