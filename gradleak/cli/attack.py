@@ -34,10 +34,6 @@ _BatchSize = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", hel
 _Labels = Annotated[str, typer.Option("--labels", metavar="3,1,…", help="Known labels [default: inferred].")]
 _LocalSteps = Annotated[int, typer.Option("--local-steps", min=1, metavar="N", help="Known local steps.")]
 _LocalLr = Annotated[float | None, typer.Option("--local-lr", metavar="RATE", help="Known local rate.")]
-_Loss = Annotated[str, typer.Option("--loss", metavar="NAME", help="cross-entropy, bce, mse or module:function.")]
-_Optimiser = Annotated[
-    str, typer.Option("--optimiser", metavar="NAME", help="Of local steps, as 'sgd: {momentum: 0.9}' or adam.")
-]
 _Defense = Annotated[
     str, typer.Option("--defense", metavar="NAME", help="A known one, as 'gaussian-noise: {sigma: 0.1, clip: 1}'.")
 ]
@@ -61,8 +57,8 @@ def attack(
     local_steps: _LocalSteps = 1,
     local_batch_size: shared.LocalBatchSize = None,
     local_lr: _LocalLr = None,
-    loss: _Loss = "cross-entropy",
-    optimiser: _Optimiser = "sgd",
+    loss: shared.Loss = "cross-entropy",
+    optimiser: shared.Optimiser = "sgd",
     mode: shared.Mode = "eval",
     defense: _Defense = "",
     method: _Method = "auto",

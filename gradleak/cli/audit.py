@@ -32,10 +32,6 @@ _Labels = Annotated[
 _Shape = Annotated[str, typer.Option("--shape", metavar="C,H,W", help="To which files are fitted.")]
 _Mean = Annotated[str, typer.Option("--mean", help="By channel, if the model expects normalised images: 0.485,0.456,…")]
 _Std = Annotated[str, typer.Option("--std", help="By channel, with --mean.")]
-_Loss = Annotated[str, typer.Option("--loss", metavar="NAME", help="cross-entropy, bce, mse or module:function.")]
-_Optimiser = Annotated[
-    str, typer.Option("--optimiser", metavar="NAME", help="Of local steps, as 'sgd: {momentum: 0.9}' or adam.")
-]
 _BatchSize = Annotated[int, typer.Option("--batch-size", min=1, metavar="N", help="Images of a client.")]
 _LocalSteps = Annotated[int, typer.Option("--local-steps", min=1, metavar="N", help="With --local-lr.")]
 _LocalLr = Annotated[
@@ -72,8 +68,8 @@ def audit(
     shape: _Shape = "",
     mean: _Mean = "",
     std: _Std = "",
-    loss: _Loss = "cross-entropy",
-    optimiser: _Optimiser = "sgd",
+    loss: shared.Loss = "cross-entropy",
+    optimiser: shared.Optimiser = "sgd",
     batch_size: _BatchSize = 1,
     local_steps: _LocalSteps = 1,
     local_batch_size: shared.LocalBatchSize = None,

@@ -13,6 +13,10 @@ Model = Annotated[
 ModelOptions = Annotated[
     list[str] | None, typer.Option("--model-options", metavar="OPTIONS", help="Of the function, as '{width: 8}'.")
 ]
+Loss = Annotated[str, typer.Option("--loss", metavar="NAME", help="cross-entropy, bce, mse or module:function.")]
+Optimiser = Annotated[
+    str, typer.Option("--optimiser", metavar="NAME", help="Of local steps, as 'sgd: {momentum: 0.9}' or adam.")
+]
 LocalBatchSize = Annotated[
     int | None, typer.Option("--local-batch-size", min=1, metavar="N", help="Images of a local step [default: all].")
 ]
