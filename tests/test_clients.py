@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from gradleak.engine.backends import Vmap
 from gradleak.engine.comparison import disagreement
 from gradleak.engine.layerwise import Layerwise
 from gradleak.suite import build_setting
+from gradleak.suite.cells import question_of
 from gradleak.suite.schema import stored_setting
 from gradleak.testing import Scene, check, check_file, model, reconstruct
 from gradleak.update import LocalTraining, Network, by_transform, local_update, one_hot
+from tests import trials
 
 CLASSES, SIZE = 10, 4
 
@@ -293,6 +296,15 @@ def test_settings_name_clients_and_keep_their_old_keys() -> None:
     assert stored_setting(given)["client"]["options"]["momentum"] == 0.5
     own = build_setting({"client": {"sgd": {"loss": f"{Path(__file__)}:focal"}}})
     assert len(own.trains.digest) == 64, "the code of a loss is part of a cell"
+
+
+def test_the_code_of_a_client_is_another_cell_and_the_same_question() -> None:
+    given = build_setting({"local_lr": 0.1, "client": {"sgd": {"momentum": 0.5}}})
+    edited = replace(given, client=replace(given.client, file="other", version="99"))
+    steeper = build_setting({"local_lr": 0.1, "client": {"sgd": {"momentum": 0.6}}})
+    cell, other, third = (replace(trials.cell("x"), setting=setting) for setting in (given, edited, steeper))
+    assert len({cell.key, other.key, third.key}) == 3
+    assert question_of(cell.stored()) == question_of(other.stored()) != question_of(third.stored())
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -387,9 +387,9 @@ def question_of(stored: Mapping[str, Any]) -> str:
     asked = {key: value for key, value in unnamed(stored).items() if key not in ("definitions", "secret")}
     for part in ("attack", "defense", "model", "dataset"):
         asked[part] = {key: value for key, value in asked[part].items() if key not in ("code", "version")}
-    if "server" in asked["setting"]:
-        server = {key: value for key, value in asked["setting"]["server"].items() if key not in ("code", "version")}
-        asked["setting"] = {**asked["setting"], "server": server}
+    for part in {"server", "client"} & asked["setting"].keys():
+        bare = {key: value for key, value in asked["setting"][part].items() if key not in ("code", "file", "version")}
+        asked["setting"] = {**asked["setting"], part: bare}
     if "prior" in asked:
         asked["prior"] = {key: value for key, value in asked["prior"].items() if key not in ("code", "dataset")}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
