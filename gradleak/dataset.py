@@ -178,6 +178,11 @@ class Data:
         """Number of classes."""
         return len(self.split.classes)
 
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean public image, [C, H, W] in [0, 1]."""
+        return self.split.train.images.mean(0)
+
     @property
     def digest(self) -> str:
         """SHA-256 of every image and label: a changed copy of a dataset is never mistaken for another."""

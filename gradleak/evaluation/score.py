@@ -63,14 +63,13 @@ def rows_of(
         ]
     candidates = data.candidates(cell.candidates, cell.tuning)
     scored = metrics.score(answer.images, answer.labels, images, labels, candidates)
-    mean = data.split.train.images.mean(0)
-    marks, notes = ({}, {}) if isolated else landscape.marks(cell, observation, sent, answer, mean, workshop)
+    marks, notes = ({}, {}) if isolated else landscape.marks(cell, observation, sent, answer, data.mean, workshop)
     oracle = _oracle(answer, images)
     matched = torch.tensor([row["matched"] for row in scored]).view(len(images), -1)
     columns = {
         "loss": answer.loss,
         **marks,
-        "contrast": landscape.contrast(cell, observation, sent, mean),
+        "contrast": landscape.contrast(cell, observation, sent, data.mean),
         "iterations": answer.iterations,
         "gradient_evaluations": answer.gradient_evaluations,
         **answer.details,

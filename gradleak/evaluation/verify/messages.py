@@ -85,7 +85,7 @@ class Scene:
     @property
     def mean(self) -> Tensor:
         """The mean public image, [C, H, W]."""
-        return self.stage.data.split.train.images.mean(0)
+        return self.stage.data.mean
 
     def heard(self, number: int = 0) -> list[Heard]:
         """Return the rounds of a twin; the first is the plain one."""
