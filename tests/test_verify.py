@@ -25,8 +25,9 @@ from gradleak.board.results import read
 from gradleak.board.store import Store
 from gradleak.cli.main import main
 from gradleak.evaluation import metrics
-from gradleak.evaluation.verify import Extent, Verified, verify
+from gradleak.evaluation.verify import Extent, Finding, Verified, verify
 from gradleak.evaluation.verify.again import sample
+from gradleak.evaluation.verify.luck import RARE, gap_of
 from gradleak.evaluation.verify.messages import Scene
 from gradleak.evaluation.verify.rounding import Shaken, unexplained
 from gradleak.evaluation.workshop import Resources, Workshop
@@ -373,12 +374,15 @@ SAMPLED: dict[str, dict[str, tuple[str, str, Forgery]]] = {
 
 
 def test_an_honest_bundle_of_another_machine_is_verified(folder: Path) -> None:
-    told: list[str] = []
-    found = checked(folder, folder / "bundle.zip", Extent(sample=100), say=told.append)
+    told, came = list[str](), list[Finding]()
+    found = checked(folder, folder / "bundle.zip", Extent(sample=100), say=told.append, tell=came.append)
     assert not refused(found) and found.ok
     assert all(each.ok for each in found.findings), found.findings
     assert set(found.cells.values()) == {"re-run"} and len(found.cells) == 17
     assert any(line.startswith("sample: cell 1 of") for line in told)
+    assert came == found.findings, "each is told"
+    (luck,) = (each.detail for each in found.findings if each.check == "luck")
+    assert "cells drawn anew" in luck and ("'noise'" in luck or "attack" in luck)
 
 
 @pytest.mark.parametrize("group", FORGERIES)
@@ -432,6 +436,23 @@ def test_rounding_is_measured_and_explains_no_more() -> None:
     assert unexplained(np.zeros(2), lambda number: np.ones(2), 0.5)
 
 
+def test_luck_is_measured_victim_by_victim_and_refused_beyond_chance() -> None:
+    draws = np.random.default_rng(0)
+
+    def gaps(shift: float) -> Any:
+        noise = draws.normal(shift, 1, 16)  # Of two attacks on one defense: they share its noise.
+        cells = [{(victim,): float(noise[victim]) for victim in range(16)} for _ in range(2)]
+        found = gap_of("defense 'x'", cells)
+        assert found is not None
+        return found
+
+    honest = [gaps(0) for _ in range(400)]
+    assert 0.02 < np.mean([gap.chance < 0.05 for gap in honest]) < 0.08, "one in twenty, though two cells say the same"
+    assert 0.9 < np.mean([abs(gap.mean) < 2 * gap.error for gap in honest]) < 0.98
+    assert gaps(3).chance < 1 / RARE and gaps(-3).chance < 1 / RARE
+    assert gap_of("x", [{(0,): 1.0}]) is None and gap_of("x", [dict.fromkeys([(0,), (1,)], 1e-3)]) is None
+
+
 def test_twins_have_weights_moved_in_the_last_place(folder: Path) -> None:
     with Store(folder / "store.sqlite") as store:
         cell = Cell.of(store.cells()["config"].iloc[0])
@@ -449,6 +470,8 @@ def test_verify_prints_what_it_found_and_keeps_a_record(
     bundle = tmp_path / "bundle.zip"
     shutil.copy(folder / "bundle.zip", bundle)
     command = ["verify", str(bundle), "--suite", str(folder / "suite.yaml"), "--sample", "0"]
+    assert main(command) == 0
+    assert "ok           metrics: " in (said := capsys.readouterr()).out and "luck" not in said.out
     assert main([*command, "--record", "--json"]) == 0
     said = capsys.readouterr()
     told = json.loads(said.out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ...board.schema import REFUSED
 from ...board.store import STATUSES, CellResult, ImageRow
 from ...suite import AttackCell, Cell, TrainingCell
 from .. import evaluate
+from ..apart import Apart, possible
 from ..workshop import Workshop
 from .findings import Finding, Say, judged
 from .messages import OF_THE_ANSWER
@@ -68,15 +69,17 @@ class Reruns:
     scale: Mapping[str, Floats]
     """Each victim's loss at a grey image, by key."""
     say: Say
-    done: dict[str, str | None]
+    done: dict[str, str | None] = field(default_factory=dict)
     """What was wrong, by key; None where nothing was."""
+    apart: Apart | None = field(default_factory=lambda: Apart() if possible() else None)
+    """Runs their attacks, which may be anybody's."""
 
     def run(self, title: str, keys: Sequence[str]) -> list[str]:
         """Run cells that were not run yet; return what is wrong with these and the others of them."""
         for number, key in enumerate(keys, start=1):
             if key not in self.done:
                 self.say(f"{title}: cell {number} of {len(keys)}, {self.bundle.cells[key].title}")
-                self.done[key] = self._again(key, self._evaluated(key, self.workshop))
+                self._take(key, self._evaluated(key, self.workshop))
         return [f"{self.bundle.cells[key].title}: {wrong}" for key in keys if (wrong := self.done[key])]
 
     def closed_forms(self) -> Finding:
@@ -91,7 +94,7 @@ class Reruns:
                 if key not in self.done:
                     self.say(f"closed forms: {self.bundle.cells[key].title}")
                     result = self._evaluated(key, self.workshop)
-                    self.done[key] = self._again(key, result)
+                    self._take(key, result)
                     if result.seconds > CHEAP:
                         break  # Its others are left to the sample.
             part = [key for key in keys if key in self.done]
@@ -101,7 +104,7 @@ class Reruns:
 
     def _evaluated(self, key: str, workshop: Workshop) -> CellResult:
         """Run a cell; its rows are those that a store would hold."""
-        result = evaluate.evaluate(self.bundle.cells[key], workshop)
+        result = self.run_anew(self.bundle.cells[key], workshop)
         rows = [
             replace(row, late_progress=late_progress(result.traces[row.victim]))
             if row.late_progress is None and row.victim in result.traces
@@ -109,6 +112,16 @@ class Reruns:
             for row in result.rows
         ]
         return replace(result, rows=rows)
+
+    def run_anew(self, cell: Cell, workshop: Workshop | None = None) -> CellResult:
+        """Run a cell, its attack where no victim is if the system can do that."""
+        return evaluate.evaluate(cell, workshop or self.workshop, apart=self.apart)
+
+    def _take(self, key: str, result: CellResult) -> None:
+        """Compare a cell that was run again, and say at once what is wrong."""
+        self.done[key] = wrong = self._again(key, result)
+        if wrong:
+            self.say(f"not as submitted: {self.bundle.cells[key].title}: {wrong}")
 
     def _again(self, key: str, result: CellResult) -> str | None:
         cell, told = self.bundle.cells[key], self.bundle.told[key]
@@ -133,6 +146,8 @@ class Reruns:
             def computed(number: int) -> Floats:
                 if number not in known:
                     known[number] = self._evaluated(key, Shaken(self.workshop.resources, number)).rows
+                if len(known[number]) != len(result.rows):  # It failed, as the plain one did not.
+                    return np.full(len(result.rows), np.nan)
                 return np.array([column(row) for row in known[number]], dtype=float)
 
             return computed
@@ -167,8 +182,8 @@ class Reruns:
 
         def own(number: int) -> Floats:
             if number not in known:
-                known[number] = evaluate.evaluate(cell, Shaken(self.workshop.resources, number)).provenance
-            return np.array([known[number]["test_accuracy"]], dtype=float)
+                known[number] = self.run_anew(cell, Shaken(self.workshop.resources, number)).provenance
+            return np.array([known[number].get("test_accuracy")], dtype=float)
 
         stored = np.array([told.get("test_accuracy") or 0.0])
         wrong = unexplained(stored, own, unit)
