@@ -76,7 +76,7 @@ def _judged(found: Sequence[Gap], drawn: int) -> Finding:
     odd = min(found, key=lambda gap: gap.chance)
     chance = min(1.0, odd.chance * len(found))
     detail = (
-        f"{drawn} cells drawn anew with another secret; of {odd.what}, the oddest of {len(found)}, the published PSNR is"
+        f"{drawn} cells drawn anew with another secret; of {odd.what}, the oddest of {len(found)}, published PSNR is"
         f" {odd.mean:+.2f} dB off (standard error {odd.error:.2f}), as by chance in {_share(chance)} of bundles"
     )
     return Finding("luck", chance >= 1 / RARE, detail)
