@@ -426,10 +426,14 @@ def test_rounding_is_measured_and_explains_no_more() -> None:
     assert unexplained(centre + 0.005, still.__getitem__, 0.01) is None
     assert unexplained(centre + 0.02, still.__getitem__, 0.01)
     odd = centre.copy()
-    odd[:2] += 20
-    assert unexplained(odd, still.__getitem__, 0.01) is None, "two of 32 may be too rare for the twins to show"
-    odd[:3] += 20
-    assert unexplained(odd, still.__getitem__, 0.01)
+    odd[0] += 20
+    assert unexplained(odd, still.__getitem__, 0.01), "one of 32 is no rounding where nothing tips over"
+    tipped = [*still[:9], *(centre + 20 * (np.arange(32) == 0) * (number % 2) for number in range(8))]
+    assert unexplained(odd, tipped.__getitem__, 0.01) is None, "too rare for the twins to show, but for the loud ones"
+    odd[1] += 20
+    assert unexplained(odd, tipped.__getitem__, 0.01), "the second never tips over"
+    heavy = [centre + np.where(np.arange(32) == 0, 5.0 * (number % 3), 0.0) for number in range(9)]
+    assert unexplained(centre + np.where(np.arange(32) == 0, 12.0, 0.0), heavy.__getitem__, 0.01) is None
     gone = centre.copy()
     gone[:5] = np.nan
     assert unexplained(gone, still.__getitem__, 0.01) and unexplained(centre[:5], still.__getitem__, 0.01)
@@ -438,11 +442,11 @@ def test_rounding_is_measured_and_explains_no_more() -> None:
 
 def test_luck_is_measured_victim_by_victim_and_refused_beyond_chance() -> None:
     draws = np.random.default_rng(0)
+    victims: list[tuple[object, ...]] = [(victim,) for victim in range(16)]
 
     def gaps(shift: float) -> Any:
         noise = draws.normal(shift, 1, 16)  # Of two attacks on one defense: they share its noise.
-        cells = [{(victim,): float(noise[victim]) for victim in range(16)} for _ in range(2)]
-        found = gap_of("defense 'x'", cells)
+        found = gap_of("defense 'x'", [dict(zip(victims, noise.tolist(), strict=True)) for _ in range(2)])
         assert found is not None
         return found
 
@@ -450,7 +454,7 @@ def test_luck_is_measured_victim_by_victim_and_refused_beyond_chance() -> None:
     assert 0.02 < np.mean([gap.chance < 0.05 for gap in honest]) < 0.08, "one in twenty, though two cells say the same"
     assert 0.9 < np.mean([abs(gap.mean) < 2 * gap.error for gap in honest]) < 0.98
     assert gaps(3).chance < 1 / RARE and gaps(-3).chance < 1 / RARE
-    assert gap_of("x", [{(0,): 1.0}]) is None and gap_of("x", [dict.fromkeys([(0,), (1,)], 1e-3)]) is None
+    assert gap_of("x", [{victims[0]: 1.0}]) is None and gap_of("x", [dict.fromkeys(victims, 1e-3)]) is None
 
 
 def test_twins_have_weights_moved_in_the_last_place(folder: Path) -> None:

@@ -16,7 +16,7 @@ from ...board.schema import REFUSED
 from ...board.store import STATUSES, CellResult, ImageRow
 from ...suite import AttackCell, Cell, TrainingCell
 from .. import evaluate
-from ..apart import Apart, possible
+from ..apart import Apart
 from ..workshop import Workshop
 from .findings import Finding, Say, judged
 from .messages import OF_THE_ANSWER
@@ -69,10 +69,10 @@ class Reruns:
     scale: Mapping[str, Floats]
     """Each victim's loss at a grey image, by key."""
     say: Say
+    apart: Apart | None
+    """Runs their attacks, which may be anybody's."""
     done: dict[str, str | None] = field(default_factory=dict)
     """What was wrong, by key; None where nothing was."""
-    apart: Apart | None = field(default_factory=lambda: Apart() if possible() else None)
-    """Runs their attacks, which may be anybody's."""
 
     def run(self, title: str, keys: Sequence[str]) -> list[str]:
         """Run cells that were not run yet; return what is wrong with these and the others of them."""

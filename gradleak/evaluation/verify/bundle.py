@@ -15,6 +15,7 @@ from ...board.record import RECOMPUTED, RERUN
 from ...board.store import Store
 from ...errors import GradleakError
 from ...suite import AttackCell, TrainingCell
+from ..apart import Apart, possible
 from ..workshop import Resources, Workshop, versions
 from . import grid, luck, messages, stored
 from .again import Bundle, Reruns, sample
@@ -115,13 +116,14 @@ def _computed(
     finished = {key: cell for key, cell in told.cells.items() if told.told[key]["status"] == "ok"}
     attacked = {key: cell for key, cell in finished.items() if isinstance(cell, AttackCell)}
     say("victims, rows and metrics")
+    apart = Apart() if possible() else None
     data, more = stored.truths(store, attacked, workshop)
     found.add(*more, stored.complete(cells, rows))
     found.add(stored.scores(store, attacked, rows, data, workshop))
     found.add(stored.traces(store, attacked, rows))
-    more, losses = messages.check(store, attacked, cells, rows, workshop, say)
+    more, losses = messages.check(store, attacked, cells, rows, workshop, apart, say)
     found.add(*more, _promises(told, workshop))
-    reruns = Reruns(told, workshop, losses.scale, say)
+    reruns = Reruns(told, workshop, losses.scale, say, apart)
     lost = sorted(key for key in told.cells if told.is_failed(key))
     wrong = reruns.run("failed cells", lost)
     found.add(judged("failed cells", wrong, f"{len(lost)}, which fail here too" if lost else "none"))

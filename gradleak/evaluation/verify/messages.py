@@ -25,8 +25,10 @@ from ...suite import UTILITY, AttackCell, Cell, TrainingCell
 from ...threat import Observation
 from ...update import one_hot
 from .. import landscape
+from ..apart import Apart
 from ..evaluate import Stage, stage
 from ..identity import identity
+from ..losses import losses_of
 from ..observe import isolated
 from ..score import norms_of
 from ..workshop import Workshop
@@ -71,8 +73,9 @@ class Heard:
 class Scene:
     """What the victims of a cell send, and twins of it whose weights are shaken."""
 
-    def __init__(self, cell: AttackCell, workshop: Workshop) -> None:
-        """Let the clients send."""
+    def __init__(self, cell: AttackCell, workshop: Workshop, apart: Apart | None = None) -> None:
+        """Let the clients send; a plugin's losses are asked with `apart`."""
+        self._losses_of = losses_of(cell, apart)
         self.cell = cell
         self._workshop = workshop
         self._stages: dict[int, tuple[Stage, list[Heard]]] = {}
@@ -100,6 +103,18 @@ class Scene:
                 values[part.victims] = found
         return values
 
+    def loss(self, part: Heard, images: Tensor, targets: Tensor, buffers: bool | None = None) -> Floats | None:
+        """Return the attack's own loss at some images, with or without the clients' private randomness.
+
+        Unset, an attacker has it who is told of it. None where the attack has no loss.
+        """
+        told = part.observation.private is not None if buffers is None else buffers
+        try:
+            found = self._losses_of(part.observation, {"": images}, targets, part.sent.buffers if told else {})[""]
+        except Exception:  # The evaluator keeps no loss either where a plugin raises.
+            return None
+        return None if found is None else np.asarray(found.detach().cpu().double().numpy())
+
     def _of(self, number: int) -> tuple[Stage, list[Heard]]:
         if number not in self._stages:
             workshop = self._workshop if number == 0 else Shaken(self._workshop.resources, number)
@@ -122,6 +137,7 @@ def check(
     cells: pd.DataFrame,
     rows: pd.DataFrame,
     workshop: Workshop,
+    apart: Apart | None,
     say: Say,
 ) -> tuple[list[Finding], Losses]:
     """Let the clients of every cell send again and compare what was said of it.
@@ -132,6 +148,7 @@ def check(
         cells: of the store.
         rows: of the store.
         workshop: of this machine.
+        apart: runs what others' attacks say of their losses.
         say: told how far it is.
     """
     found: dict[str, list[str]] = {name: [] for name in ("messages", "facts", "losses")}
@@ -140,7 +157,7 @@ def check(
     groups = {str(key): part.sort_values(["victim", "image"]) for key, part in rows.groupby("key")}
     for number, (key, cell) in enumerate(sorted(attacked.items(), key=lambda item: item[1].title), start=1):
         say(f"messages and losses: cell {number} of {len(attacked)}")
-        scene = Scene(cell, workshop)
+        scene = Scene(cell, workshop, apart)
         found["facts"] += [f"{cell.title}: {wrong}" for wrong in facts(scene.stage, told[key])]
         lines = groups.get(key)
         if lines is None or len(lines) != cell.victims * cell.setting.batch_size:
@@ -227,7 +244,7 @@ def _losses(store: Store, scene: Scene, lines: pd.DataFrame) -> tuple[list[str],
     names = ("loss", "loss_at_truth", "loss_at_mean", "contrast", "finite")
     told = {name: lines[name].to_numpy(dtype=float).reshape(cell.victims, -1)[:, 0] for name in names}
     wrong = [_contrast(scene, told)]
-    scale = scene.each(lambda part: _loss(cell, part, torch.full_like(part.sent.images, 0.5), part.sent.targets))
+    scale = scene.each(lambda part: scene.loss(part, torch.full_like(part.sent.images, 0.5), part.sent.targets))
     if np.isnan(scale).all() or isolated(cell):
         unknown = ("loss_at_truth", "loss_at_mean")
         wrong += [f"{name.replace('_', ' ')}, none here" for name in unknown if not np.isnan(told[name]).all()]
@@ -252,7 +269,7 @@ def _at(name: str, scene: Scene, told: Mapping[str, Floats], scale: Floats) -> s
 
         def at(part: Heard, buffers: bool = buffers) -> Floats | None:
             images = part.sent.images if name == "loss_at_truth" else landscape.mean_of(scene.mean, part.sent)
-            return None if images is None else _loss(scene.cell, part, images, part.sent.targets, buffers)
+            return None if images is None else scene.loss(part, images, part.sent.targets, buffers)
 
         def own(number: int, at: Callable[[Heard], Floats | None] = at) -> Floats:
             return np.where(answered, scene.each(at, number), math.nan)
@@ -302,20 +319,7 @@ def _loss_at_answer(store: Store, scene: Scene, lines: pd.DataFrame) -> Floats |
         if not torch.equal(sent.targets, plain):
             return None
         order = matched[part.victims][:, :, None].expand_as(plain).to(plain.device)
-        found = _loss(cell, part, images, torch.zeros_like(plain).scatter_(1, order, plain))
+        found = scene.loss(part, images, torch.zeros_like(plain).scatter_(1, order, plain))
         if found is not None:
             values[part.victims] = found
     return values
-
-
-def _loss(cell: AttackCell, part: Heard, images: Tensor, targets: Tensor, buffers: bool | None = None) -> Floats | None:
-    """Return the attack's own loss at some images, with or without the clients' private randomness.
-
-    Unset, an attacker has it who is told of it. None where the attack has no loss.
-    """
-    told = part.observation.private is not None if buffers is None else buffers
-    try:
-        found = cell.built_attack.loss(part.observation, images, targets, part.sent.buffers if told else {})
-    except Exception:  # The evaluator keeps no loss either where a plugin raises.
-        return None
-    return None if found is None else np.asarray(found.detach().cpu().double().numpy())
