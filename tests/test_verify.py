@@ -25,7 +25,7 @@ from gradleak.board.results import read
 from gradleak.board.store import Store
 from gradleak.cli.main import main
 from gradleak.evaluation import metrics
-from gradleak.evaluation.verify import Extent, Finding, Verified, verify
+from gradleak.evaluation.verify import Extent, Finding, Verified, seconds, verify
 from gradleak.evaluation.verify.again import sample
 from gradleak.evaluation.verify.luck import RARE, gap_of
 from gradleak.evaluation.verify.messages import Scene
@@ -276,6 +276,14 @@ def swap_reconstructions(database: Database) -> None:
         )
 
 
+def cheap(database: Database) -> None:
+    """A defense whose clients take no time."""
+    for number, text in database.execute("SELECT id, config FROM cells").fetchall():
+        config = json.loads(text)
+        if config["defense"]["label"] == "top-k" and "knowledge" in config:
+            tell(database, number, "provenance", lambda told: told.update(client_seconds=1e-9))
+
+
 def version(config: dict[str, Any]) -> None:
     config["attack"]["version"] = "0"
 
@@ -353,6 +361,7 @@ FORGERIES: dict[str, dict[str, tuple[str, str, Forgery]]] = {
             in_facts("ig", "top-k", epsilon={"epsilon": 1.0, "delta": 1e-5, "accountant": "mine", "unit": "mine"}),
         ),
         "an accuracy where none is": ("facts", "test_accuracy", in_facts("ig", "noise", test_accuracy=1.0)),
+        "a cheap defense": ("seconds", "defense 'top-k'", cheap),
         "an attack that adapts": ("facts", "adaptive", in_facts("ig", "none", adaptive=True)),
     },
 }
@@ -455,6 +464,19 @@ def test_luck_is_measured_victim_by_victim_and_refused_beyond_chance() -> None:
     assert 0.9 < np.mean([abs(gap.mean) < 2 * gap.error for gap in honest]) < 0.98
     assert gaps(3).chance < 1 / RARE and gaps(-3).chance < 1 / RARE
     assert gap_of("x", [{victims[0]: 1.0}]) is None and gap_of("x", [dict.fromkeys(victims, 1e-3)]) is None
+
+
+def test_seconds_are_compared_as_to_their_order_of_magnitude() -> None:
+    here = {"a": 1e-3, "b": 2e-3, "c": 5.0}
+
+    def told(factor: float, **other: float) -> Finding:
+        times = {name: [(factor * own * other.get(name, 1.0), own)] * 3 for name, own in here.items()}
+        return seconds.check(times)
+
+    assert told(1).ok and told(0.02).ok and told(50).ok, "another machine, or a loaded one"
+    assert told(0.02, a=30, b=1 / 30).ok
+    assert not told(1e-3).ok and not told(1, a=1e-3).ok and "a: " in told(1, a=1e-3).detail
+    assert seconds.check({}).ok is None and seconds.check({"a": [(1.0, 0.0)]}).ok is None
 
 
 def test_twins_have_weights_moved_in_the_last_place(folder: Path) -> None:

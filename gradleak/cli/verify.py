@@ -86,7 +86,7 @@ def _conclude(bundle: Path, found: Verified) -> None:
     rest = f", but for {', '.join(dict.fromkeys(unchecked))}, which could not be checked here" if unchecked else ""
     counts = {state: list(found.cells.values()).count(state) for state in sorted(set(found.cells.values()))}
     extent = ", ".join(f"{count} cells {state}" for state, count in counts.items())
-    _say(f"{bundle}: verified{rest}: {extent}; seconds are as submitted; {again}")
+    _say(f"{bundle}: verified{rest}: {extent}; {again}")
 
 
 def _plain(found: Verified) -> dict[str, object]:

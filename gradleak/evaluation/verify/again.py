@@ -73,6 +73,8 @@ class Reruns:
     """Runs their attacks, which may be anybody's."""
     done: dict[str, str | None] = field(default_factory=dict)
     """What was wrong, by key; None where nothing was."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What their attacks took here, by key."""
 
     def run(self, title: str, keys: Sequence[str]) -> list[str]:
         """Run cells that were not run yet; return what is wrong with these and the others of them."""
@@ -120,6 +122,8 @@ class Reruns:
     def _take(self, key: str, result: CellResult) -> None:
         """Compare a cell that was run again, and say at once what is wrong."""
         self.done[key] = wrong = self._again(key, result)
+        if result.status == "ok":
+            self.seconds[key] = sum(row.seconds or 0.0 for row in result.rows)
         if wrong:
             self.say(f"not as submitted: {self.bundle.cells[key].title}: {wrong}")
 

@@ -17,7 +17,7 @@ from ...errors import GradleakError
 from ...suite import AttackCell, TrainingCell
 from ..apart import Apart, possible
 from ..workshop import Resources, Workshop, versions
-from . import grid, luck, messages, stored
+from . import grid, luck, messages, seconds, stored
 from .again import Bundle, Reruns, sample
 from .findings import Finding, Findings, Say, Tell, judged
 
@@ -65,7 +65,8 @@ def verify(
     failed run again first, then those whose losses do not follow from their images, then a sample, trainings included;
     of the sample, what hangs on the store's secret also with another.
 
-    Seconds are not checked, nor is what needs the attack itself where a cell is not run again.
+    Of seconds the order of magnitude is compared. What needs the attack itself is not checked where a cell is not run
+    again.
 
     Args:
         bundle: what `publish` wrote.
@@ -121,14 +122,14 @@ def _computed(
     found.add(*more, stored.complete(cells, rows))
     found.add(stored.scores(store, attacked, rows, data, workshop))
     found.add(stored.traces(store, attacked, rows))
-    more, losses = messages.check(store, attacked, cells, rows, workshop, apart, say)
+    more, here = messages.check(store, attacked, cells, rows, workshop, apart, say)
     found.add(*more, _promises(told, workshop))
-    reruns = Reruns(told, workshop, losses.scale, say, apart)
+    reruns = Reruns(told, workshop, here.scale, say, apart)
     lost = sorted(key for key in told.cells if told.is_failed(key))
     wrong = reruns.run("failed cells", lost)
     found.add(judged("failed cells", wrong, f"{len(lost)}, which fail here too" if lost else "none"))
     found.add(reruns.closed_forms())
-    odd = {key: attacked[key] for key in losses.suspicious}
+    odd = {key: attacked[key] for key in here.suspicious}
     several = sample(odd, max(1, count), seed)
     wrong = reruns.run("losses in doubt", several)
     found.add(judged("losses in doubt", wrong, _said_of(len(odd), len(several))))
@@ -139,6 +140,7 @@ def _computed(
     found.add(judged("sample", wrong, right) if drawn or not count else Finding("sample", True, "nothing is left"))
     if drawn:
         found.add(luck.check(reruns, drawn))
+    found.add(seconds.check(_times(told, here, reruns)))
     return {key: RERUN if key in reruns.done else RECOMPUTED for key in told.cells}
 
 
@@ -152,6 +154,18 @@ def _promises(told: Bundle, workshop: Workshop) -> Finding:
             wrong += [f"{cell.title}: {each}" for each in messages.promises(cell, facts, workshop)]
     right = "guarantees, participations and rates of trainings follow from their recipes"
     return judged("recipes", wrong, right)
+
+
+def _times(told: Bundle, here: messages.Measured, reruns: Reruns) -> seconds.Times:
+    times: dict[str, list[tuple[float, float]]] = {}
+    for key, own in here.seconds.items():
+        cell, stored = told.cells[key], told.told[key]["provenance"].get("client_seconds")
+        times.setdefault(f"defense {cell.defense.label!r}", []).append((stored or 0.0, own))
+    for key, own in reruns.seconds.items():
+        cell, rows = told.cells[key], told.rows.get(key)
+        if isinstance(cell, AttackCell) and rows is not None and own > seconds.SHORT:
+            times.setdefault(f"attack {cell.attack.label!r}", []).append((float(rows["seconds"].sum()), own))
+    return times
 
 
 def _said_of(odd: int, ran: int) -> str:

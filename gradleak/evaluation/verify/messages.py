@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import suite
+from ...board.provenance import Provenance
 from ...board.schema import REFUSED
 from ...board.store import Store
 from ...errors import GradleakError
@@ -37,7 +38,7 @@ from .rounding import BYTES, LOSS, NORM, Floats, Shaken, unexplained
 from .stored import UNSCORED
 
 MEASURED = ("client_seconds",)
-"""Facts that no other machine repeats; they stay as submitted."""
+"""Facts that no other machine repeats (`seconds`)."""
 CONTRAST = 1e-5
 """Rounding of a cosine distance between two updates."""
 OF_THE_ANSWER = ("backend", "backend_reason", "width")
@@ -49,13 +50,15 @@ ROUNDED = {"bytes": BYTES, "model_accuracy": 0.02}
 
 
 @dataclass
-class Losses:
-    """What the losses of cells say."""
+class Measured:
+    """What sending the messages again tells other checks."""
 
     scale: dict[str, Floats]
     """By key, each victim's loss at a grey image, against which others are rounded."""
     suspicious: list[str]
     """Keys whose loss does not follow from the reconstruction; running again decides."""
+    seconds: dict[str, float]
+    """By key, the time of a client for one message."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def check(
     workshop: Workshop,
     apart: Apart | None,
     say: Say,
-) -> tuple[list[Finding], Losses]:
+) -> tuple[list[Finding], Measured]:
     """Let the clients of every cell send again and compare what was said of it.
 
     Args:
@@ -152,13 +155,15 @@ def check(
         say: told how far it is.
     """
     found: dict[str, list[str]] = {name: [] for name in ("messages", "facts", "losses")}
-    losses = Losses({}, [])
+    here = Measured({}, [], {})
     told = dict(zip(cells["key"], cells["provenance"], strict=True))
     groups = {str(key): part.sort_values(["victim", "image"]) for key, part in rows.groupby("key")}
     for number, (key, cell) in enumerate(sorted(attacked.items(), key=lambda item: item[1].title), start=1):
         say(f"messages and losses: cell {number} of {len(attacked)}")
         scene = Scene(cell, workshop, apart)
-        found["facts"] += [f"{cell.title}: {wrong}" for wrong in facts(scene.stage, told[key])]
+        known = scene.stage.facts(None)
+        here.seconds[key] = known.client_seconds or 0.0
+        found["facts"] += [f"{cell.title}: {wrong}" for wrong in facts(known, told[key])]
         lines = groups.get(key)
         if lines is None or len(lines) != cell.victims * cell.setting.batch_size:
             continue
@@ -166,21 +171,21 @@ def check(
         wrong, scale, follows = _losses(store, scene, lines)
         found["losses"] += [f"{cell.title}: {each}" for each in wrong]
         if scale is not None:
-            losses.scale[key] = scale
+            here.scale[key] = scale
         if not follows:
-            losses.suspicious.append(key)
+            here.suspicious.append(key)
     count = len(attacked)
     right = {
         "messages": f"norms of {count} cells' messages, to rounding",
         "facts": f"bytes, guarantees, families and levels of {count} cells",
-        "losses": f"at the truth, and where one gradient tells it at the answer, of {len(losses.scale)} cells",
+        "losses": f"at the truth, and where one gradient tells it at the answer, of {len(here.scale)} cells",
     }
-    return [judged(name, found[name], right[name]) for name in found], losses
+    return [judged(name, found[name], right[name]) for name in found], here
 
 
-def facts(here: Stage, told: Mapping[str, Any]) -> Iterator[str]:
+def facts(here: Provenance, told: Mapping[str, Any]) -> Iterator[str]:
     """Say which stored facts of a finished cell are not those of its messages."""
-    yield from _compared(told, suite.plain(here.facts(None).stored()), (*MEASURED, *OF_THE_ANSWER))
+    yield from _compared(told, suite.plain(here.stored()), (*MEASURED, *OF_THE_ANSWER))
 
 
 def facts_of_failed(cell: Cell, told: Mapping[str, Any]) -> Iterator[str]:
