@@ -139,9 +139,9 @@ def _is_explained(stored: Floats, own: Floats, unit: Floats, loud: Floats | None
     variance = np.maximum(variance, variance.mean())
     if loud is not None:
         apart = np.abs(gaps) > unit + VICTIM * np.sqrt(variance)
-        wide = np.concatenate([own, np.nan_to_num(loud, nan=-far)])
-        gaps = np.where(apart, stored - wide.mean(0), gaps)
-        variance = np.where(apart, np.maximum(variance, wide.var(0, ddof=1)), variance)
+        loud = np.nan_to_num(loud, nan=-far)
+        gaps = np.where(apart, stored - loud.mean(0), gaps)
+        variance = np.where(apart, np.maximum(variance, loud.var(0, ddof=1)), variance)
     if (np.abs(gaps) > unit + VICTIM * np.sqrt(variance)).any():
         return False
     error = float(np.sqrt(variance.mean() * (1 + 1 / len(own)) / len(stored)))
