@@ -117,7 +117,7 @@ def _computed(
     finished = {key: cell for key, cell in told.cells.items() if told.told[key]["status"] == "ok"}
     attacked = {key: cell for key, cell in finished.items() if isinstance(cell, AttackCell)}
     say("victims, rows and metrics")
-    apart = Apart() if possible() else None
+    apart = Apart(device=workshop.resources.device) if possible() else None
     data, more = stored.truths(store, attacked, workshop)
     found.add(*more, stored.complete(cells, rows))
     found.add(stored.scores(store, attacked, rows, data, workshop))
