@@ -361,8 +361,16 @@ FORGERIES: dict[str, dict[str, tuple[str, str, Forgery]]] = {
             in_facts("ig", "top-k", epsilon={"epsilon": 1.0, "delta": 1e-5, "accountant": "mine", "unit": "mine"}),
         ),
         "an accuracy where none is": ("facts", "test_accuracy", in_facts("ig", "noise", test_accuracy=1.0)),
-        "a cheap defense": ("seconds", "defense 'top-k'", cheap),
         "an attack that adapts": ("facts", "adaptive", in_facts("ig", "none", adaptive=True)),
+    },
+    "details": {
+        "a cheap defense": ("seconds", "defense 'top-k'", cheap),
+        "a model that knows more": ("facts", "model_accuracy", in_facts("ig", "none", model_accuracy=0.5)),
+        "a detail of the attack": (
+            "closed forms and controls",
+            "self check",
+            in_rows("""extras = '{"rank": 1, "self_check": 0.5}'""", "spear"),
+        ),
     },
 }
 """Kinds of cheating: which check refuses each, a word of the reason, and how it is done. Those of a group together."""
@@ -377,6 +385,13 @@ SAMPLED: dict[str, dict[str, tuple[str, str, Forgery]]] = {
         "a weaker attack": ("sample", "psnr", answer_with(lambda truth: 1 - truth)),
         "an attack in one step": ("sample", "iterations", in_rows("iterations = 1", "ig", "top-k")),
         "fewer bytes in training": ("sample", "bytes", in_facts("utility", "top-k", bytes=10.0)),
+    },
+    "rates": {
+        "a rate that did better": (
+            "sample",
+            "validation accuracy",
+            in_facts("utility", "noise", validation_accuracy={"0.3": 1.0}),
+        ),
     },
 }
 """Kinds of cheating that only running again shows."""

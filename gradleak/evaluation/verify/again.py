@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,12 @@ from ... import suite
 from ...board.codec import late_progress
 from ...board.schema import REFUSED
 from ...board.store import STATUSES, CellResult, ImageRow
-from ...suite import AttackCell, Cell, TrainingCell
+from ...suite import HELD_OUT, AttackCell, Cell, TrainingCell
 from .. import evaluate
 from ..apart import Apart
 from ..workshop import Workshop
 from .findings import Finding, Say, judged
-from .messages import OF_THE_ANSWER
+from .messages import IMAGES, OF_THE_ANSWER
 from .rounding import BYTES, LOSS, Floats, Shaken, decibels, unexplained
 
 CHEAP = 1.0
@@ -28,10 +30,10 @@ CLOSED = ("control", "analytic")
 """Families of attacks that are run again in every cell if they are cheap."""
 DECIBELS, LATE, STEPS = 0.01, 0.02, 0.01
 """Units of PSNR, of late progress, and of iterations and losses (relatively) within which rows are the same."""
+SHARE = 1e-4
+"""Unit of the details that an attack gives, beside that of losses: many are shares."""
 ROUNDINGS = 16
 """Roundings of a pixel that a stable attack may pass on to its answer."""
-IMAGES = 2
-"""Test images by which an accuracy may differ; measured: none."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,18 @@ class Reruns:
                 wrong = ", here ".join("/".join(sorted(each)) for each in ended)
             if wrong is not None:
                 yield f"{name.replace('_', ' ')}: {wrong}"
+        extras = [json.loads(text) for text in rows["extras"]]
+        for name in sorted({name for each in (*extras, *(row.extras for row in result.rows)) for name in each}):
+            read = partial(_number, name)
+            here = np.array([read(row.extras) for row in result.rows])
+            told = np.array([read(each) for each in extras])
+            unit = SHARE + STEPS * np.nan_to_num(np.abs(here))
+            if (wrong := unexplained(told, own(lambda row, read=read: read(row.extras)), unit)) is not None:  # type: ignore[misc]
+                yield f"{name.replace('_', ' ')}: {wrong}"
         for name in OF_THE_ANSWER[:1]:
-            told = self.bundle.told[key]["provenance"].get(name)
-            if told != result.provenance.get(name) and self.bundle.cells[key].engine.backend != "auto":  # type: ignore[attr-defined]
-                yield f"{name} {told!r}, {result.provenance.get(name)!r} here"
+            stored = self.bundle.told[key]["provenance"].get(name)
+            if stored != result.provenance.get(name) and self.bundle.cells[key].engine.backend != "auto":  # type: ignore[attr-defined]
+                yield f"{name} {stored!r}, {result.provenance.get(name)!r} here"
 
     def _trained(self, cell: TrainingCell, told: Mapping[str, Any], result: CellResult) -> str | None:
         here = suite.plain(result.provenance)
@@ -181,17 +191,29 @@ class Reruns:
         held = told.get("validation_accuracy")
         if not isinstance(held, Mapping) or held.keys() != here["validation_accuracy"].keys():
             return f"validation accuracy {held}, {here['validation_accuracy']} here"
-        unit = IMAGES / len(self.workshop.data(cell.dataset).split.test)
-        known: dict[int, Mapping[str, Any]] = {0: here}
+        split = self.workshop.data(cell.dataset).split
+        units = np.array([IMAGES / len(split.test)] + [IMAGES * HELD_OUT / len(split.train)] * len(held))
+        known: dict[int, Floats] = {0: _accuracies(here)}
 
         def own(number: int) -> Floats:
             if number not in known:
-                known[number] = self.run_anew(cell, Shaken(self.workshop.resources, number)).provenance
-            return np.array([known[number].get("test_accuracy")], dtype=float)
+                known[number] = _accuracies(self.run_anew(cell, Shaken(self.workshop.resources, number)).provenance)
+            return known[number] if len(known[number]) == len(units) else np.full(len(units), np.nan)
 
-        stored = np.array([told.get("test_accuracy") or 0.0])
-        wrong = unexplained(stored, own, unit)
-        return None if wrong is None else f"test accuracy: {wrong}"
+        for place, name in enumerate(
+            ["test accuracy", *(f"validation accuracy at rate {rate}" for rate in sorted(held))]
+        ):
+            at = slice(place, place + 1)
+            wrong = unexplained(_accuracies(told)[at], lambda number, at=at: own(number)[at], units[at])  # type: ignore[misc]
+            if wrong is not None:
+                return f"{name}: {wrong}"
+        return None
+
+
+def _accuracies(told: Mapping[str, Any]) -> Floats:
+    """Return the accuracies of a training: on the test split, and at each rate on images held out."""
+    held = told.get("validation_accuracy") or {}
+    return np.array([told.get("test_accuracy"), *(held[rate] for rate in sorted(held))], dtype=float)
 
 
 def _units(rows: Iterable[ImageRow], scale: Floats) -> dict[str, Floats | float]:
@@ -210,6 +232,12 @@ def _units(rows: Iterable[ImageRow], scale: Floats) -> dict[str, Floats | float]
         "iterations": 0.5 + STEPS * np.nan_to_num(here["iterations"]),
         "gradient_evaluations": 0.5 + STEPS * np.nan_to_num(here["gradient_evaluations"]),
     }
+
+
+def _number(name: str, extras: Mapping[str, Any]) -> float:
+    """Return a detail of a row; NaN where it has none, or one that is no number."""
+    value = extras.get(name)
+    return float(value) if isinstance(value, int | float) else np.nan
 
 
 def _reader(name: str) -> Callable[[ImageRow], float | None]:

@@ -41,12 +41,16 @@ MEASURED = ("client_seconds",)
 """Facts that no other machine repeats (`seconds`)."""
 CONTRAST = 1e-5
 """Rounding of a cosine distance between two updates."""
+OF_THE_MODEL = "model_accuracy"
+"""A fact that training may move by rounding."""
 OF_THE_ANSWER = ("backend", "backend_reason", "width")
 """Facts of the attack's run, known where a cell is run again."""
 TRAINED = ("test_accuracy", "validation_accuracy", "lr", "bytes", "dense_bytes")
 """Facts that only training again shows."""
-ROUNDED = {"bytes": BYTES, "model_accuracy": 0.02}
-"""How far facts may be off: relatively, and for an accuracy by so much."""
+ROUNDED = {"bytes": BYTES}
+"""How far facts may be off, relatively."""
+IMAGES = 2
+"""Test images by which an accuracy may differ; measured: none."""
 
 
 @dataclass
@@ -92,6 +96,10 @@ class Scene:
     def mean(self) -> Tensor:
         """The mean public image, [C, H, W]."""
         return self.stage.data.mean
+
+    def accuracy(self, number: int = 0) -> float:
+        """Return the accuracy of the agreed model of a twin."""
+        return self._of(number)[0].accuracy
 
     def heard(self, number: int = 0) -> list[Heard]:
         """Return the rounds of a twin; the first is the plain one."""
@@ -163,7 +171,9 @@ def check(
         scene = Scene(cell, workshop, apart)
         known = scene.stage.facts(None)
         here.seconds[key] = known.client_seconds or 0.0
-        found["facts"] += [f"{cell.title}: {wrong}" for wrong in facts(known, told[key])]
+        found["facts"] += [
+            f"{cell.title}: {wrong}" for wrong in (*facts(known, told[key]), *_accuracy(scene, told[key]))
+        ]
         lines = groups.get(key)
         if lines is None or len(lines) != cell.victims * cell.setting.batch_size:
             continue
@@ -185,7 +195,15 @@ def check(
 
 def facts(here: Provenance, told: Mapping[str, Any]) -> Iterator[str]:
     """Say which stored facts of a finished cell are not those of its messages."""
-    yield from _compared(told, suite.plain(here.stored()), (*MEASURED, *OF_THE_ANSWER))
+    yield from _compared(told, suite.plain(here.stored()), (*MEASURED, OF_THE_MODEL, *OF_THE_ANSWER))
+
+
+def _accuracy(scene: Scene, told: Mapping[str, Any]) -> Iterator[str]:
+    stored = np.array([told.get(OF_THE_MODEL, math.nan)], dtype=float)
+    unit = IMAGES / len(scene.stage.data.split.test)
+    wrong = unexplained(stored, lambda number: np.array([scene.accuracy(number)]), unit)
+    if wrong is not None:
+        yield f"{OF_THE_MODEL}: {wrong}"
 
 
 def facts_of_failed(cell: Cell, told: Mapping[str, Any]) -> Iterator[str]:
@@ -217,7 +235,7 @@ def _compared(told: Mapping[str, Any], known: Mapping[str, Any], unchecked: tupl
             continue
         stored, here = told.get(name, "absent"), known.get(name, "absent")
         if name in ROUNDED and isinstance(stored, int | float) and isinstance(here, int | float):
-            if abs(stored - here) <= ROUNDED[name] * (abs(here) if name == "bytes" else 1):
+            if abs(stored - here) <= ROUNDED[name] * abs(here):
                 continue
         elif stored == here:
             continue
