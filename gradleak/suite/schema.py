@@ -88,7 +88,9 @@ class Entry(_Strict):
     """One plugin of a grid: `name`, `{name: {options}}`, or the long form with `label` and `only`."""
 
     name: str
+    """As `gradleak list` has it; of defenses also several, joined by ` + `."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """What differs from the plugin's defaults; of joined defenses by the name of each."""
     label: Label = ""
     """What tables call it; by default the name with the options that were given."""
     only: dict[str, list[str]] = Field(default_factory=dict)
@@ -175,7 +177,9 @@ class Utility(_Strict):
     """Federated training that shows what accuracy each defense leaves, on every dataset and model of the suite."""
 
     clients: Positive = 10
+    """How many share the train split, in equal parts."""
     rounds: Positive = 100
+    """In each of them every client sends one message, and the server applies their mean."""
     batch_size: Annotated[int | Literal["setting"], BeforeValidator(_batch)] = "setting"
     """Images that a client takes in a round; `setting`: those and the local steps of each setting of the suite, so that
     the client that is attacked is the one whose accuracy is measured."""
@@ -184,10 +188,13 @@ class Utility(_Strict):
     local_steps: Positive = 1
     """Local steps of FedAvg; a FedSGD client (`local_lr` unset) takes one and sends its gradient."""
     local_batch_size: Positive | None = None
+    """Images in a local step; unset is the whole batch."""
     local_lr: Rate | None = None
+    """Rate of the local steps; set, clients send their weight difference (FedAvg)."""
     trainable: Literal["all", "head"] | tuple[str, ...] = "all"
     """What the clients train and send; see `gradleak.threat.Setting`."""
     local_order: Literal["fixed", "shuffled"] = "fixed"
+    """How each pass over the batch goes: in its own order, or in one that the client draws."""
     client: Any = None
     """Loss and optimiser of the clients: a name, or `{name: {options}}`."""
     seeds: Seeds | None = None
@@ -281,8 +288,11 @@ class Suite(_Strict):
     """A grid: every attack against every defense on every model, dataset, setting and seed."""
 
     name: Annotated[Label, MinLen(1), AfterValidator(_no_path)]
+    """What its results are known by; with `version` it names the suite that a bundle is verified against."""
     version: Whole = 1
+    """Raise it when the grid changes."""
     description: str = ""
+    """A sentence or two that head the report."""
     victims: Annotated[int, Ge(1), BeforeValidator(count)] = 16
     """Victims (client batches) of every cell, the first of the dataset's frozen list."""
     tuning: StrictBool = False
@@ -292,8 +302,11 @@ class Suite(_Strict):
     candidates: Annotated[int, Ge(2), BeforeValidator(count)] = 100
     """Images among which re-identification must find the true one."""
     knowledge: Annotated[list[str], MinLen(1)] = ["oblivious", "public"]
+    """What attacks know of the defense: some of oblivious, parameters, public, oracle. Each attack runs once at each."""
     engine: Engine = Engine()
+    """How attacks compute; see below."""
     prior: Prior = Prior()
+    """The generator that settings may grant; see below."""
     utility: Utility | None = None
     """Unset, no model is trained under the defenses."""
     controls: Literal["all", "listed"] = "all"
@@ -301,10 +314,15 @@ class Suite(_Strict):
     it reads no message; but for those that attack another victim, which have to be listed. `listed`: those that the
     suite lists, where it wants them; for tables of papers, which have rows of their own."""
     datasets: Plugins
+    """Whose images are attacked."""
     models: Plugins
+    """What clients train."""
     settings: Annotated[list[Annotated[dict[str, Any], AfterValidator(_grants_no_defense)]], MinLen(1)] = [{}]
+    """How clients train, and what attackers are told; see below."""
     attacks: Plugins
+    """Attacks and ensembles, such as `auto-v2`: every attack that applies."""
     defenses: Plugins
+    """What clients do about it; `none` is the training as it is."""
     reported: list[dict[str, Any]] = []
     """Published numbers to stand beside these (see `gradleak.report.reproduction`); no part of any cell."""
 
