@@ -1,7 +1,8 @@
 """What documents tell to type, read and run: their fenced blocks, and the marks above them.
 
-A block is run unless a comment above it says why it cannot be: `<!-- not run: needs a GPU -->`. One that would take too long
-is run with what a comment states: `<!-- run with: --budget 10s instead of --budget 10m; victims: 1 instead of victims: 16 -->`.
+A block is run unless a comment above it says why it cannot be: `<!-- not run: needs a GPU -->`. Of one that would take
+too long less is run, as a comment states: `<!-- run with: --budget 10s instead of --budget 10m; victims: 1 instead of
+victims: 16 -->`, on one line.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     """Return the fenced blocks of a page, in order."""
-    text, name = page.read_text(encoding="utf-8"), str(page.relative_to(ROOT)) if page.is_relative_to(ROOT) else page.name
+    text, name = (
+        page.read_text(encoding="utf-8"),
+        str(page.relative_to(ROOT)) if page.is_relative_to(ROOT) else page.name,
+    )
     found = [Block(name, each["kind"], each["text"], each["mark"] or "") for each in _FENCE.finditer(text)]
     assert 2 * len(found) == len(re.findall("^ *```", text, re.MULTILINE)), f"{name}: a block has no kind, or no end"
     return found
@@ -100,7 +104,9 @@ def run(page: Path, place: Path) -> list[str]:
         elif block.kind == "python":
             exec(compile(block.reduced, block.page, "exec"), names)
         else:
-            assert block.kind in ("sh", "console"), f"{block.page}: blocks of {block.kind} need a file's name, or a mark"
+            assert block.kind in ("sh", "console"), (
+                f"{block.page}: blocks of {block.kind} need a file's name, or a mark"
+            )
             for words in commands(block.reduced):
                 _run(words, place, block.page)
                 done.append(" ".join(words))

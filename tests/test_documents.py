@@ -1,4 +1,4 @@
-"""Everything that documents tell to type is typed here, in order, on real files; `make test-docs` types the long ones too."""
+"""What documents tell to type is typed here, in order, on real files; by `make test-docs` the long ones too."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from gradleak import registry
 from gradleak.cli.main import main
 from gradleak.dataset import Data
-
 from tests.documents import NAMES, PAGES, ROOT, blocks, run
 
-NOT_RUN = Counter({"README.md": 2, "docs/cluster.md": 2, "docs/lpips.md": 2, "docs/tuning.md": 1, "docs/tutorial.md": 1})
+NOT_RUN = Counter(
+    {"README.md": 2, "docs/cluster.md": 2, "docs/lpips.md": 2, "docs/tuning.md": 1, "docs/tutorial.md": 1}
+)
 """How many blocks of a page cannot be run: a device, a cluster, the package index, the home folder."""
 LONG: set[str] = set()
 """Pages that take more than about 20 seconds."""

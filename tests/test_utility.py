@@ -279,7 +279,10 @@ def test_the_client_that_trains_is_the_one_that_is_attacked(tmp_path: Path) -> N
         ({"lr": [0.1, -1]}, "utility.lr[1]: input should be greater than 0, found -1"),
         ({"epochs": 3}, "utility: unknown key 'epochs'"),
         ({"batch_size": 16, "local_steps": 2}, "utility: local_steps and local_batch_size need local_lr"),
-        ({"local_steps": 2}, "utility: local_steps: is the setting's, as batch_size is; give batch_size a number"),
+        (
+            {"local_steps": 2},
+            "utility: local_steps: comes from the setting, as batch_size does; to state it, give batch_size a number",
+        ),
         ({"batch_size": "all"}, "utility.batch_size: input should be a number of images (1 or more), or setting"),
     ],
 )

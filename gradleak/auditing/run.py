@@ -84,6 +84,7 @@ class _Auditor:
             ran += self._attacked(able, share * self.clock.budget, ran, floor, skipped)
         findings = [report.finding(each, floor) for each in ran]
         worst, verdict = report.strongest(findings), report.verdict_of(findings)
+        malicious = self._malicious(floor, skipped)
         tried: list[Remedy] = []
         if verdict == report.LEAKS and worst is not None:
             tried = self._remedies(wanted, ran, findings, floor, skipped)
@@ -95,6 +96,8 @@ class _Auditor:
             training=self._described(),
             worst=worst,
             findings=tuple(findings),
+            malicious=malicious,
+            advice=report.advice(findings, 1 / _SEARCH),
             floor=sum(floor.values()) / len(floor) if floor else math.nan,
             exposed=tuple(self._exposed(ran[findings.index(worst)])) if worst is not None else (),
             remedies=tuple(tried),
@@ -110,6 +113,22 @@ class _Auditor:
             self._keep(self.bench.run(self.bench.cell(ATTACKERS[0], each, self.defense), self.clock.budget / 10))
             for each in plan.controls()
         ]
+
+    def _malicious(self, floor: dict[tuple[int, int], float], skipped: list[str]) -> Finding | None:
+        """Let the server put a block into the model that holds images apart: a closed form reads them."""
+        cell = self.bench.cell(plan.MALICIOUS, ("imprint-readout", "imprint-readout", {}), self.defense)
+        if self.clock.left <= 0:
+            skipped.append(f"{plan.MALICIOUS.name}: no time was left")
+            return None
+        self.tell(plan.MALICIOUS.name, self.clock.left)
+        try:
+            found = report.finding(self._keep(self.bench.run(cell, self.clock.left / 2)), floor)
+        except GradleakError as error:
+            skipped.append(f"{plan.MALICIOUS.name}: {plan.refused(error)}")
+            return None
+        if found.error:
+            skipped.append(f"{plan.MALICIOUS.name}: {found.error}")
+        return None if found.error else found
 
     def _attacked(
         self,

@@ -75,10 +75,12 @@ def attack(
     """
     from .. import registry, sources
     from ..captured import attack as run
+    from ..process import keep_memory
     from ..suite import build_defense
     from ..threat import Observation
     from ..update import LocalTraining
 
+    keep_memory()
     limit, size = values.seconds(budget, "--budget"), values.shape(shape)
     name, own = values.plugin(optimiser, "--optimiser")
     given = values.options(options or [])

@@ -91,7 +91,9 @@ def audit(
     """
     from .. import sources
     from ..auditing import audit as run
+    from ..process import keep_memory
 
+    keep_memory()
     limit = values.seconds(budget, "--budget")
     normalise = _normalise(mean, std)
     module = sources.network(model, weights, values.options(model_options or [], "--model-options"))

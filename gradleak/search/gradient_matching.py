@@ -186,7 +186,7 @@ class GradientMatching(Attack):
         """Say why labels cannot be inferred where they must be, or what the model lacks for an option."""
         infers = self.needs.labels is Labels.INFERRED and rank(setting.grants.labels) < rank(Labels.COUNTS)
         if infers and not setting.trains.shows_labels:
-            return "label inference reads the gradient of a cross-entropy; labels must be granted (grants: labels)"
+            return f"label inference reads the gradient of a cross-entropy; {label_rules.GRANT_LABELS}"
         if not (infers or self.features):
             return None
         head = structure.of(module).head

@@ -17,6 +17,7 @@ from pydantic import (
     StrictBool,
     ValidationError,
     model_serializer,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -24,6 +25,7 @@ from .. import registry
 from ..errors import GradleakError, unknown
 from ..options import check, count, finite, whole
 from ..paths import RelativeFile
+from ..renamed import Renamed, current
 
 if TYPE_CHECKING:
     from ..knowledge import Conduct
@@ -48,6 +50,13 @@ AXES = ("datasets", "models", "settings", "defenses")
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    renamed: ClassVar[Mapping[str, Renamed]] = {}
+    """Old names of keys that are still taken."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _under_new_names(cls, given: Any) -> Any:
+        return current(given, cls.renamed, cls.__name__.lower()) if isinstance(given, Mapping) else given
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Self:
@@ -241,7 +250,9 @@ class Utility(_Strict):
         for key in self._CLIENT[1:]:
             if getattr(self, key) != type(self).model_fields[key].default:
                 place = f"{where}: " if where else ""
-                raise GradleakError(f"{place}{key}: is the setting's, as batch_size is; give batch_size a number")
+                raise GradleakError(
+                    f"{place}{key}: comes from the setting, as batch_size does; to state it, give batch_size a number"
+                )
         known = {key: getattr(setting, key) for key in self._CLIENT}
         client = setting.client
         known["client"] = {"name": client.name, "options": dict(client.options)} if client.name else None
@@ -302,7 +313,7 @@ class Suite(_Strict):
     candidates: Annotated[int, Ge(2), BeforeValidator(count)] = 100
     """Images among which re-identification must find the true one."""
     knowledge: Annotated[list[str], MinLen(1)] = ["oblivious", "public"]
-    """What attacks know of the defense: some of oblivious, parameters, public, oracle. Each attack runs once at each."""
+    """What attacks know of the defense: some of oblivious, parameters, public and oracle; each attack runs at each."""
     engine: Engine = Engine()
     """How attacks compute; see below."""
     prior: Prior = Prior()
