@@ -33,8 +33,10 @@ defense."""
 _ANALYTIC = "analytic"
 _WIDEST = 32
 """Trials that are searched together at most."""
-_MEASURED = 9
+_MEASURED = 19
 """Iterations, after the first, over which the time of one is measured."""
+LONGER = " (longer)"
+"""What is added to the label of a search that is run again with the time that was left."""
 
 
 @dataclass(frozen=True)
@@ -202,14 +204,17 @@ class Bench:
                 found[cell.key] = notes.get((cell.setting.name, cell.attack.label), "cannot run")
         return found
 
-    def run(self, cell: AttackCell, seconds: float) -> Ran:
-        """Run one attack for about so many seconds; searches get as many iterations as fit."""
+    def run(self, cell: AttackCell, seconds: float, before: Ran | None = None) -> Ran:
+        """Run one attack for about so many seconds; searches get as many iterations as fit.
+
+        Of a search that ran before, the time of an iteration is known.
+        """
         plugin, given, usual, needed = cell.built_attack, None, None, math.nan
         # A wider chunk would be filled up with copies, and computed whole.
         width = min(_WIDEST, self.victims)
         cell = replace(cell, engine=Engine(width=width, timeout=max(1.0, 1.5 * seconds)))
         if isinstance(plugin, GradientMatching):
-            given, needed = self._fitting(cell, seconds)
+            given, needed = self._fitting(cell, seconds) if before is None else _fitting_again(before, seconds)
             cell, usual = _with_iterations(cell, given), plugin.iterations
         result = evaluate(cell, self.workshop)
         return Ran(cell.attack.label, cell.setting.name, cell.defense.label, result, cell, given, usual, needed)
@@ -219,19 +224,27 @@ class Bench:
         plugin = cell.built_attack
         assert isinstance(plugin, GradientMatching)
         begun = time.monotonic()
+        alone = replace(cell, victims=1, engine=cell.engine.model_copy(update={"width": 1}))
 
         def spent(iterations: int) -> float:
             started = time.monotonic()
-            evaluate(_with_iterations(cell, iterations), self.workshop)
+            evaluate(_with_iterations(alone, iterations), self.workshop)
             return time.monotonic() - started
 
-        spent(1)  # What a network's structure costs is found once.
+        spent(1)  # What is found out about a network is found out once.
         once = spent(1)
-        if 2 * once > seconds - (time.monotonic() - begun):
+        if once * (self.victims + 1) > seconds - (time.monotonic() - begun):
             return SHORTEST, math.nan
-        each = max((spent(1 + _MEASURED) - once) / _MEASURED, once / 1000, 1e-4)
-        left = 0.9 * (seconds - (time.monotonic() - begun)) - once
-        return max(SHORTEST, min(plugin.iterations, int(left / each))), once + each * plugin.iterations
+        each = max((spent(1 + _MEASURED) - once) / _MEASURED, once / 1000, 1e-4) * self.victims
+        left = 0.9 * (seconds - (time.monotonic() - begun)) - once * self.victims
+        return max(SHORTEST, min(plugin.iterations, int(left / each))), each * plugin.iterations
+
+
+def _fitting_again(before: Ran, seconds: float) -> tuple[int, float]:
+    """Return as `Bench._fitting`, of a search whose time was measured."""
+    assert before.usual is not None
+    each = before.needed / before.usual
+    return max(SHORTEST, min(before.usual, int(0.9 * seconds / each))), before.needed
 
 
 def _with_iterations(cell: AttackCell, iterations: int) -> AttackCell:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import registry
@@ -82,9 +82,11 @@ class _Auditor:
             ]
             share = 1 - _REMEDIES if attacker is ATTACKERS[-1] else (1 - _REMEDIES) * 0.6
             ran += self._attacked(able, share * self.clock.budget, ran, floor, skipped)
+        malicious = self._malicious(floor, skipped)
+        if report.verdict_of([report.finding(each, floor) for each in ran]) == report.UNSURE:
+            ran += self._longer(ran)
         findings = [report.finding(each, floor) for each in ran]
         worst, verdict = report.strongest(findings), report.verdict_of(findings)
-        malicious = self._malicious(floor, skipped)
         tried: list[Remedy] = []
         if verdict == report.LEAKS and worst is not None:
             tried = self._remedies(wanted, ran, findings, floor, skipped)
@@ -97,7 +99,7 @@ class _Auditor:
             worst=worst,
             findings=tuple(findings),
             malicious=malicious,
-            advice=report.advice(findings, 1 / _SEARCH),
+            advice=report.advice(findings, 1 / _REMEDIES),
             floor=sum(floor.values()) / len(floor) if floor else math.nan,
             exposed=tuple(self._exposed(ran[findings.index(worst)])) if worst is not None else (),
             remedies=tuple(tried),
@@ -113,6 +115,24 @@ class _Auditor:
             self._keep(self.bench.run(self.bench.cell(ATTACKERS[0], each, self.defense), self.clock.budget / 10))
             for each in plan.controls()
         ]
+
+    def _longer(self, ran: Sequence[Ran]) -> list[Ran]:
+        """Run the search that came farthest again, with the time that is not needed for defenses."""
+        short = [each for each in ran if each.usual is not None and math.isfinite(each.needed)]
+        short = [each for each in short if (each.iterations or 0) < (each.usual or 0)]
+        if not short:
+            return []
+        best = max(short, key=lambda each: (each.iterations or 0) / (each.usual or 1))
+        seconds = 0.9 * self.clock.left
+        if best.needed / (best.usual or 1) * 2 * (best.iterations or 0) > seconds:
+            return []
+        self.tell(f"{best.attacker}, {best.attack}{plan.LONGER}", self.clock.left)
+        part = replace(
+            best.cell.attack,
+            label=f"{best.attack}{plan.LONGER}",
+            options={**best.cell.attack.options, "iterations": best.usual},
+        )
+        return [self._keep(self.bench.run(replace(best.cell, attack=part), seconds, best))]
 
     def _malicious(self, floor: dict[tuple[int, int], float], skipped: list[str]) -> Finding | None:
         """Let the server put a block into the model that holds images apart: a closed form reads them."""
