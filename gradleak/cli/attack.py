@@ -12,6 +12,7 @@ import typer
 
 from ..errors import GradleakError, unknown
 from ..paths import printable, written_whole
+from ..process import keep_memory
 from . import shared, values
 
 if TYPE_CHECKING:
@@ -75,7 +76,6 @@ def attack(
     """
     from .. import registry, sources
     from ..captured import attack as run
-    from ..process import keep_memory
     from ..suite import build_defense
     from ..threat import Observation
     from ..update import LocalTraining

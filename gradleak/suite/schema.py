@@ -26,6 +26,7 @@ from ..errors import GradleakError, unknown
 from ..options import check, count, finite, whole
 from ..paths import RelativeFile
 from ..renamed import Renamed, current
+from . import single
 
 if TYPE_CHECKING:
     from ..knowledge import Conduct
@@ -71,21 +72,9 @@ class _Strict(BaseModel):
             raise GradleakError(f"cell: {first_mistake(error)}") from error
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise PydanticCustomError("printable", "Input should be one line without control characters")
-    return text
-
-
-def _no_path(name: str) -> str:
-    if "/" in name or "\\" in name:
-        raise PydanticCustomError("name", "Input should be a name, without / and \\")
-    return name
-
-
 LONGEST = 120
 """Characters of a name."""
-Label = Annotated[str, MaxLen(LONGEST), AfterValidator(_printable)]
+Label = Annotated[str, MaxLen(LONGEST), AfterValidator(single.printable)]
 """What tables, pages and progress lines print."""
 Whole = Annotated[int, BeforeValidator(whole)]
 Positive = Annotated[int, Ge(1), BeforeValidator(whole)]
@@ -122,24 +111,12 @@ class Counter(Entry):
     """Labels of these defenses."""
 
 
-def _width(value: Any) -> Any:
-    if value != "auto" and not (type(value) is int and 1 <= value < 2**63):
-        raise ValueError("a number of trials (1 or more), or auto")
-    return value
-
-
-def _batch(value: Any) -> Any:
-    if value != "setting" and not (type(value) is int and 1 <= value < 2**63):
-        raise PydanticCustomError("batch", "Input should be a number of images (1 or more), or setting")
-    return value
-
-
 class Engine(_Strict):
     """How attacks compute; part of the key, because it can change the last digits."""
 
     backend: str = "layerwise"
     """`auto` times the backends once on each machine: the last digits may differ between machines."""
-    width: Annotated[int | Literal["auto"], BeforeValidator(_width)] = 32
+    width: Annotated[int | Literal["auto"], BeforeValidator(single.width)] = 32
     """Trials optimised together, at most; `auto`: as many as memory is measured to hold, so the last digits may differ
     between machines."""
     compile: StrictBool = False
@@ -153,20 +130,7 @@ class Engine(_Strict):
         return {key: value for key, value in plain(self).items() if key != "compile" or value}
 
 
-def _entry(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"name": value}
-    if isinstance(value, dict) and len(value) == 1 and "name" not in value:
-        name, options = next(iter(value.items()))
-        return {"name": name, "options": {} if options is None else options}
-    return value
-
-
-def _several(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-Plugin = Annotated[Entry, BeforeValidator(_entry)]
+Plugin = Annotated[Entry, BeforeValidator(single.entry)]
 
 
 class Prior(_Strict):
@@ -189,10 +153,10 @@ class Utility(_Strict):
     """How many share the train split, in equal parts."""
     rounds: Positive = 100
     """In each of them every client sends one message, and the server applies their mean."""
-    batch_size: Annotated[int | Literal["setting"], BeforeValidator(_batch)] = "setting"
+    batch_size: Annotated[int | Literal["setting"], BeforeValidator(single.batch)] = "setting"
     """Images that a client takes in a round; `setting`: those and the local steps of each setting of the suite, so that
     the client that is attacked is the one whose accuracy is measured."""
-    lr: Annotated[list[Rate], MinLen(1), BeforeValidator(_several)] = [0.1, 0.3, 1.0]
+    lr: Annotated[list[Rate], MinLen(1), BeforeValidator(single.several)] = [0.1, 0.3, 1.0]
     """Rates of the server to choose from, on images held out."""
     local_steps: Positive = 1
     """Local steps of FedAvg; a FedSGD client (`local_lr` unset) takes one and sends its gradient."""
@@ -298,7 +262,7 @@ def _grants_no_defense(values: dict[str, Any]) -> dict[str, Any]:
 class Suite(_Strict):
     """A grid: every attack against every defense on every model, dataset, setting and seed."""
 
-    name: Annotated[Label, MinLen(1), AfterValidator(_no_path)]
+    name: Annotated[Label, MinLen(1), AfterValidator(single.no_path)]
     """What its results are known by; with `version` it names the suite that a bundle is verified against."""
     version: Whole = 1
     """Raise it when the grid changes."""
@@ -463,7 +427,7 @@ def tampering(given: Any, where: str = "") -> Tampering:
     if not isinstance(given, str | Mapping):
         raise GradleakError(f"{place}: expected a name, or a name with options, found {_short(given)}")
     try:
-        entry = Entry.model_validate(_entry(given))
+        entry = Entry.model_validate(single.entry(given))
     except ValidationError as error:
         raise GradleakError(f"{place}: {first_mistake(error)}") from error
     server = registry.build("servers", entry.name, entry.options, place)
