@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import gradleak
 from gradleak import Audit, GradleakError, registry
-from gradleak.auditing import inputs
+from gradleak.auditing import Request, inputs, plan
 from gradleak.auditing.report import HOLDS, LEAKS, UNSURE, Finding, advice, interval, recovered, verdict_of
+from gradleak.auditing.run import _Auditor
 from gradleak.board.store import Store, victim_list
 from gradleak.cli.main import main
 from gradleak.dataset import Data
@@ -219,3 +220,20 @@ def test_data_that_does_not_fit_is_refused(own: tuple[Tensor, Tensor]) -> None:
         gradleak.audit(nn.Sequential(nn.Flatten(), nn.Linear(9, 10)), own, budget=5)
     with pytest.raises(GradleakError, match="can be attacked"):
         gradleak.audit(net(), own, batch_size=40, budget=5)
+
+
+def test_time_that_is_left_goes_into_the_search_that_came_farthest(own: tuple[Tensor, Tensor]) -> None:
+    bench = Request(net(), own, victims=2).bench()
+    searches = [each for each in plan.attacks() if each[0] in ("inverting-gradients", "linear-leakage")]
+    closed, short = (bench.run(bench.cell(plan.ATTACKERS[0], each, ("none", {})), 0.01) for each in searches)
+    assert short.iterations == plan.SHORTEST and short.reached < 1 and closed.reached == 1
+
+    def left(seconds: float, *ran: plan.Ran) -> list[plan.Ran]:
+        return _Auditor(bench, ("none", {}), plan.Clock(seconds), None, lambda what, left: None)._longer(ran)
+
+    (longer,) = left(8.0, closed, short)
+    assert longer.attack == "inverting-gradients (longer)" and longer.iterations is not None
+    assert longer.iterations > 2 * plan.SHORTEST and longer.usual == short.usual
+    assert longer.result.rows[0].loss is not None and short.result.rows[0].loss is not None
+    assert longer.result.rows[0].loss < short.result.rows[0].loss
+    assert not left(1e-3, short) and not left(8.0, closed), "no time, or nothing to go on with"

@@ -217,7 +217,7 @@ def test_a_fixed_policy_is_part_of_the_model() -> None:
 def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(GradleakError, match="10 clients of dataset 'digits' have 107 images each, fewer than a batch"):
         _train(recipe={"batch_size": 108})
-    with pytest.raises(GradleakError, match="Diff2 stands for one round"):
+    with pytest.raises(GradleakError, match="Diff2 stands for a single round"):
         _train(build_defense("diff2", {}))
 
 

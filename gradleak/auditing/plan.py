@@ -141,6 +141,18 @@ class Ran:
     needed: float = math.nan
     """Seconds that these would have taken; NaN where that was not measured."""
 
+    @property
+    def reached(self) -> float:
+        """Share of the usual iterations that it was given; 1 of what does not iterate."""
+        return 1.0 if self.iterations is None or self.usual is None else self.iterations / self.usual
+
+    @property
+    def iteration(self) -> float:
+        """Seconds of an iteration, or where that was not measured a bound; NaN of what does not iterate."""
+        if self.iterations is None or self.usual is None:
+            return math.nan
+        return self.needed / self.usual if math.isfinite(self.needed) else self.result.seconds / self.iterations
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -243,8 +255,7 @@ class Bench:
 def _fitting_again(before: Ran, seconds: float) -> tuple[int, float]:
     """Return as `Bench._fitting`, of a search whose time was measured."""
     assert before.usual is not None
-    each = before.needed / before.usual
-    return max(SHORTEST, min(before.usual, int(0.9 * seconds / each))), before.needed
+    return max(SHORTEST, min(before.usual, int(0.9 * seconds / before.iteration))), before.needed
 
 
 def _with_iterations(cell: AttackCell, iterations: int) -> AttackCell:

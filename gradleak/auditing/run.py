@@ -118,13 +118,11 @@ class _Auditor:
 
     def _longer(self, ran: Sequence[Ran]) -> list[Ran]:
         """Run the search that came farthest again, with the time that is not needed for defenses."""
-        short = [each for each in ran if each.usual is not None and math.isfinite(each.needed)]
-        short = [each for each in short if (each.iterations or 0) < (each.usual or 0)]
+        short = [each for each in ran if each.reached < 1 and not each.result.error]
         if not short:
             return []
-        best = max(short, key=lambda each: (each.iterations or 0) / (each.usual or 1))
-        seconds = 0.9 * self.clock.left
-        if best.needed / (best.usual or 1) * 2 * (best.iterations or 0) > seconds:
+        best, seconds = max(short, key=lambda each: each.reached), 0.9 * self.clock.left
+        if not 2 * best.iteration * (best.iterations or 0) < seconds:
             return []
         self.tell(f"{best.attacker}, {best.attack}{plan.LONGER}", self.clock.left)
         part = replace(
