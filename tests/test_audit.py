@@ -17,7 +17,7 @@ import gradleak
 from gradleak import Audit, GradleakError, registry
 from gradleak.auditing import Request, inputs, plan
 from gradleak.auditing.report import HOLDS, LEAKS, UNSURE, Finding, advice, interval, recovered, verdict_of
-from gradleak.auditing.run import _Auditor
+from gradleak.auditing.run import _Auditor, _once
 from gradleak.board.store import Store, victim_list
 from gradleak.cli.main import main
 from gradleak.dataset import Data
@@ -113,6 +113,8 @@ def test_the_budget_is_kept(undefended: tuple[Audit, Path], defended: tuple[Audi
     # Twice and a bit: what a busy machine makes of the last attack's last iterations.
     assert undefended[0].seconds < 60 and defended[0].seconds < 60
     assert any("come back already" in each for each in undefended[0].not_run)
+    assert "april: needs a transformer on patches with learned positions (vit), both trained" in undefended[0].not_run
+    assert "informed server, lti: no time was left" in _once(["informed server, lti: no time was left"])
 
 
 def finding(share: float, fits: float) -> Finding:

@@ -184,7 +184,8 @@ class Audit:
         yield f'<p class="verdict {self.verdict}">{escape(first)}</p>'
         yield listed(rest)
         if self.exposed:
-            yield "<h2>Most exposed images</h2>"
+            back = self.worst is not None and self.worst.share > 0
+            yield f"<h2>{'Most exposed images' if back else 'Nearest answers, none of them recovered'}</h2>"
             for each in self.exposed:
                 pair = tag(each.truth, "truth") + tag(each.reconstruction, "reconstruction")
                 caption = f"truth, reconstruction: {each.psnr:.1f} dB, label {each.label}"

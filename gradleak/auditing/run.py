@@ -103,7 +103,7 @@ class _Auditor:
             floor=sum(floor.values()) / len(floor) if floor else math.nan,
             exposed=tuple(self._exposed(ran[findings.index(worst)])) if worst is not None else (),
             remedies=tuple(tried),
-            not_run=tuple(dict.fromkeys(skipped)),
+            not_run=tuple(_once(skipped)),
             trained=_measured(self.bench) if tried else "",
             seconds=self.clock.spent,
             store="" if self.store is None else str(self.store.path),
@@ -298,6 +298,17 @@ class _Auditor:
 def _everything(found: Finding) -> bool:
     """Whether no attack could do better."""
     return found.share == 1 and found.psnr >= _PERFECT
+
+
+def _once(skipped: Sequence[str]) -> list[str]:
+    """Return what was not run, without the attacker where it holds for every one of them."""
+    names = [f"{each.name}, " for each in ATTACKERS]
+
+    def of_all(line: str) -> str:
+        rest = next((line.removeprefix(name) for name in names if line.startswith(name)), line)
+        return rest if all(f"{name}{rest}" in skipped for name in names) else line
+
+    return list(dict.fromkeys(map(of_all, skipped)))
 
 
 def _second_order(plugin: Any) -> bool:
