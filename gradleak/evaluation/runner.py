@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from .. import registry, suite
 from .. import secret as secrets
-from ..board import left_out
+from ..board import finished, left_out
 from ..board.claims import Claims
 from ..board.store import CellResult, Store, is_blank, victim_list
 from ..errors import GradleakError
@@ -26,6 +26,7 @@ from ..suite import AttackCell, Cell, LeftOut
 from . import check, renewal
 from .display import Display
 from .executors import Executor, Pending, Report
+from .summary import Summary
 from .workshop import Resources, Workshop
 
 log = logging.getLogger(__name__)
@@ -49,25 +50,6 @@ class Plan:
         """Return the cells to run."""
         done = ("ok",) if retry_failed else ("ok", "failed")
         return [cell for cell in self.cells if self.statuses.get(cell.key) not in done]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended."""
-
-    cells: int
-    """Cells of the suite."""
-    ran: int
-    """Cells computed by this run."""
-    stored: int
-    """Cells of the suite that are in the store now, failed ones included."""
-    failed: dict[str, str]
-    """Errors of the suite's failed cells that are in the store, by their titles."""
-    seconds: float
-    interrupted: int = 0
-    """Number of the signal that ended it early (2 for Ctrl-C), 0 for none."""
-    pending: dict[str, str] = field(default_factory=dict)
-    """Why cells could not be computed by this run, by their titles; nothing is wrong with them."""
 
 
 def plan(
@@ -133,11 +115,12 @@ def run(
     retry_failed: bool = False,
     console: Console | None = None,
     secret: Secret | None = None,
+    watch: finished.Watch | None = None,
 ) -> Summary:
     """Run the cells of a suite that the store lacks; the store is made if it is not there.
 
-    Every cell is committed as it finishes. Ctrl-C stops the workers and returns a summary that says so; so do SIGTERM
-    and SIGHUP. Several runs on one store share its cells (`gradleak.board.claims`).
+    Every cell is committed as it finishes. Ctrl-C, SIGTERM and SIGHUP stop the workers and return a summary that says
+    so. Several runs on one store share its cells (`gradleak.board.claims`).
 
     Args:
         path: the suite.
@@ -149,6 +132,7 @@ def run(
         console: where progress is shown; standard error by default.
         secret: what private randomness is drawn from; by default the store's, and of a new store a new one. With the
             secret of another store the same suite gives its table again.
+        watch: from before anything was imported; remembered if the store is complete (`gradleak.board.finished`).
 
     Raises:
         GradleakError: as `plan`, or the store cannot be written.
@@ -163,9 +147,7 @@ def run(
     ran, ended, pending = 0, 0, dict[str, str]()
     with Store(store, create=True) as target:
         try:
-            target.rename({cell.key: cell.stored() for cell in found.cells})
-            left_out.note(target, found.left_out, {cell.place for cell in suite.attacking(found.cells)})
-            _write_victims(target, found.cells, workshop)
+            _note(target, found, workshop)
             with Display(console or Console(stderr=True), len(found.cells), waiting) as display, _endable():
                 for result in _results(target, waiting, executor, resources, plugins, retry_failed, display.progress):
                     if isinstance(result, Pending):
@@ -177,12 +159,28 @@ def run(
                     display.finished(result)
         except KeyboardInterrupt as error:
             ended = error.number if isinstance(error, _Ended) else signal.SIGINT
-        lost = {key: error for key, error in target.failed().items() if key in titles}
-        stored = len(titles.keys() & target.statuses().keys())
+        failed = {titles[key]: error for key, error in target.failed().items() if key in titles}
+        there = target.statuses()
+        stored = len(titles.keys() & there.keys())
         if waiting:
             target.confirm()
-    failed = {titles[key]: error for key, error in lost.items()}
+    _remember(watch, path, store, resources, {key: there.get(key) for key in titles})
     return Summary(len(titles), ran, stored, failed, time.monotonic() - started, int(ended), pending)
+
+
+def _note(store: Store, plan: Plan, workshop: Workshop) -> None:
+    """Keep what a plan says of its cells: labels, victims, what it leaves out."""
+    store.rename({cell.key: cell.stored() for cell in plan.cells})
+    left_out.note(store, plan.left_out, {cell.place for cell in suite.attacking(plan.cells)})
+    _write_victims(store, plan.cells, workshop)
+
+
+def _remember(
+    watch: finished.Watch | None, path: Path, store: Path, resources: Resources, statuses: Mapping[str, str | None]
+) -> None:
+    """Remember that a store has all cells of a suite, if it does."""
+    if watch is not None and statuses and set(statuses.values()) == {"ok"}:
+        finished.remember(store, watch, finished.watch(path, resources.data_root), statuses)
 
 
 def _results(
