@@ -221,6 +221,11 @@ def folder_of(group: str, name: str) -> Path | None:
     return None if path is None else path.absolute().parent
 
 
+def file_of(group: str, name: str) -> Path | None:
+    """Return the file of a plugin that comes with gradleak; None for every other."""
+    return None if (group, name) in _files else _built_in(group, name)
+
+
 def added_files() -> list[Path]:
     """Return every plugin file that `add_file` added."""
     return [path.absolute() for path in _files.values()]

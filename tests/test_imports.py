@@ -33,7 +33,7 @@ LAYERS = [
         "board.statistics",
     },
     {"registry", "structure"},
-    {"installation"},
+    {"declared", "installation"},
     {"dataset", "datasets", "model", "models", "sources"},
     {"client", "clients"},
     {"update"},
