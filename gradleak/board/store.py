@@ -132,6 +132,10 @@ class Store:
         """Return the status (ok, failed) of every cell by its key."""
         return dict(self.query("SELECT key, status FROM cells"))
 
+    def seconds(self) -> dict[str, float]:
+        """Return what every finished cell took, by its key."""
+        return dict(self.query("SELECT key, seconds FROM cells WHERE status = 'ok'"))
+
     def images(self) -> int:
         """Return how many true images have a row."""
         return int(self.query("SELECT count(*) FROM rows")[0][0])

@@ -145,6 +145,8 @@ def _conclude(summary: Summary, target: Path) -> None:
 
 
 def _print_plan(plan: Any) -> None:
+    from ..evaluation.pace import in_words
+
     for cell in plan.cells:
         print(printable(f"{cell.key[:12]}  {plan.statuses.get(cell.key, 'to run'):6}  {cell.title}"))
     for line in plan.anew:
@@ -152,6 +154,9 @@ def _print_plan(plan: Any) -> None:
     counts = {state: sum(value == state for value in plan.statuses.values()) for state in ("ok", "failed")}
     to_run = len(plan.cells) - sum(counts.values())
     _say(f"{len(plan.cells)} cells: {to_run} to run, {counts['ok']} stored already, {counts['failed']} failed")
+    if to_run:
+        source = "by the cells that are stored" if plan.timed else "a guess: no cell is stored yet"
+        _say(f"about {in_words(plan.estimate())} of one worker ({source})")
 
 
 def _say(text: str) -> None:

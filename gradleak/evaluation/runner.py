@@ -17,7 +17,7 @@ from rich.console import Console
 from .. import registry, suite
 from .. import secret as secrets
 from ..board import finished, left_out
-from ..board.claims import Claims
+from ..board.claims import Claim, Claims
 from ..board.store import CellResult, Store, is_blank, victim_list
 from ..errors import GradleakError
 from ..plugins import blamed, near_misses
@@ -25,7 +25,8 @@ from ..secret import Secret
 from ..suite import AttackCell, Cell, LeftOut
 from . import check, renewal
 from .display import Display
-from .executors import Executor, Pending, Report
+from .executors import Executor, Pending
+from .pace import Pace
 from .summary import Summary
 from .workshop import Resources, Workshop
 
@@ -45,6 +46,13 @@ class Plan:
     """Why cells that the store has from other code are computed anew, a line for each reason."""
     secret: Secret | None = None
     """What private randomness is drawn from: the store's, or the one that a new store gets."""
+    timed: dict[str, float] = field(default_factory=dict)
+    """Seconds of the cells that are stored, by key."""
+
+    def estimate(self, retry_failed: bool = False) -> float:
+        """Return about how many seconds one worker takes for the cells to run, by those that are stored, if any."""
+        pace = Pace(self.cells, self.timed)
+        return sum(pace.seconds(cell.key) for cell in self.waiting(retry_failed))
 
     def waiting(self, retry_failed: bool = False) -> list[Cell]:
         """Return the cells to run."""
@@ -71,10 +79,11 @@ def _plan(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path], 
                 log.warning("--plugin %s: %s", plugin, line)
     chosen = suite.read(path)
     statuses: dict[str, str] = {}
+    timed: dict[str, float] = {}
     secret = wanted or secrets.draw()
     if not is_blank(store):
         with Store(store) as found:
-            statuses = found.statuses()
+            statuses, timed = found.statuses(), found.seconds()
             secret = found.secret or secret
     if wanted is not None and wanted != secret:
         raise GradleakError(f"store {store}: has the secret {secret.digest}, not {wanted.digest}; use a new store")
@@ -92,7 +101,7 @@ def _plan(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path], 
     if statuses and new:
         with Store(store) as found:
             anew = renewal.reasons(found, [cell for cell in cells if cell.key in new])
-    return Plan(cells, {key: status for key, status in statuses.items() if key in keys}, unrun, anew, secret)
+    return Plan(cells, {key: status for key, status in statuses.items() if key in keys}, unrun, anew, secret, timed)
 
 
 def _settled(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path], wanted: Secret | None) -> Plan:
@@ -148,8 +157,8 @@ def run(
     with Store(store, create=True) as target:
         try:
             _note(target, found, workshop)
-            with Display(console or Console(stderr=True), len(found.cells), waiting) as display, _endable():
-                for result in _results(target, waiting, executor, resources, plugins, retry_failed, display.progress):
+            with _shown(console, found, waiting) as display, _endable():
+                for result in _results(target, waiting, executor, resources, plugins, retry_failed, display):
                     if isinstance(result, Pending):
                         pending[titles[result.key]] = result.reason
                     else:
@@ -166,6 +175,10 @@ def run(
             target.confirm()
     _remember(watch, path, store, resources, {key: there.get(key) for key in titles})
     return Summary(len(titles), ran, stored, failed, time.monotonic() - started, int(ended), pending)
+
+
+def _shown(console: Console | None, plan: Plan, waiting: Sequence[Cell]) -> Display:
+    return Display(console or Console(stderr=True), plan.cells, waiting, plan.timed)
 
 
 def _note(store: Store, plan: Plan, workshop: Workshop) -> None:
@@ -190,17 +203,44 @@ def _results(
     resources: Resources,
     plugins: Sequence[Path],
     retry_failed: bool,
-    report: Report,
+    display: Display,
 ) -> Iterator[CellResult | Pending]:
     """Yield what becomes of cells, those left out that other runs on the store compute."""
     if not cells:
         return
     claims = Claims(store, retry_failed)
+    desk = _Watched(claims, display)
     try:
-        with contextlib.closing(executor.run(cells, resources, plugins, report, claims)) as results:  # type: ignore[type-var]
+        with contextlib.closing(executor.run(cells, resources, plugins, display.progress, desk)) as results:  # type: ignore[type-var]
             yield from results
     finally:
         claims.end()
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """The desk of a run, whose display hears which cells begin, and is wound every few seconds."""
+
+    claims: Claims
+    display: Display
+
+    def take(self, key: str) -> Claim:
+        """Ask for a cell."""
+        found = self.claims.take(key)
+        if found is Claim.MINE:
+            self.display.began(key)
+        elif found is Claim.STORED:
+            self.display.elsewhere(key)
+        return found
+
+    def release(self, key: str) -> None:
+        """Leave a cell to others."""
+        self.claims.release(key)
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        self.claims.beat()
+        self.display.tick()
 
 
 def _write_victims(store: Store, cells: Sequence[Cell], workshop: Workshop) -> None:
