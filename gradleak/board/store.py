@@ -253,7 +253,7 @@ class Store:
         frame = self._frame("cells", f" WHERE {condition} ORDER BY key", values)
         trust.check_cells(frame, self._name)
         for name in ("config", "versions", "provenance"):
-            plain = trust.read_json(name, list(frame[name]), list(frame["key"]), self._name)
+            plain = trust.read_json(name, frame[name].tolist(), frame["key"].tolist(), self._name)
             frame[name] = pd.Series(plain, index=frame.index, dtype=object)
         described = [describe(*pair) for pair in zip(frame["config"], frame["provenance"], strict=True)]
         labels = pd.DataFrame(described, index=frame.index, columns=list(DESCRIBED)).astype(DESCRIBED)
