@@ -304,7 +304,18 @@ def _warn(line: str) -> None:
 @functools.cache
 def _installed(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     """Entry points of what is installed on the path; reading them takes as long as all else."""
-    return tuple(_read_entries(f"gradleak.{group}"))
+    return tuple(_read_entries(f"gradleak.{group}")) if _any_entries() else ()
+
+
+def _any_entries() -> bool:
+    """Whether any package on the path may bring a plugin: told from one small file of each."""
+    for package in distributions():
+        try:
+            if "gradleak." in (package.read_text("entry_points.txt") or ""):
+                return True
+        except Exception:
+            return True  # What is wrong with it is said by what reads it.
+    return False
 
 
 def _read_entries(group: str) -> Iterator[EntryPoint]:

@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from gradleak.board.store import CellResult
-from gradleak.evaluation import display
 from gradleak.evaluation.display import Display
 from gradleak.evaluation.executors import Pending
 from gradleak.evaluation.pace import Pace, in_order, kind_of
@@ -77,7 +76,7 @@ def test_a_silent_run_is_heard_of(
     published: tuple[list[Cell], dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("gradleak.evaluation.display.time.monotonic", lambda: clock[0])
     shown, text = _display(published[0])
     with shown:
         shown.began(published[0][0].key)

@@ -72,8 +72,8 @@ def _check_options(axis: str, entry: Entry, where: str) -> None:
     for name in parts:
         given = entry.options if len(parts) == 1 else entry.options.get(name) or {}
         allowed = declared.options(axis, name) if given and isinstance(given, Mapping) else None
-        for option in given if allowed is not None else ():
-            if option not in allowed:
+        for option in given:
+            if allowed is not None and option not in allowed:
                 raise unknown(f"option of {registry.GROUPS[axis]} {name!r}", str(option), allowed - {"preset"}, where)
 
 

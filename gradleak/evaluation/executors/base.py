@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import multiprocessing
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Protocol
 
@@ -239,6 +242,16 @@ def environment(**values: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def context_for(resources: Resources) -> BaseContext:
+    """Return how workers start: as copies of this process, unless a copy could not compute.
+
+    It cannot with macOS's libraries, nor where torch sees a GPU: torch starts a thread for every GPU that it sees with
+    its first gradient, which a plan may have taken here, and a copy of a process with such threads can take none.
+    """
+    copies = sys.platform.startswith("linux") and resources.device == "cpu" and not torch.cuda.is_available()
+    return multiprocessing.get_context("fork" if copies else "spawn")
 
 
 def default_workers(resources: Resources) -> int:
