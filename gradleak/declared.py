@@ -48,13 +48,19 @@ def _fields(path: Path, cls: ast.ClassDef) -> Iterator[str]:
         if base.id not in _ENDS:
             yield from _fields(*_class(path, base.id))
     for node in cls.body:
+        if any(isinstance(each, ast.Name) and each.id == "renamed" for each in _targets(node)):
+            raise LookupError("old names are taken too, and told of")
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             if node.target.id == "presets":
                 yield "preset"
             elif "ClassVar" not in ast.unparse(node.annotation) and not _is_made(node.value):
                 yield node.target.id
-        elif isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "presets" for t in node.targets):
+        elif any(isinstance(each, ast.Name) and each.id == "presets" for each in _targets(node)):
             yield "preset"
+
+
+def _targets(node: ast.stmt) -> list[ast.expr]:
+    return [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
 
 
 def _is_made(value: ast.expr | None) -> bool:
