@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from .. import registry
+from .. import declared, registry
 from ..errors import GradleakError, unknown
 from ..options import check
 
@@ -40,7 +40,8 @@ def read(path: Path) -> Suite:
 def outline(path: Path, added: Collection[str] = ()) -> Suite:
     """Return the suite of a YAML file with what can be checked before any plugin, and torch with it, is imported.
 
-    That is its syntax, keys and types, and the names of its plugins; `added` are names that plugin files will bring.
+    That is its syntax, keys and types, and the names of plugins and of built-ins' options; `added` are names of plugin
+    files to come.
 
     Raises:
         GradleakError: as `read`.
@@ -61,7 +62,19 @@ def outline(path: Path, added: Collection[str] = ()) -> Suite:
             for name in members(entry.name) if axis == "defenses" else [entry.name]:
                 if name not in known and not name.startswith("auto-"):
                     raise unknown(registry.GROUPS[axis], name, known, f"suite {path}: {axis}[{index}]")
+            _check_options(axis, entry, f"suite {path}: {axis}[{index}]")
     return suite
+
+
+def _check_options(axis: str, entry: Entry, where: str) -> None:
+    """Refuse options that a built-in plugin does not have, by its source; `build` says the same of all others later."""
+    parts = members(entry.name) if axis == "defenses" else [entry.name]
+    for name in parts:
+        given = entry.options if len(parts) == 1 else entry.options.get(name) or {}
+        allowed = declared.options(axis, name) if given and isinstance(given, Mapping) else None
+        for option in given:
+            if allowed is not None and option not in allowed:
+                raise unknown(f"option of {registry.GROUPS[axis]} {name!r}", str(option), allowed - {"preset"}, where)
 
 
 def title_of(path: Path) -> tuple[str, str]:
