@@ -18,7 +18,7 @@ from ..engine.gauss_newton import LevenbergMarquardt
 from ..engine.loop import Plan
 from ..engine.objectives import OBJECTIVES, weigh
 from ..engine.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
-from ..engine.problem import Direct, Facts, Guess, Problem, take
+from ..engine.problem import Described, Direct, Facts, Guess, Problem, take
 from ..engine.restarts import Restarts, first_to_reach, least
 from ..errors import GradleakError, unknown
 from ..reconstruction import Attack, Reconstruction
@@ -268,21 +268,27 @@ class GradientMatching(Attack):
             defense, message = view.defense, facts.message
             simulated = answers.tensors(view.simulate(update), defense, "simulate")
             answers.differentiable(simulated, defense, "simulate", update)
-            if defense.has_likelihood:
-                return answers.scalar(view.nll(message, simulated), defense, "nll", simulated)
-            answers.shaped(simulated, message, "the message", defense, "simulate", "protect")
+            return compare(simulated, message)
+
+        def compare(simulated: Update, message: Update) -> Tensor:
+            assert view is not None
+            if view.defense.has_likelihood:
+                return answers.scalar(view.nll(message, simulated), view.defense, "nll", simulated)
+            answers.shaped(simulated, message, "the message", view.defense, "simulate", "protect")
             return answers.scalar(self.distance(simulated, message), self, "distance", simulated)
 
         def decode(variables: Variables, facts: Facts) -> Guess:
             return answers.guess(self.decode(variables, facts), shape, observation.classes, self)
 
         direct = None if residual is not None or (turned and view is not None) else self._direct(view)
+        form = None if view is None or residual is not None or turned else view.closed_form()
+        described = match if form is None else Described(match, compare, form, self._plain_objective)
         clips = view is not None and view.defense.per_example_gradients
         return Problem(
             network=observation.network,
             training=observation.training,
             decode=decode,
-            match=match if direct is None else direct,
+            match=described if direct is None else direct,
             penalty=self._prior(observation),
             per_example=view.per_example if view is not None and clips else None,
             residual=residual,
@@ -311,16 +317,19 @@ class GradientMatching(Attack):
             return None
         return second_order.first_order_goal(observation, self.objective)
 
+    @property
+    def _plain_objective(self) -> str | None:
+        """Name of the distance, if nothing makes it another."""
+        changed = type(self).distance is not GradientMatching.distance or self.layer_weights != "equal"
+        return None if changed or self.objective not in OBJECTIVES else self.objective
+
     def _direct(self, view: View | None) -> Direct | None:
         """Matching as a plain comparison, if nothing makes it another."""
-        if type(self).distance is not GradientMatching.distance or self.objective not in OBJECTIVES:
-            return None
-        if self.layer_weights != "equal":
-            return None
-        if view is None:
-            return Direct(self.objective, "update")
+        objective = self._plain_objective
+        if objective is None or view is None:
+            return None if objective is None else Direct(objective, "update")
         plain = not (view.defense.simulates or view.defense.has_likelihood)
-        return Direct(self.objective, "message") if plain else None
+        return Direct(objective, "message") if plain else None
 
     def facts(self, observation: Observation) -> Facts:
         """What is known of each victim, stacked."""

@@ -85,9 +85,9 @@ class Affine(Layer):
             return nothing, nothing
         return super().products(observed)
 
-    def gap(self, observed: ObservedUpdates) -> Tensor:
-        """Squared distance from the observed gradients, [W]."""
-        return super().gap(observed) if self.parameters else self._nothing(observed)
+    def gap(self, observed: ObservedUpdates, factor: Tensor | None = None) -> Tensor:
+        """Squared distance of the gradients, times a factor [W], from the observed ones, [W]."""
+        return super().gap(observed, factor) if self.parameters else self._nothing(observed)
 
     def _nothing(self, observed: ObservedUpdates) -> Tensor:
         return next(iter(observed.dense.values())).new_zeros(self.victims)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...update import Network, Update
+from .entries import Entries
 
 Pull = list[tuple[Tensor, Tensor]]
 """Tensors of the graph, each with the gradient of the matching loss that flows into it."""
@@ -98,9 +100,11 @@ class Layer(ABC):
         square = [_dot(tensor, tensor) for tensor in own.values()]
         return torch.stack(dot).sum(0), torch.stack(square).sum(0)
 
-    def gap(self, observed: ObservedUpdates) -> Tensor:
-        """Squared distance from the observed gradients, [W]."""
+    def gap(self, observed: ObservedUpdates, factor: Tensor | None = None) -> Tensor:
+        """Squared distance of the gradients, times a factor [W], from the observed ones, [W]."""
         own = self.gradients()
+        if factor is not None:
+            own = {name: _rows(factor, tensor) * tensor for name, tensor in own.items()}
         parts = [(tensor - observed.dense[name]).square().flatten(1).sum(1) for name, tensor in own.items()]
         return torch.stack(parts).sum(0)
 
@@ -111,6 +115,25 @@ class Layer(ABC):
             for name, tensor in self.gradients().items()
         }
         return self.pull(towards)
+
+    def columns(self) -> Update:
+        """Gradients with the victims last, [size, W], by full name."""
+        return {name: tensor.flatten(1).T for name, tensor in self.gradients().items()}
+
+    def picked(self, entries: Mapping[str, Entries]) -> Update:
+        """Some entries of the gradients, [W, K], by full name."""
+        return {
+            name: tensor.flatten(1).index_select(1, entries[name].index) for name, tensor in self.gradients().items()
+        }
+
+    def pull_picked(self, entries: Mapping[str, Entries], values: Update) -> Pull:
+        """What flows into the graph where V has values [W, K], by full name, at some entries and zeros elsewhere."""
+        towards = {}
+        for name, full in self.full.items():
+            zeros = values[full].new_zeros(self.victims, entries[full].size)
+            filled = zeros.index_copy_(1, entries[full].index, values[full])
+            towards[name] = filled.view(self.victims, *self.parameters[name].shape)
+        return self.vjp(towards)
 
     def note(self, inputs: Tensor, output: Tensor) -> Tensor:
         """Keep the input and ask for the cotangent of the output."""
