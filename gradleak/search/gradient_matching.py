@@ -169,7 +169,7 @@ class GradientMatching(Attack):
     def new_optimiser(self) -> Optimiser:
         """Optimiser for stacked trials."""
         if self.optimiser == "lbfgs":
-            return LBFGS()
+            return LBFGS(history=min(LBFGS.history, self.iterations))
         if self.optimiser == "levenberg-marquardt":
             return LevenbergMarquardt()
         return Adam(signs=frozenset({"pixels"}) if self.signed else frozenset(), soft=self.signed == "soft")
