@@ -142,6 +142,11 @@ class Problem:
     prior_residual: Callable[[Guess, Variables, Facts], Tensor] | None = None
     """Vector whose squared norm is (part of) `penalty`."""
 
+    decode_rows: Callable[[Variables, Facts], Guess] | None = None
+    """`decode` for stacked trials at once, where it is plain."""
+    penalty_rows: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    """`penalty` [W] of stacked trials' images [W, B, C, H, W] and its gradient by them, where it is of images alone."""
+
     def simulate(self, guess: Guess, differentiate: Differentiate) -> Update:
         """Return the update a client with the guessed batch would compute."""
         return local_update(

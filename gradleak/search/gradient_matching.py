@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -293,7 +294,27 @@ class GradientMatching(Attack):
             per_example=view.per_example if view is not None and clips else None,
             residual=residual,
             prior_residual=_prior_rows if residual is not None and self._by_class(observation) else None,
+            decode_rows=self._decode_rows(),
+            penalty_rows=self._penalty_rows(observation),
         )
+
+    def _decode_rows(self) -> Callable[[Variables, Facts], Guess] | None:
+        """`decode` for stacked trials, where it only scales pixels."""
+        own = type(self).decode is not GradientMatching.decode or type(self).initial is not GradientMatching.initial
+        if own or self.parametrisation != "pixels" or self.needs.labels is Labels.OPTIMISED:
+            return None
+        return _scaled
+
+    def _penalty_rows(self, observation: Observation) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """The prior for stacked trials, where it is total variation or nothing."""
+        kind = type(self)
+        own = kind.penalty is not GradientMatching.penalty or kind.terms is not GradientMatching.terms
+        more = own or kind._prior is not GradientMatching._prior or self._decode_rows() is None
+        if more or self.features or self.task or self._by_class(observation):
+            return None
+        if self.tv and self.tv_form != "anisotropic":
+            return None
+        return partial(penalties.total_variation_rows, weight=self.tv)
 
     @property
     def _second_order(self) -> bool:
@@ -459,6 +480,11 @@ def _shape(facts: Facts) -> tuple[int, int, int]:
 
 def _prior_rows(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
     return refinements.prior_rows(guess, facts)
+
+
+def _scaled(variables: Variables, facts: Facts) -> Guess:
+    mean, std = facts.own["mean"][:, None], facts.own["std"][:, None]
+    return Guess(variables["pixels"] * std + mean, facts.targets)
 
 
 def _zeros(generator: Generators) -> Any:

@@ -25,10 +25,10 @@ from ..problem import Backend, Facts, Guess, Problem, Values
 from .affine import Affine
 from .anything import Anything
 from .convolution import Convolution
-from .layer import Layer, NotUnderstoodError, on_batch
+from .layer import Layer, NotUnderstoodError, Pulled, on_batch
 from .matchers import clips, matcher_of
 from .pointwise import SMOOTH, Pointwise
-from .probe import private_copy, probe, run, unusual
+from .probe import Hidden, private_copy, probe, run, unusual
 from .product import LinearProduct
 
 
@@ -77,13 +77,8 @@ class Layerwise(Backend):
         with torch.no_grad():
             matching, pull = self._matcher(facts)
 
-        def penalise(row: Variables, known: Facts, images: Tensor, targets: Tensor) -> Tensor:
-            return problem.penalty(Guess(images, targets), row, known)
-
-        penalty = vmap(penalise)(leaves, facts, guess.images, guess.targets)
-        pull = [(tensor, flow) for tensor, flow in pull if tensor.requires_grad]
-        if penalty.requires_grad:
-            pull.append((penalty, torch.ones_like(penalty)))
+        penalty, more = self._penalise(problem, leaves, facts, guess)
+        pull = [(tensor, flow) for tensor, flow in [*pull, more] if tensor.requires_grad]
         gradients = torch.autograd.grad(
             [tensor for tensor, _ in pull],
             list(leaves.values()),
@@ -122,12 +117,26 @@ class Layerwise(Backend):
                 child.forward = functools.partial(Pointwise.apply, SMOOTH[type(child)])
         # Layers know their parameters: whoever else reads them gets what shows.
         hidden = {name: tensor.new_full((), math.nan).expand_as(tensor) for name, tensor in network.parameters.items()}
-        self._network = Network(module, hidden, network.buffers)
+        self._network = Hidden.of_copy(module, hidden, network)
         self._matcher = matcher_of(problem, self._layers)
         self._problem = problem
 
+    def _penalise(self, problem: Problem, variables: Variables, facts: Facts, guess: Guess) -> tuple[Tensor, Pulled]:
+        """Penalty of all trials, and what flows from it into the graph."""
+        if problem.penalty_rows is not None:
+            penalty, slope = problem.penalty_rows(guess.images.detach())
+            return penalty, (guess.images, slope)
+
+        def penalise(row: Variables, known: Facts, images: Tensor, targets: Tensor) -> Tensor:
+            return problem.penalty(Guess(images, targets), row, known)
+
+        penalty = vmap(penalise)(variables, facts, guess.images, guess.targets)
+        return penalty, (penalty, torch.ones_like(penalty))
+
     def _decode(self, problem: Problem, variables: Variables, facts: Facts) -> Guess:
         """Images and targets of all trials."""
+        if problem.decode_rows is not None:
+            return problem.decode_rows(variables, facts)
 
         def decode(row: Variables, known: Facts) -> tuple[Tensor, Tensor]:
             guess = problem.decode(row, known)

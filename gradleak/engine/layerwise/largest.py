@@ -13,7 +13,7 @@ from ..closed_forms import Largest
 from ..objectives import _TINY as TINY
 from ..problem import Facts
 from . import coefficients
-from .layer import Layer, Pull
+from .layer import Layer, Pull, beyond, dot
 from .matching import Matcher
 
 
@@ -58,30 +58,22 @@ class LargestEntries(Matcher):
     def __call__(self, facts: Facts) -> tuple[Tensor, Pull]:
         """Loss [W], and what flows into the graph."""
         sent, index, size = facts.named["_sent"], facts.named["_index"], facts.own["_square"]
-        update, beyond, ours = self.updates(), {}, {}
-        parts = []
+        update, outside, ours, parts = self.updates(), {}, {}, []
         for name in self._names:
-            gradient = update[name].flatten(1)
-            least = facts.named["_least"][name][:, None]
-            excess = gradient - gradient.clamp(-least, least)
-            known = sent[name] != 0
-            guess = torch.where(known, gradient.gather(1, index[name]), 0.0)
-            # Those that were sent are no excess; where there are fewer, nothing is taken from the first entry.
-            excess.scatter_add_(1, index[name], torch.where(known, -excess.gather(1, index[name]), 0.0))
-            beyond[name], ours[name] = excess, guess
-            parts.append(torch.stack([_dot(guess, sent[name]), _dot(guess, guess), _dot(excess, excess)]))
-        dot, own, surplus = torch.stack(parts).sum(0)
-        found = coefficients.cosine(dot, own, size)
-        scale = 1 / (size + TINY)
+            gradient, least = update[name].flatten(1), facts.named["_least"][name]
+            excess = beyond(gradient, least)
+            guess = torch.where(sent[name] != 0, gradient.gather(1, index[name]), 0.0)
+            outside[name], ours[name] = excess, (guess, beyond(guess, least))
+            surplus = dot(excess, excess) - dot(ours[name][1], ours[name][1])
+            parts.append(torch.stack([dot(guess, sent[name]), dot(guess, guess), surplus]))
+        both, own, surplus = torch.stack(parts).sum(0)
+        found = coefficients.cosine(both, own, size)
+        scale = size + TINY
         towards = {}
-        for name in self._names:
-            slope = beyond[name].mul_(2 * scale[:, None])
-            slope.scatter_add_(
-                1, index[name], found.of_observed[:, None] * sent[name] + found.of_own[:, None] * ours[name]
-            )
-            towards[name] = slope.view(update[name].shape)
-        return found.loss + surplus * scale, self.pull(towards)
-
-
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    return (one[:, None] @ other[:, :, None]).flatten()
+        for name, (guess, excess) in ours.items():
+            # Those that were sent are no excess; where a victim sent fewer, nothing is added to its first entry.
+            slope = (scale / 2 * found.of_observed)[:, None] * sent[name] - excess
+            slope.addcmul_((scale / 2 * found.of_own)[:, None], guess)
+            whole = outside[name].scatter_add_(1, index[name], slope).mul_((2 / scale)[:, None])
+            towards[name] = whole.view(update[name].shape)
+        return found.loss + surplus.clamp(min=0) / scale, self.pull(towards)

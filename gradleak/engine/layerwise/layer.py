@@ -14,8 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...update import Network, Update
 from .entries import Entries
 
-Pull = list[tuple[Tensor, Tensor]]
-"""Tensors of the graph, each with the gradient of the matching loss that flows into it."""
+Pulled = tuple[Tensor, Tensor]
+"""A tensor of the graph, and the gradient of the loss that flows into it."""
+
+Pull = list[Pulled]
+"""All that the gradient of the matching loss flows into."""
 
 
 class NotUnderstoodError(Exception):
@@ -96,9 +99,9 @@ class Layer(ABC):
     def products(self, observed: ObservedUpdates) -> tuple[Tensor, Tensor]:
         """Inner product with the observed gradients and squared norm, [W] each."""
         own = self.gradients()
-        dot = [_dot(tensor, observed.dense[name]) for name, tensor in own.items()]
-        square = [_dot(tensor, tensor) for tensor in own.values()]
-        return torch.stack(dot).sum(0), torch.stack(square).sum(0)
+        parts = [dot(tensor, observed.dense[name]) for name, tensor in own.items()]
+        squares = [dot(tensor, tensor) for tensor in own.values()]
+        return torch.stack(parts).sum(0), torch.stack(squares).sum(0)
 
     def gap(self, observed: ObservedUpdates, factor: Tensor | None = None) -> Tensor:
         """Squared distance of the gradients, times a factor [W], from the observed ones, [W]."""
@@ -116,9 +119,10 @@ class Layer(ABC):
         }
         return self.pull(towards)
 
-    def columns(self) -> Update:
-        """Gradients with the victims last, [size, W], by full name."""
-        return {name: tensor.flatten(1).T for name, tensor in self.gradients().items()}
+    def fill_columns(self, columns: Update) -> None:
+        """Write the gradients with the victims last, [size, W], by full name."""
+        for name, tensor in self.gradients().items():
+            columns[name].copy_(tensor.flatten(1).T)
 
     def picked(self, entries: Mapping[str, Entries]) -> Update:
         """Some entries of the gradients, [W, K], by full name."""
@@ -165,6 +169,23 @@ def _rows(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.ndim - 1))
 
 
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """Inner product of each victim's rows, [W], without the product in memory."""
-    return (one.flatten(1)[:, None] @ other.flatten(1)[:, :, None]).flatten()
+_CACHE = 2**14
+"""Numbers of a victim from which victims are taken one by one, so that what is between two passes stays in a cache."""
+
+
+def dot(one: Tensor, other: Tensor) -> Tensor:
+    """Inner product of each victim's rows, [W]. Not as a matrix product, which is slow for one row and column."""
+    one, other = one.flatten(1), other.flatten(1)
+    if one.device.type != "cpu" or one.shape[1] < _CACHE:
+        return (one * other).sum(1)
+    return torch.stack([(row * others).sum() for row, others in zip(one, other, strict=True)])
+
+
+def beyond(values: Tensor, limit: Tensor) -> Tensor:
+    """By how much values [W, n] lie outside of -limit to limit [W], with their sign; 0 inside."""
+    if values.device.type != "cpu" or values.shape[1] < _CACHE:
+        return values - values.clamp(-limit[:, None], limit[:, None])
+    outside = torch.empty_like(values)
+    for row, most, into in zip(values, limit.tolist(), outside, strict=True):
+        torch.ops.aten.softshrink(row, most, out=into)
+    return outside

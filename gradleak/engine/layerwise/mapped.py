@@ -105,16 +105,20 @@ class Summed(Mapped):
         assert linear.sums is not None
         groups, negative, size = linear.sums
         self._order, self._starts = grouped(groups, size)
-        self._signs = torch.where(negative, -1.0, 1.0)[self._order]
+        like = next(iter(parameters.values()))
+        self._signs = torch.where(negative, -1.0, 1.0).to(like)[self._order]
         places = groups + size * negative
         sizes = [shape.numel() for shape in self._shapes.values()]
         self._places = dict(zip(self._shapes, places.split(sizes), strict=True))
 
     def forward(self) -> Tensor:
         """Messages [W, s] of the gradients, whose victims lie side by side for this."""
-        found = {full: column for layer in self.layers for full, column in layer.columns().items()}
-        columns = torch.cat([found[name] for name in self._shapes])
-        return bags(columns, self._order, self._starts, self._signs.to(columns)).T.contiguous()
+        columns = self._signs.new_empty(len(self._order), self.layers[0].victims)
+        parts = columns.split([len(places) for places in self._places.values()])
+        into = dict(zip(self._places, parts, strict=True))
+        for layer in self.layers:
+            layer.fill_columns(into)
+        return bags(columns, self._order, self._starts, self._signs).T.contiguous()
 
     def backward(self, towards: Tensor) -> Pull:
         """What flows into the graph for gradients [W, s] of the loss by messages."""

@@ -127,13 +127,15 @@ class Product(Layer):
             gap = gap + (bias - observed.dense[self.full["bias"]]).double().square().sum(1)
         return gap
 
-    def columns(self) -> Update:
-        """Gradients with the victims last: of one position an outer product, which has no need to be turned."""
+    def fill_columns(self, columns: Update) -> None:
+        """Write the gradients with the victims last: of one position outer products, which need not be turned."""
         if self.positions > 1 or self._gradients is not None:
-            return super().columns()
+            return super().fill_columns(columns)
         left, right = self._turned()
-        found = {self.full["weight"]: (left[:, None] * right).flatten(0, 1)}
-        return found | ({self.full["bias"]: left} if "bias" in self.parameters else {})
+        torch.mul(left[:, None], right, out=columns[self.full["weight"]].view(*self.shape, -1))
+        if "bias" in self.parameters:
+            columns[self.full["bias"]].copy_(left)
+        return None
 
     def picked(self, entries: Mapping[str, Entries]) -> Update:
         """Some entries of the gradients: products of some rows of D and A, where they are few."""
@@ -143,7 +145,9 @@ class Product(Layer):
         left, right = (turned.flatten(1) for turned in self._turned())
         self._chosen = left.index_select(0, chosen.rows), right.index_select(0, chosen.columns)
         product = self._chosen[0] * self._chosen[1]
-        found = {self.full["weight"]: product.view(-1, self.victims, self.positions).sum(2).T}
+        if self.positions > 1:
+            product = product.view(-1, self.victims, self.positions).sum(2)
+        found = {self.full["weight"]: product.T}
         if "bias" in self.parameters:
             full = self.full["bias"]
             found[full] = self.left().sum(1).index_select(1, entries[full].index)
@@ -155,7 +159,9 @@ class Product(Layer):
         chosen = entries[name]
         if not self._sparse(chosen):
             return super().pull_picked(entries, values)
-        into = values[name].T[:, :, None].expand(-1, -1, self.positions).flatten(1)
+        into = values[name].T.contiguous()
+        if self.positions > 1:
+            into = into.repeat_interleave(self.positions, 1)
         left, right = self._chosen
         shape = self.victims, self.positions, -1
         into_left = chosen.by_row(into * right).T.reshape(shape)
