@@ -48,7 +48,7 @@ DEFENSES: dict[str, dict[str, Any]] = {
     "sign": {"name": "sign"},
     "quantise": {"name": "quantise"},
 }
-LENGTHS = {"mlp": (20, 220), "lenet": (20, 120), "convnet-16": (4, 16), "vit": (4, 16), "digits mlp": (20, 420)}
+LENGTHS = {"mlp": (20, 120), "lenet": (20, 80), "convnet-16": (2, 8), "vit": (2, 8), "digits mlp": (20, 320)}
 """Iterations of a short and of a long cell."""
 
 

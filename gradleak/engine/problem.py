@@ -112,6 +112,8 @@ class Described:
     sent: Callable[[Update, Update], Tensor]
     """The loss of a simulated message and the one that was sent."""
     form: ClosedForm
+    batch: int
+    """Images of a victim."""
     objective: str | None = None
     """Name of `sent` in `gradleak.engine.objectives`, if it is one."""
 

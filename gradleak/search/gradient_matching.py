@@ -283,7 +283,7 @@ class GradientMatching(Attack):
 
         direct = None if residual is not None or (turned and view is not None) else self._direct(view)
         form = None if view is None or residual is not None or turned else view.closed_form()
-        described = match if form is None else Described(match, compare, form, self._plain_objective)
+        described = match if form is None else Described(match, compare, form, shape[0], self._plain_objective)
         clips = view is not None and view.defense.per_example_gradients
         return Problem(
             network=observation.network,

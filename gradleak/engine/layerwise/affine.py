@@ -56,7 +56,7 @@ class Affine(Layer):
         """Sums of D times the normalised input, and of D."""
         if not self.parameters:
             return {}
-        cotangent = self.cotangent.detach()
+        cotangent = self.flowing
         own = {"weight": self._sum(cotangent * self._normal())}
         if "bias" in self.parameters:
             own["bias"] = self._sum(cotangent)
@@ -70,7 +70,7 @@ class Affine(Layer):
         into_cotangent = weight * self._victims(self._normal())
         if "bias" in towards:
             into_cotangent = into_cotangent + self._each(towards["bias"])
-        into_inputs = weight * self._victims(self.cotangent.detach())
+        into_inputs = weight * self._victims(self.flowing)
         if self.per_input is not None:
             into_inputs = into_inputs * self._along(self.per_input[0], self.inputs)
         return [

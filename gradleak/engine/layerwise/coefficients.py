@@ -39,11 +39,15 @@ def factor(own: Tensor, clip: float) -> Tensor:
     return (clip / (own + TINY).sqrt()).clamp(max=1)
 
 
+def factor_slope(own: Tensor, factor: Tensor) -> Tensor:
+    """The slope of that factor by |G|^2."""
+    return torch.where(factor < 1, -factor / (2 * (own + TINY)), torch.zeros_like(own))
+
+
 def through_clip(found: Coefficients, dot: Tensor, own: Tensor, clip: float) -> Coefficients:
     """Coefficients for G of what was computed for c G, c = min(1, clip / |G|)."""
     factor_ = factor(own, clip)
-    # The slope of c by |G|^2, and of the loss by c: <of_observed g + of_own c G, G>.
-    slope = torch.where(factor_ < 1, -factor_ / (2 * (own + TINY)), torch.zeros_like(own))
+    # The slope of the loss by c: <of_observed g + of_own c G, G>.
     by_factor = found.of_observed * dot + found.of_own * factor_ * own
-    of_own = found.of_own * factor_.square() + 2 * slope * by_factor
+    of_own = found.of_own * factor_.square() + 2 * factor_slope(own, factor_) * by_factor
     return Coefficients(found.loss, found.of_observed * factor_, of_own)

@@ -58,6 +58,11 @@ class Layer(ABC):
         self.activations: list[Tensor] = []
         """Input of each call."""
         self._marks: list[tuple[Tensor, int]] = []
+        self._weights: Tensor | None = None
+
+    def see(self, victims: int, weights: Tensor | None = None) -> None:
+        """Take the batch for that of so many victims, with cotangents multiplied by a weight of each image."""
+        self.victims, self._weights, self._gradients = victims, weights, None
 
     def run(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """Stand in for the module: run the layer on its only input, and note what must not change after."""
@@ -103,18 +108,26 @@ class Layer(ABC):
         squares = [dot(tensor, tensor) for tensor in own.values()]
         return torch.stack(parts).sum(0), torch.stack(squares).sum(0)
 
+    def square(self) -> Tensor:
+        """Squared norm of the gradients, [W]."""
+        return torch.stack([dot(tensor, tensor) for tensor in self.gradients().values()]).sum(0)
+
+    def pull_own(self, of_own: Tensor) -> Pull:
+        """What flows into the graph where V = of_own * G, coefficients [W]."""
+        return self.pull({name: rows(of_own, tensor) * tensor for name, tensor in self.gradients().items()})
+
     def gap(self, observed: ObservedUpdates, factor: Tensor | None = None) -> Tensor:
         """Squared distance of the gradients, times a factor [W], from the observed ones, [W]."""
         own = self.gradients()
         if factor is not None:
-            own = {name: _rows(factor, tensor) * tensor for name, tensor in own.items()}
+            own = {name: rows(factor, tensor) * tensor for name, tensor in own.items()}
         parts = [(tensor - observed.dense[name]).square().flatten(1).sum(1) for name, tensor in own.items()]
         return torch.stack(parts).sum(0)
 
     def pull_directly(self, observed: ObservedUpdates, of_observed: Tensor, of_own: Tensor) -> Pull:
         """What flows into the graph where V = of_observed * g + of_own * G, coefficients [W]."""
         towards = {
-            name: (_rows(of_own, tensor) * tensor).addcmul_(_rows(of_observed, tensor), observed.dense[name])
+            name: (rows(of_own, tensor) * tensor).addcmul_(rows(of_observed, tensor), observed.dense[name])
             for name, tensor in self.gradients().items()
         }
         return self.pull(towards)
@@ -154,6 +167,12 @@ class Layer(ABC):
         """Gradient of the loss by the layer's output."""
         return self.cotangents[0]
 
+    @property
+    def flowing(self) -> Tensor:
+        """The cotangent without a graph, times the weight of each image."""
+        values = self.cotangent.detach()
+        return values if self._weights is None else rows(self._weights, values) * values
+
 
 def on_batch(module: nn.Module) -> bool:
     """Whether a module is a batch normalisation that uses statistics of the batch."""
@@ -165,7 +184,8 @@ def split_tensor(tensor: Tensor, axis: int, victims: int) -> Tensor:
     return cast(Tensor, tensor.unflatten(axis, (victims, -1)))
 
 
-def _rows(values: Tensor, like: Tensor) -> Tensor:
+def rows(values: Tensor, like: Tensor) -> Tensor:
+    """Values [n] to the axes of a tensor [n, ...]."""
     return values.view(-1, *(1,) * (like.ndim - 1))
 
 

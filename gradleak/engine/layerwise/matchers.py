@@ -8,8 +8,9 @@ from ..closed_forms import ClosedForm, Compared, Largest
 from ..closed_forms import Picked as PickedEntries
 from ..problem import Described, Direct, Problem
 from .coefficients import KNOWN
+from .examples import ClippedExamples
 from .largest import LargestEntries
-from .layer import Layer
+from .layer import Layer, NotUnderstoodError
 from .mapped import Picked, Rows, Summed
 from .matching import Anyhow, Ghost, Matcher
 
@@ -37,10 +38,18 @@ def _compared(problem: Problem, match: Described, layers: Sequence[Layer]) -> Ma
     if isinstance(form.linear, PickedEntries):
         return Picked(layers, parameters, form.linear, match, form)
     if form.linear is not None:
+        if form.clip is not None and match.batch > 1:
+            raise NotUnderstoodError("the gradients of several examples are mapped and clipped")
         kind = Rows if form.linear.sums is None else Summed
         return kind(layers, parameters, form.linear, match, form)
     objective = form.objective or match.objective
-    return Ghost(layers, objective, "message", form.clip, form.noise) if objective in KNOWN else None
+    if objective not in KNOWN:
+        if form.clip is not None:
+            raise NotUnderstoodError("clipped gradients are compared by an unknown loss")
+        return None
+    if form.clip is not None and match.batch > 1:
+        return ClippedExamples(layers, objective, form.clip, form.noise, match.batch)
+    return Ghost(layers, objective, "message", form.clip, form.noise)
 
 
 def _largest(problem: Problem, match: Described, layers: Sequence[Layer]) -> Matcher:

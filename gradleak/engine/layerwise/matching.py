@@ -72,7 +72,7 @@ class Ghost(Matcher):
         super().__init__(layers)
         self._objective, self._observed, self._clip = objective, observed, clip
         entries = sum(tensor.numel() for layer in layers for tensor in layer.parameters.values())
-        self._noisy = clip is not None and entries * noise**2 > _NOISE
+        self._noisy = entries * noise**2 > _NOISE
 
     def prepare(self, facts: Facts) -> Facts:
         """Replace observed gradients of low rank by their factors.
@@ -101,14 +101,12 @@ class Ghost(Matcher):
 
     def _coefficients(self, observed: ObservedUpdates, size: Tensor) -> coefficients.Coefficients:
         relative = self._objective == "relative-squared"
-        if self._clip is None and self._objective != "cosine":
+        if self._clip is None and self._objective != "cosine" and not self._noisy:
             return coefficients.squared(self._gap(observed, None), size, relative)
         sums = [layer.products(observed) for layer in self.layers]
         dot = torch.stack([first for first, _ in sums]).sum(0)
         own = torch.stack([second for _, second in sums]).sum(0)
-        if self._clip is None:
-            return coefficients.cosine(dot, own, size)
-        factor = coefficients.factor(own, self._clip)
+        factor = torch.ones_like(own) if self._clip is None else coefficients.factor(own, self._clip)
         if self._objective == "cosine":
             found = coefficients.cosine(factor * dot, factor.square() * own, size)
         elif self._noisy:
@@ -117,7 +115,7 @@ class Ghost(Matcher):
             found = coefficients.squared(gap, size, relative)
         else:
             found = coefficients.squared(self._gap(observed, factor), size, relative)
-        return coefficients.through_clip(found, dot, own, self._clip)
+        return found if self._clip is None else coefficients.through_clip(found, dot, own, self._clip)
 
     def _gap(self, observed: ObservedUpdates, factor: Tensor | None) -> Tensor:
         return torch.stack([layer.gap(observed, factor).double() for layer in self.layers]).sum(0)

@@ -27,8 +27,13 @@ class Product(Layer):
     Subclasses say how input and cotangent become A and D, and what flows back.
     """
 
-    positions: int
-    """P: positions of one victim, all of its images together."""
+    rows: int
+    """Positions of all images of all victims."""
+
+    @property
+    def positions(self) -> int:
+        """P: positions of one victim, all of its images together."""
+        return self.rows // self.victims
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -91,7 +96,7 @@ class Product(Layer):
             return super().products(observed)
         name = self.full["weight"]
         left, right = self.left(), self.right()
-        self._grams = left @ left.transpose(1, 2), right @ right.transpose(1, 2)
+        square = self._gram_square(left, right)
         if self._factored(observed):
             # g = E F^T, so that <D^T A, g> = <A F, D E>: only small matrices.
             self._towards = right @ observed.right[name], left @ observed.left[name]
@@ -100,12 +105,31 @@ class Product(Layer):
             matrix = observed.dense[name].flatten(2)
             self._towards = right @ matrix.transpose(1, 2), left @ matrix
             dot = (self._towards[0] * left).flatten(1).sum(1)
-        square = (self._grams[0] * self._grams[1]).flatten(1).sum(1)
-        self._bias = self._bias_gradient()
         if self._bias is not None:
             dot = dot + (self._bias * observed.dense[self.full["bias"]]).sum(1)
-            square = square + self._bias.square().sum(1)
         return dot, square
+
+    def square(self) -> Tensor:
+        """|G|^2 without G."""
+        return self._gram_square(self.left(), self.right()) if self.ghost else super().square()
+
+    def _gram_square(self, left: Tensor, right: Tensor) -> Tensor:
+        self._grams = left @ left.transpose(1, 2), right @ right.transpose(1, 2)
+        self._bias = self._bias_gradient()
+        square = (self._grams[0] * self._grams[1]).flatten(1).sum(1)
+        return square if self._bias is None else square + self._bias.square().sum(1)
+
+    def pull_own(self, of_own: Tensor) -> Pull:
+        """Without V: C G A = C (A A^T) D, and likewise for D."""
+        if not self.ghost:
+            return super().pull_own(of_own)
+        own, left, right = of_own[:, None, None], self.left(), self.right()
+        # Not those of `square`: since then the batch may have been taken for that of other victims.
+        self._gram_square(left, right)
+        into_left = own * (self._grams[1] @ left)
+        if self._bias is not None:
+            into_left = into_left + own * self._bias[:, None]
+        return self.flow(into_left, own * (self._grams[0] @ right))
 
     def gap(self, observed: ObservedUpdates, factor: Tensor | None = None) -> Tensor:
         """|c G - g|^2; from factors in float64, since it is a small difference of large numbers."""
@@ -204,12 +228,12 @@ class LinearProduct(Product):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Run the layer and take notes."""
-        self.positions = inputs[..., 0].numel() // self.victims
+        self.rows = inputs[..., 0].numel()
         return self.note(inputs, F.linear(inputs, self.parameters["weight"], self.parameters.get("bias")))
 
     def left(self) -> Tensor:
         """D: the cotangent's rows."""
-        return self.cotangent.detach().reshape(self.victims, self.positions, -1)
+        return self.flowing.reshape(self.victims, self.positions, -1)
 
     def right(self) -> Tensor:
         """A: the input's rows."""
