@@ -187,7 +187,7 @@ def main() -> None:
     """Measure, print a line a case, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--against", type=Path, help="another checkout; its columns are called today, ours after")
-    parser.add_argument("--only", default="", help="measure cases whose name contains this alone")
+    parser.add_argument("--only", nargs="*", default=[""], help="measure cases alone whose name contains one of these")
     parser.add_argument("--rounds", type=int, default=3, help="cells of each length, of which the median is shown")
     parser.add_argument("--csv", type=Path, help="where to write the table")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -202,7 +202,7 @@ def main() -> None:
         checkouts = {name: Checkout(folder, f"{cache}/{name}") for name, folder in folders.items()}
         table = []
         # The undefended case is what others are compared with.
-        cases = [case for case in CASES if any(word in case.name for word in given.only.split(","))]
+        cases = [case for case in CASES if any(word in case.name for word in given.only)]
         for row in rows(checkouts, cases, given.rounds):
             table.append(row)
             print("  ".join(f"{key}: {value}" for key, value in row.items()), flush=True)
