@@ -122,6 +122,31 @@ class Described:
         return self.whole(update, facts)
 
 
+@dataclass(frozen=True)
+class PlainDecode:
+    """A `decode` that is also known for stacked trials at once."""
+
+    one: Callable[[Variables, Facts], Guess]
+    rows: Callable[[Variables, Facts], Guess]
+
+    def __call__(self, variables: Variables, facts: Facts) -> Guess:
+        """Guess of one trial."""
+        return self.one(variables, facts)
+
+
+@dataclass(frozen=True)
+class PlainPenalty:
+    """A `penalty` of images alone that is also known for stacked trials at once."""
+
+    one: Callable[[Guess, Variables, Facts], Tensor]
+    rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """Penalty [W] of images [W, B, C, H, W], and its gradient by them."""
+
+    def __call__(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+        """Penalty of one trial, a scalar."""
+        return self.one(guess, variables, facts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One trial's loss in its parts; every callable sees one victim.
@@ -143,11 +168,6 @@ class Problem:
     """Vector [m] whose squared norm is `match`; second-order optimisers need it."""
     prior_residual: Callable[[Guess, Variables, Facts], Tensor] | None = None
     """Vector whose squared norm is (part of) `penalty`."""
-
-    decode_rows: Callable[[Variables, Facts], Guess] | None = None
-    """`decode` for stacked trials at once, where it is plain."""
-    penalty_rows: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-    """`penalty` [W] of stacked trials' images [W, B, C, H, W] and its gradient by them, where it is of images alone."""
 
     def simulate(self, guess: Guess, differentiate: Differentiate) -> Update:
         """Return the update a client with the guessed batch would compute."""

@@ -19,7 +19,7 @@ from ..engine.gauss_newton import LevenbergMarquardt
 from ..engine.loop import Plan
 from ..engine.objectives import OBJECTIVES, weigh
 from ..engine.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
-from ..engine.problem import Described, Direct, Facts, Guess, Problem, take
+from ..engine.problem import Described, Direct, Facts, Guess, PlainDecode, PlainPenalty, Problem, take
 from ..engine.restarts import Restarts, first_to_reach, least
 from ..errors import GradleakError, unknown
 from ..reconstruction import Attack, Reconstruction
@@ -285,36 +285,30 @@ class GradientMatching(Attack):
         form = None if view is None or residual is not None or turned else view.closed_form()
         described = match if form is None else Described(match, compare, form, shape[0], self._plain_objective)
         clips = view is not None and view.defense.per_example_gradients
+        prior, variation = self._prior(observation), partial(penalties.total_variation_rows, weight=self.tv)
         return Problem(
             network=observation.network,
             training=observation.training,
-            decode=decode,
+            decode=PlainDecode(decode, _scaled) if self._scales else decode,
             match=described if direct is None else direct,
-            penalty=self._prior(observation),
+            penalty=PlainPenalty(prior, variation) if self._varies(observation) else prior,
             per_example=view.per_example if view is not None and clips else None,
             residual=residual,
             prior_residual=_prior_rows if residual is not None and self._by_class(observation) else None,
-            decode_rows=self._decode_rows(),
-            penalty_rows=self._penalty_rows(observation),
         )
 
-    def _decode_rows(self) -> Callable[[Variables, Facts], Guess] | None:
-        """`decode` for stacked trials, where it only scales pixels."""
+    @property
+    def _scales(self) -> bool:
+        """Whether `decode` only scales pixels."""
         own = type(self).decode is not GradientMatching.decode or type(self).initial is not GradientMatching.initial
-        if own or self.parametrisation != "pixels" or self.needs.labels is Labels.OPTIMISED:
-            return None
-        return _scaled
+        return not own and self.parametrisation == "pixels" and self.needs.labels is not Labels.OPTIMISED
 
-    def _penalty_rows(self, observation: Observation) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-        """The prior for stacked trials, where it is total variation or nothing."""
+    def _varies(self, observation: Observation) -> bool:
+        """Whether the prior is total variation or nothing."""
         kind = type(self)
         own = kind.penalty is not GradientMatching.penalty or kind.terms is not GradientMatching.terms
-        more = own or kind._prior is not GradientMatching._prior or self._decode_rows() is None
-        if more or self.features or self.task or self._by_class(observation):
-            return None
-        if self.tv and self.tv_form != "anisotropic":
-            return None
-        return partial(penalties.total_variation_rows, weight=self.tv)
+        more = own or self.features or self.task or self._by_class(observation)
+        return not more and (not self.tv or self.tv_form == "anisotropic")
 
     @property
     def _second_order(self) -> bool:

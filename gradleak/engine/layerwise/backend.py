@@ -21,7 +21,7 @@ from torch.func import vmap
 from ...update import Extended, Network
 from ..memory import is_out_of_memory
 from ..optimisers import Variables
-from ..problem import Backend, Facts, Guess, Problem, Values
+from ..problem import Backend, Facts, Guess, PlainDecode, PlainPenalty, Problem, Values
 from .affine import Affine
 from .anything import Anything
 from .convolution import Convolution
@@ -121,8 +121,8 @@ class Layerwise(Backend):
 
     def _penalise(self, problem: Problem, variables: Variables, facts: Facts, guess: Guess) -> tuple[Tensor, Pulled]:
         """Penalty of all trials, and what flows from it into the graph."""
-        if problem.penalty_rows is not None:
-            penalty, slope = problem.penalty_rows(guess.images.detach())
+        if isinstance(problem.penalty, PlainPenalty):
+            penalty, slope = problem.penalty.rows(guess.images.detach())
             return penalty, (guess.images, slope)
 
         def penalise(row: Variables, known: Facts, images: Tensor, targets: Tensor) -> Tensor:
@@ -133,8 +133,8 @@ class Layerwise(Backend):
 
     def _decode(self, problem: Problem, variables: Variables, facts: Facts) -> Guess:
         """Images and targets of all trials."""
-        if problem.decode_rows is not None:
-            return problem.decode_rows(variables, facts)
+        if isinstance(problem.decode, PlainDecode):
+            return problem.decode.rows(variables, facts)
 
         def decode(row: Variables, known: Facts) -> tuple[Tensor, Tensor]:
             guess = problem.decode(row, known)
