@@ -378,11 +378,12 @@ def _conduct(value: Any, place: str) -> Conduct:
         raise GradleakError(f"{place}client: expected a name, or {{name: {{options}}}}, found {_short(value)}")
     if not name:
         return Conduct()
-    if isinstance(value, Mapping) and {"version", "file"} <= set(value):
-        return Conduct(**check(Conduct, value, f"{place}client"))
+    if isinstance(value, Mapping) and "version" in value and {"code", "file"} & set(value):
+        known = {"code" if key == "file" else key: item for key, item in value.items()}  # `file` in older stores
+        return Conduct(**check(Conduct, known, f"{place}client"))
     built = registry.build("clients", name, options, f"{place}client")
     known = plain(registry.options_of(built))
-    return Conduct(name=name, options=known, version=built.version, file=code_of("clients", name, known))
+    return Conduct(name=name, options=known, version=built.version, code=code_of("clients", name, known))
 
 
 def _check_client(setting: Setting, place: str) -> None:
