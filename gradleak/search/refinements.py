@@ -100,7 +100,9 @@ def refuse(attack: Matching, own_way: bool) -> None:
             "searches something else; use pixels"
         )
     if used["budget"] and attack.halving:
-        raise GradleakError("budget: 'ceiling' makes restarts on demand, which halving cannot compare; use one of both")
+        raise GradleakError(
+            "budget: 'ceiling' makes restarts on demand, which halving cannot compare; use one of the two"
+        )
 
 
 def starts(

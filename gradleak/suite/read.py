@@ -120,7 +120,7 @@ def _check(suite: Suite, where: str) -> None:
         for options in (entry.options, *(each for each in entry.options.values() if isinstance(each, Mapping))):
             if {"sigma", "epsilon"} <= set(options):
                 raise GradleakError(
-                    f"{where}: defenses[{index}]: epsilon: sigma is what it takes to reach it; give one of both"
+                    f"{where}: defenses[{index}]: epsilon: sigma is what it takes to reach it; give one of the two"
                 )
     for (index, attack), defense in itertools.product(enumerate(attacks), defenses):
         try:

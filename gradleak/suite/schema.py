@@ -17,6 +17,7 @@ from pydantic import (
     StrictBool,
     ValidationError,
     model_serializer,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -24,6 +25,8 @@ from .. import registry
 from ..errors import GradleakError, unknown
 from ..options import check, count, finite, whole
 from ..paths import RelativeFile
+from ..renamed import Renamed, current
+from . import single
 
 if TYPE_CHECKING:
     from ..knowledge import Conduct
@@ -48,6 +51,13 @@ AXES = ("datasets", "models", "settings", "defenses")
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    renamed: ClassVar[Mapping[str, Renamed]] = {}
+    """Old names of keys that are still taken."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _under_new_names(cls, given: Any) -> Any:
+        return current(given, cls.renamed, cls.__name__.lower()) if isinstance(given, Mapping) else given
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Self:
@@ -62,21 +72,9 @@ class _Strict(BaseModel):
             raise GradleakError(f"cell: {first_mistake(error)}") from error
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise PydanticCustomError("printable", "Input should be one line without control characters")
-    return text
-
-
-def _no_path(name: str) -> str:
-    if "/" in name or "\\" in name:
-        raise PydanticCustomError("name", "Input should be a name, without / and \\")
-    return name
-
-
 LONGEST = 120
 """Characters of a name."""
-Label = Annotated[str, MaxLen(LONGEST), AfterValidator(_printable)]
+Label = Annotated[str, MaxLen(LONGEST), AfterValidator(single.printable)]
 """What tables, pages and progress lines print."""
 Whole = Annotated[int, BeforeValidator(whole)]
 Positive = Annotated[int, Ge(1), BeforeValidator(whole)]
@@ -88,7 +86,9 @@ class Entry(_Strict):
     """One plugin of a grid: `name`, `{name: {options}}`, or the long form with `label` and `only`."""
 
     name: str
+    """As `gradleak list` has it; of defenses also several, joined by ` + `."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """What differs from the plugin's defaults; of joined defenses by the name of each."""
     label: Label = ""
     """What tables call it; by default the name with the options that were given."""
     only: dict[str, list[str]] = Field(default_factory=dict)
@@ -111,44 +111,19 @@ class Counter(Entry):
     """Labels of these defenses."""
 
 
-def _width(value: Any) -> Any:
-    if value != "auto" and not (type(value) is int and 1 <= value < 2**63):
-        raise ValueError("a number of trials (1 or more), or auto")
-    return value
-
-
-def _batch(value: Any) -> Any:
-    if value != "setting" and not (type(value) is int and 1 <= value < 2**63):
-        raise PydanticCustomError("batch", "Input should be a number of images (1 or more), or setting")
-    return value
-
-
 class Engine(_Strict):
     """How attacks compute; part of the key, because it can change the last digits."""
 
     backend: str = "layerwise"
     """`auto` times the backends once on each machine: the last digits may differ between machines."""
-    width: Annotated[int | Literal["auto"], BeforeValidator(_width)] = 32
+    width: Annotated[int | Literal["auto"], BeforeValidator(single.width)] = 32
     """Trials optimised together, at most; `auto`: as many as memory is measured to hold, so the last digits may differ
     between machines."""
     timeout: Rate | None = None
     """Seconds an attack may take on one cell's victims; those not done are marked."""
 
 
-def _entry(value: Any) -> Any:
-    if isinstance(value, str):
-        return {"name": value}
-    if isinstance(value, dict) and len(value) == 1 and "name" not in value:
-        name, options = next(iter(value.items()))
-        return {"name": name, "options": {} if options is None else options}
-    return value
-
-
-def _several(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-Plugin = Annotated[Entry, BeforeValidator(_entry)]
+Plugin = Annotated[Entry, BeforeValidator(single.entry)]
 
 
 class Prior(_Strict):
@@ -168,19 +143,24 @@ class Utility(_Strict):
     """Federated training that shows what accuracy each defense leaves, on every dataset and model of the suite."""
 
     clients: Positive = 10
+    """How many share the train split, in equal parts."""
     rounds: Positive = 100
-    batch_size: Annotated[int | Literal["setting"], BeforeValidator(_batch)] = "setting"
+    """In each of them every client sends one message, and the server applies their mean."""
+    batch_size: Annotated[int | Literal["setting"], BeforeValidator(single.batch)] = "setting"
     """Images that a client takes in a round; `setting`: those and the local steps of each setting of the suite, so that
     the client that is attacked is the one whose accuracy is measured."""
-    lr: Annotated[list[Rate], MinLen(1), BeforeValidator(_several)] = [0.1, 0.3, 1.0]
+    lr: Annotated[list[Rate], MinLen(1), BeforeValidator(single.several)] = [0.1, 0.3, 1.0]
     """Rates of the server to choose from, on images held out."""
     local_steps: Positive = 1
     """Local steps of FedAvg; a FedSGD client (`local_lr` unset) takes one and sends its gradient."""
     local_batch_size: Positive | None = None
+    """Images in a local step; unset is the whole batch."""
     local_lr: Rate | None = None
+    """Rate of the local steps; set, clients send their weight difference (FedAvg)."""
     trainable: Literal["all", "head"] | tuple[str, ...] = "all"
     """What the clients train and send; see `gradleak.threat.Setting`."""
     local_order: Literal["fixed", "shuffled"] = "fixed"
+    """How each pass over the batch goes: in its own order, or in one that the client draws."""
     client: Any = None
     """Loss and optimiser of the clients: a name, or `{name: {options}}`."""
     seeds: Seeds | None = None
@@ -227,7 +207,9 @@ class Utility(_Strict):
         for key in self._CLIENT[1:]:
             if getattr(self, key) != type(self).model_fields[key].default:
                 place = f"{where}: " if where else ""
-                raise GradleakError(f"{place}{key}: is the setting's, as batch_size is; give batch_size a number")
+                raise GradleakError(
+                    f"{place}{key}: comes from the setting, as batch_size does; to state it, give batch_size a number"
+                )
         known = {key: getattr(setting, key) for key in self._CLIENT}
         client = setting.client
         known["client"] = {"name": client.name, "options": dict(client.options)} if client.name else None
@@ -273,9 +255,12 @@ def _grants_no_defense(values: dict[str, Any]) -> dict[str, Any]:
 class Suite(_Strict):
     """A grid: every attack against every defense on every model, dataset, setting and seed."""
 
-    name: Annotated[Label, MinLen(1), AfterValidator(_no_path)]
+    name: Annotated[Label, MinLen(1), AfterValidator(single.no_path)]
+    """What its results are known by; with `version` it names the suite that a bundle is verified against."""
     version: Whole = 1
+    """Raise it when the grid changes."""
     description: str = ""
+    """A sentence or two that head the report."""
     victims: Annotated[int, Ge(1), BeforeValidator(count)] = 16
     """Victims (client batches) of every cell, the first of the dataset's frozen list."""
     tuning: StrictBool = False
@@ -285,8 +270,11 @@ class Suite(_Strict):
     candidates: Annotated[int, Ge(2), BeforeValidator(count)] = 100
     """Images among which re-identification must find the true one."""
     knowledge: Annotated[list[str], MinLen(1)] = ["oblivious", "public"]
+    """What attacks know of the defense: some of oblivious, parameters, public and oracle; each attack runs at each."""
     engine: Engine = Engine()
+    """How attacks compute; see below."""
     prior: Prior = Prior()
+    """The generator that settings may grant; see below."""
     utility: Utility | None = None
     """Unset, no model is trained under the defenses."""
     controls: Literal["all", "listed"] = "all"
@@ -294,10 +282,15 @@ class Suite(_Strict):
     it reads no message; but for those that attack another victim, which have to be listed. `listed`: those that the
     suite lists, where it wants them; for tables of papers, which have rows of their own."""
     datasets: Plugins
+    """Whose images are attacked."""
     models: Plugins
+    """What clients train."""
     settings: Annotated[list[Annotated[dict[str, Any], AfterValidator(_grants_no_defense)]], MinLen(1)] = [{}]
+    """How clients train, and what attackers are told; see below."""
     attacks: Plugins
+    """Attacks and ensembles, such as `auto-v2`: every attack that applies."""
     defenses: Plugins
+    """What clients do about it; `none` is the training as it is."""
     reported: list[dict[str, Any]] = []
     """Published numbers to stand beside these (see `gradleak.report.reproduction`); no part of any cell."""
 
@@ -428,7 +421,7 @@ def tampering(given: Any, where: str = "") -> Tampering:
     if not isinstance(given, str | Mapping):
         raise GradleakError(f"{place}: expected a name, or a name with options, found {_short(given)}")
     try:
-        entry = Entry.model_validate(_entry(given))
+        entry = Entry.model_validate(single.entry(given))
     except ValidationError as error:
         raise GradleakError(f"{place}: {first_mistake(error)}") from error
     server = registry.build("servers", entry.name, entry.options, place)
