@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from gradleak.defense import Exposure, Message, Public
+from gradleak.engine.closed_forms import ClosedForm, Compared
 from gradleak.engine.objectives import absolute, relative_squared
 from gradleak.engine.residuals import difference, entries
 from gradleak.mechanisms.noise import ClippedNoise
@@ -80,6 +81,12 @@ class DPSGD(ClippedNoise):
     def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Squared or absolute distance relative to a guess of zero."""
         return (relative_squared if self.mechanism == "gaussian" else absolute)(simulated, message)
+
+    def closed_form(self, public: Public) -> ClosedForm | None:
+        """Of Gaussian noise: clipped gradients, compared by their squared distance."""
+        if self.mechanism != "gaussian":
+            return None
+        return Compared(clip=self.clip, objective="relative-squared", noise=float(public["scale"]) / self.clip)
 
     def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Differences over the noise's standard deviation: the scale, times the root of two for Laplace noise."""

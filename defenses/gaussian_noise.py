@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradleak.defense import Message, Public
+from gradleak.engine.closed_forms import ClosedForm, Compared
 from gradleak.engine.objectives import relative_squared
 from gradleak.engine.residuals import difference, entries
 from gradleak.mechanisms.noise import ClippedNoise
@@ -62,6 +63,11 @@ class GaussianNoise(ClippedNoise):
     def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Squared distance relative to the message's squared norm."""
         return relative_squared(simulated, message)
+
+    def closed_form(self, public: Public) -> ClosedForm:
+        """Clipped gradients, compared by their squared distance."""
+        noise = 0.0 if self.clip is None else float(public["deviation"]) / self.clip
+        return Compared(clip=self.clip, objective="relative-squared", noise=noise)
 
     def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Differences over the noise's standard deviation."""

@@ -10,6 +10,7 @@ import torch
 from annotated_types import Gt, Le
 
 from gradleak.defense import Defense, Message, Public
+from gradleak.engine.closed_forms import ClosedForm, Compared, Picked
 from gradleak.mechanisms.sketching import layout, shapes_of
 from gradleak.update import Update, flatten, unflatten
 
@@ -45,6 +46,10 @@ class RandomK(Defense):
     def simulate(self, update: Update, public: Public) -> Message:
         """Pick the entries."""
         return {"values": flatten(update).gather(0, public["picked"])}
+
+    def closed_form(self, public: Public) -> ClosedForm:
+        """Entries of the update, compared by the attack."""
+        return Compared(linear=Picked(key="values", entries=public["picked"]))
 
     def decode(self, message: Message, public: Public) -> Update:
         """Put the entries back, zeros elsewhere."""

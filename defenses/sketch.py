@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradleak.defense import Message, Public
 from gradleak.defenses.gaussian_noise import GaussianNoise
+from gradleak.engine.closed_forms import ClosedForm, Compared
 from gradleak.errors import GradleakError
 from gradleak.mechanisms.noise import ClippedNoise
 from gradleak.mechanisms.sketching import FAMILIES, Operator, layout, shapes_of
@@ -103,6 +104,12 @@ class Sketch(ClippedNoise):
     def nll(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Squared distance in sketch space relative to the message's squared norm."""
         return self._noise.nll(message, simulated, public)
+
+    def closed_form(self, public: Public) -> ClosedForm:
+        """Sketches of each example, clipped, compared by their squared distance if there is noise."""
+        dimension = sum(math.prod(shape) for shape in shapes_of(public).values())
+        objective = "relative-squared" if self.has_likelihood else None
+        return Compared(linear=self._operator(dimension, public).described(_KEY), clip=self.clip, objective=objective)
 
     def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Differences over the noise's standard deviation, or relative ones without noise."""

@@ -11,6 +11,7 @@ from annotated_types import Gt, Le
 from torch import Tensor
 
 from gradleak.defense import Defense, Message, Public
+from gradleak.engine.closed_forms import ClosedForm, Largest
 from gradleak.engine.objectives import cosine
 from gradleak.mechanisms.packing import pack_bits, pack_floats
 from gradleak.update import Update, flatten, squared_norm, unflatten
@@ -45,6 +46,10 @@ class TopK(Defense):
         groups = zip(self._groups(message), self._groups(simulated), strict=True)
         excess = torch.stack([_excess(sent, guess) for sent, guess in groups]).sum()
         return cosine(seen, message) + excess / (squared_norm(message) + 1e-30)
+
+    def closed_form(self, public: Public) -> ClosedForm:
+        """The largest entries of the update or of each tensor."""
+        return Largest(ratio=self.ratio, by_tensor=self.scope == "tensor")
 
     def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Relative differences of the entries that were sent, and by how much others exceed the smallest of them."""

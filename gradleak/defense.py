@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .engine.closed_forms import ClosedForm
 from .engine.residuals import relative_difference
 from .knowledge import BatchNorm, Setting
 from .options import Options
@@ -71,6 +72,8 @@ class Defense(Options):
         for method, (fact, assumed) in _ASSUMED.items():
             if _rank(cls, method) < _rank(cls, fact):
                 setattr(cls, fact, assumed)
+        if any(_rank(cls, method) < _rank(cls, "closed_form") for method in ("per_example", "simulate", "nll")):
+            cls.closed_form = Defense.closed_form  # type: ignore[method-assign]
 
     def inspect(self, module: nn.Module, template: nn.Module, images: Tensor, targets: Tensor) -> float:
         """Return how suspicious the model looks that a client was sent; above a threshold the client sends nothing.
@@ -189,6 +192,14 @@ class Defense(Options):
         """
         raise NotImplementedError
 
+    def closed_form(self, public: Public) -> ClosedForm | None:
+        """Return what `per_example`, `simulate` and `nll` are together, if that is a form which the engine knows.
+
+        It is computed much faster then. These methods stay what a form is compared with; a class that overrides one of
+        them and not this has none.
+        """
+        return None
+
     def residual(self, message: Message, simulated: Message, public: Public) -> Tensor:
         """Return by how much a guess misses the message, [K]; second-order attacks minimise its squared norm.
 
@@ -302,6 +313,10 @@ class View:
     def nll(self, message: Message, simulated: Message) -> Tensor:
         """Minus the log-likelihood of a message."""
         return self.defense.nll(message, simulated, self._public())
+
+    def closed_form(self) -> ClosedForm | None:
+        """The form of a message's loss, if it has one that the engine knows."""
+        return self.defense.closed_form(self._public())
 
     def residual(self, message: Message, simulated: Message) -> Tensor:
         """By how much a guess misses a message, [K]."""

@@ -38,7 +38,7 @@ LAYERS = [
     {"dataset", "datasets", "model", "models", "sources"},
     {"client", "clients"},
     {"update"},
-    {"knowledge", "intake", "engine.residuals", "privacy"},
+    {"knowledge", "intake", "engine.residuals", "engine.closed_forms", "privacy"},
     {"defense"},
     {"threat", "mechanisms"},
     {"engine"},

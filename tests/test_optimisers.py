@@ -169,6 +169,31 @@ def test_rows_are_independent(row: int, seed: int, kind: str) -> None:
     assert torch.equal(moving[:, row], still[:, row])
 
 
+@pytest.mark.parametrize("history", [60, 30])
+def test_how_much_neighbours_remember_changes_no_bit(history: int) -> None:
+    # A size that is no multiple of a line of memory, and in float32, where kernels differ most.
+    scale = torch.linspace(0.1, 1.0, 74)
+    start, fresh = normal(ROWS, 74, name="start").float(), normal(74, name="fresh").float()
+    rate = torch.full((ROWS,), 0.5, dtype=torch.float64)
+
+    def slope(rows: Tensor) -> Tensor:
+        return scale * rows + 0.1 * rows**3
+
+    def run(begin: Tensor, steps: int, restarted: int | None = None) -> Tensor:
+        optimiser, variables = LBFGS(history=history, tolerance_gradient=0, tolerance_change=0), {"all": begin.clone()}
+        optimiser.start(variables)
+        for step in range(steps):
+            if step == restarted:
+                variables["all"][2] = fresh
+                optimiser.restart(torch.tensor([2]))
+            optimiser.step(variables, {"all": slope(variables["all"])}, rate)
+        return variables["all"]
+
+    mixed = run(start, 50, restarted=37)
+    assert torch.equal(mixed[2], run(fresh.expand(ROWS, -1), 13)[0])
+    assert torch.equal(mixed[0], run(start[[2, 3, 0, 1]], 50)[2])
+
+
 @pytest.mark.parametrize("new", [Adam, lambda: LBFGS(history=4)])
 def test_a_restarted_row_starts_afresh_and_the_others_go_on(new: Callable[[], Optimiser]) -> None:
     start, fresh = normal(ROWS, 4, name="start"), normal(4, name="fresh")

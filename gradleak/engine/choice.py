@@ -241,7 +241,7 @@ def _described(value: object, depth: int = 6) -> object:
     if isinstance(value, list | tuple):
         return [deeper(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        version = getattr(type(value), "version", "")
+        version = getattr(value, "version", "")
         return str(type(value)), version, [(item.name, deeper(getattr(value, item.name))) for item in fields(value)]
     return str(type(value))
 

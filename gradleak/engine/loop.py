@@ -210,7 +210,8 @@ class _Run:
         values = self._evaluate()
         finite = torch.isfinite(values.total)
         for gradient in values.gradients.values():
-            finite &= torch.isfinite(gradient.flatten(1)).all(1)
+            # A sum is finite where all that it is made of is.
+            finite &= torch.isfinite(gradient.flatten(1).sum(1))
         self._keep_best(values, finite)
         # A row that is not finite must not poison its optimiser state: it leaves below.
         gradients = {

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_map
 
 from ..update import Differentiate, LocalTraining, Network, Update, local_update
+from .closed_forms import ClosedForm
 from .objectives import OBJECTIVES
 
 Variables = dict[str, Tensor]
@@ -102,6 +103,50 @@ class Direct:
         return facts.message if self.observed == "message" else facts.update
 
 
+@dataclass(frozen=True)
+class Described:
+    """A `match` that a backend may compute by the form that a defense gives of it."""
+
+    whole: Callable[[Update, Facts], Tensor]
+    """The loss of an update."""
+    sent: Callable[[Update, Update], Tensor]
+    """The loss of a simulated message and the one that was sent."""
+    form: ClosedForm
+    batch: int
+    """Images of a victim."""
+    objective: str | None = None
+    """Name of `sent` in `gradleak.engine.objectives`, if it is one."""
+
+    def __call__(self, update: Update, facts: Facts) -> Tensor:
+        """How far the update's message is from the one that was sent, a scalar."""
+        return self.whole(update, facts)
+
+
+@dataclass(frozen=True)
+class PlainDecode:
+    """A `decode` that is also known for stacked trials at once."""
+
+    one: Callable[[Variables, Facts], Guess]
+    rows: Callable[[Variables, Facts], Guess]
+
+    def __call__(self, variables: Variables, facts: Facts) -> Guess:
+        """Guess of one trial."""
+        return self.one(variables, facts)
+
+
+@dataclass(frozen=True)
+class PlainPenalty:
+    """A `penalty` of images alone that is also known for stacked trials at once."""
+
+    one: Callable[[Guess, Variables, Facts], Tensor]
+    rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """Penalty [W] of images [W, B, C, H, W], and its gradient by them."""
+
+    def __call__(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:
+        """Penalty of one trial, a scalar."""
+        return self.one(guess, variables, facts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One trial's loss in its parts; every callable sees one victim.
@@ -118,6 +163,7 @@ class Problem:
     penalty: Callable[[Guess, Variables, Facts], Tensor]
     """Prior, a scalar."""
     per_example: Callable[[Update], Update] | None = None
+    """Changes one example's gradient before the mean; a `Described` match whose form clips knows of it."""
     residual: Callable[[Update, Facts], Tensor] | None = None
     """Vector [m] whose squared norm is `match`; second-order optimisers need it."""
     prior_residual: Callable[[Guess, Variables, Facts], Tensor] | None = None

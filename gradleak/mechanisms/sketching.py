@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..engine.closed_forms import LinearMap, Sums
 from ..update import Update
 
 Draws = dict[str, Tensor]
@@ -46,6 +47,14 @@ class Operator(ABC):
         """R^T y: [..., s] to [..., d]; the unbiased estimate of the vector."""
         return cast(Tensor, _Linear.apply(sketched, self._adjoint, self._forward))
 
+    def described(self, key: str) -> LinearMap:
+        """As a backend knows linear maps, to a message of that name."""
+        return LinearMap(key=key, forward=self._forward, adjoint=self._adjoint, sums=self._sums())
+
+    def _sums(self) -> Sums | None:
+        """R as sums of entries, if it is no more than that."""
+        return None
+
     @abstractmethod
     def _forward(self, rows: Tensor) -> Tensor:
         """R on plain rows [n, d]."""
@@ -70,6 +79,10 @@ class CountSketch(Operator):
 
     def _adjoint(self, rows: Tensor) -> Tensor:
         return torch.cat([rows, -rows], dim=1).index_select(1, self.draws["buckets"])
+
+    def _sums(self) -> Sums:
+        buckets = self.draws["buckets"]
+        return Sums(buckets % self.size, buckets >= self.size, self.size)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -18,7 +19,7 @@ from ..engine.gauss_newton import LevenbergMarquardt
 from ..engine.loop import Plan
 from ..engine.objectives import OBJECTIVES, weigh
 from ..engine.optimisers import LBFGS, SCHEDULES, Adam, Optimiser, Variables
-from ..engine.problem import Direct, Facts, Guess, Problem, take
+from ..engine.problem import Described, Direct, Facts, Guess, PlainDecode, PlainPenalty, Problem, take
 from ..engine.restarts import Restarts, first_to_reach, least
 from ..errors import GradleakError, unknown
 from ..reconstruction import Attack, Reconstruction
@@ -172,7 +173,7 @@ class GradientMatching(Attack):
     def new_optimiser(self) -> Optimiser:
         """Optimiser for stacked trials."""
         if self.optimiser == "lbfgs":
-            return LBFGS()
+            return LBFGS(history=min(LBFGS.history, self.iterations))
         if self.optimiser == "levenberg-marquardt":
             return LevenbergMarquardt()
         return Adam(signs=frozenset({"pixels"}) if self.signed else frozenset(), soft=self.signed == "soft")
@@ -271,26 +272,46 @@ class GradientMatching(Attack):
             defense, message = view.defense, facts.message
             simulated = answers.tensors(view.simulate(update), defense, "simulate")
             answers.differentiable(simulated, defense, "simulate", update)
-            if defense.has_likelihood:
-                return answers.scalar(view.nll(message, simulated), defense, "nll", simulated)
-            answers.shaped(simulated, message, "the message", defense, "simulate", "protect")
+            return compare(simulated, message)
+
+        def compare(simulated: Update, message: Update) -> Tensor:
+            assert view is not None
+            if view.defense.has_likelihood:
+                return answers.scalar(view.nll(message, simulated), view.defense, "nll", simulated)
+            answers.shaped(simulated, message, "the message", view.defense, "simulate", "protect")
             return answers.scalar(self.distance(simulated, message), self, "distance", simulated)
 
         def decode(variables: Variables, facts: Facts) -> Guess:
             return answers.guess(self.decode(variables, facts), shape, observation.classes, self)
 
         direct = None if residual is not None or (turned and view is not None) else self._direct(view)
+        form = None if view is None or residual is not None or turned else view.closed_form()
+        described = match if form is None else Described(match, compare, form, shape[0], self._plain_objective)
         clips = view is not None and view.defense.per_example_gradients
+        prior, variation = self._prior(observation), partial(penalties.total_variation_rows, weight=self.tv)
         return Problem(
             network=observation.network,
             training=observation.training,
-            decode=decode,
-            match=match if direct is None else direct,
-            penalty=self._prior(observation),
+            decode=PlainDecode(decode, _scaled) if self._scales else decode,
+            match=described if direct is None else direct,
+            penalty=PlainPenalty(prior, variation) if self._varies(observation) else prior,
             per_example=view.per_example if view is not None and clips else None,
             residual=residual,
             prior_residual=_prior_rows if residual is not None and self._by_class(observation) else None,
         )
+
+    @property
+    def _scales(self) -> bool:
+        """Whether `decode` only scales pixels."""
+        own = type(self).decode is not GradientMatching.decode or type(self).initial is not GradientMatching.initial
+        return not own and self.parametrisation == "pixels" and self.needs.labels is not Labels.OPTIMISED
+
+    def _varies(self, observation: Observation) -> bool:
+        """Whether the prior is total variation or nothing."""
+        kind = type(self)
+        own = kind.penalty is not GradientMatching.penalty or kind.terms is not GradientMatching.terms
+        more = own or self.features or self.task or self._by_class(observation)
+        return not more and (not self.tv or self.tv_form == "anisotropic")
 
     @property
     def _second_order(self) -> bool:
@@ -314,16 +335,19 @@ class GradientMatching(Attack):
             return None
         return second_order.first_order_goal(observation, self.objective)
 
+    @property
+    def _plain_objective(self) -> str | None:
+        """Name of the distance, if nothing makes it another."""
+        changed = type(self).distance is not GradientMatching.distance or self.layer_weights != "equal"
+        return None if changed or self.objective not in OBJECTIVES else self.objective
+
     def _direct(self, view: View | None) -> Direct | None:
         """Matching as a plain comparison, if nothing makes it another."""
-        if type(self).distance is not GradientMatching.distance or self.objective not in OBJECTIVES:
-            return None
-        if self.layer_weights != "equal":
-            return None
-        if view is None:
-            return Direct(self.objective, "update")
+        objective = self._plain_objective
+        if objective is None or view is None:
+            return None if objective is None else Direct(objective, "update")
         plain = not (view.defense.simulates or view.defense.has_likelihood)
-        return Direct(self.objective, "message") if plain else None
+        return Direct(objective, "message") if plain else None
 
     def facts(self, observation: Observation) -> Facts:
         """What is known of each victim, stacked."""
@@ -453,6 +477,11 @@ def _shape(facts: Facts) -> tuple[int, int, int]:
 
 def _prior_rows(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
     return refinements.prior_rows(guess, facts)
+
+
+def _scaled(variables: Variables, facts: Facts) -> Guess:
+    mean, std = facts.own["mean"][:, None], facts.own["std"][:, None]
+    return Guess(variables["pixels"] * std + mean, facts.targets)
 
 
 def _zeros(generator: Generators) -> Any:

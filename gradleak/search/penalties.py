@@ -25,6 +25,18 @@ def total_variation(images: Tensor) -> Tensor:
     return horizontal.abs().mean() + vertical.abs().mean()
 
 
+def total_variation_rows(images: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """`weight` times the anisotropic total variation of every victim's images [W, B, C, H, W], and its gradient."""
+    value, slope = images.new_zeros(len(images)), torch.zeros_like(images)
+    for axis, step in zip((-1, -2), _steps(images), strict=True):
+        share = weight / step[0].numel()
+        value = value + step.abs().flatten(1).sum(1) * share
+        sign = step.sign_().mul_(share)
+        slope.narrow(axis, 1, sign.shape[axis]).add_(sign)
+        slope.narrow(axis, 0, sign.shape[axis]).sub_(sign)
+    return value, slope
+
+
 def smooth_total_variation(images: Tensor, inner: float = 2.0, outer: float = 0.5, opponents: bool = False) -> Tensor:
     """Mean of (|dx|^inner + |dy|^inner)^outer over pixels and channels; by default isotropic total variation.
 

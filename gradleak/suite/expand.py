@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # What needs torch; suites are read without it.
 
 _P = TypeVar("_P")
 
-CORE = "1"
+CORE = "2"
 """Version of the numbers of all that plugins share; raised by hand whenever engine, search, mechanisms, clients or
 label rules change a result. Their code is no part of a cell's identity: it can be rewritten without losing boards."""
 

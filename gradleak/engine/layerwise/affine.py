@@ -56,7 +56,7 @@ class Affine(Layer):
         """Sums of D times the normalised input, and of D."""
         if not self.parameters:
             return {}
-        cotangent = self.cotangent.detach()
+        cotangent = self.flowing
         own = {"weight": self._sum(cotangent * self._normal())}
         if "bias" in self.parameters:
             own["bias"] = self._sum(cotangent)
@@ -70,7 +70,7 @@ class Affine(Layer):
         into_cotangent = weight * self._victims(self._normal())
         if "bias" in towards:
             into_cotangent = into_cotangent + self._each(towards["bias"])
-        into_inputs = weight * self._victims(self.cotangent.detach())
+        into_inputs = weight * self._victims(self.flowing)
         if self.per_input is not None:
             into_inputs = into_inputs * self._along(self.per_input[0], self.inputs)
         return [
@@ -85,9 +85,9 @@ class Affine(Layer):
             return nothing, nothing
         return super().products(observed)
 
-    def gap(self, observed: ObservedUpdates) -> Tensor:
-        """Squared distance from the observed gradients, [W]."""
-        return super().gap(observed) if self.parameters else self._nothing(observed)
+    def gap(self, observed: ObservedUpdates, factor: Tensor | None = None) -> Tensor:
+        """Squared distance of the gradients, times a factor [W], from the observed ones, [W]."""
+        return super().gap(observed, factor) if self.parameters else self._nothing(observed)
 
     def _nothing(self, observed: ObservedUpdates) -> Tensor:
         return next(iter(observed.dense.values())).new_zeros(self.victims)

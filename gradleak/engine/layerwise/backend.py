@@ -12,25 +12,24 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad_and_value, vmap
+from torch.func import vmap
 
-from ...update import Extended, Network, Update
+from ...update import Extended, Network
 from ..memory import is_out_of_memory
-from ..objectives import _TINY as TINY
 from ..optimisers import Variables
-from ..problem import Backend, Direct, Facts, Guess, Problem, Values
+from ..problem import Backend, Facts, Guess, PlainDecode, PlainPenalty, Problem, Values
 from .affine import Affine
 from .anything import Anything
 from .convolution import Convolution
-from .layer import Layer, NotUnderstoodError, ObservedUpdates, Pull, on_batch
+from .layer import Layer, NotUnderstoodError, Pulled, on_batch
+from .matchers import clips, matcher_of
 from .pointwise import SMOOTH, Pointwise
-from .probe import private_copy, probe, run, unusual
-from .product import LinearProduct, Product
+from .probe import Hidden, private_copy, probe, run, unusual
+from .product import LinearProduct
 
 
 class Layerwise(Backend):
@@ -57,25 +56,8 @@ class Layerwise(Backend):
         return None
 
     def prepare(self, problem: Problem, facts: Facts) -> Facts:
-        """Replace observed gradients of low rank by their factors, where the objective allows it.
-
-        The gradient of a linear layer has at most as many ranks as it saw positions, unless a defense changed it.
-        """
-        direct = _closed_form(problem)
-        if direct is None:
-            return facts
-        observed = dict(direct.of(facts))
-        left, right = {}, {}
-        square = _square(observed)
-        for layer in self._layers:
-            if isinstance(layer, Product) and layer.rank_pays:
-                name = layer.full["weight"]
-                factors = _factorise(observed[name].flatten(2), layer.positions)
-                if factors is not None:
-                    left[name], right[name] = factors
-                    del observed[name]
-        ready = facts.plus(own={"_square": square}, named={"_left": left, "_right": right})
-        return replace(ready, message=observed) if direct.observed == "message" else replace(ready, update=observed)
+        """Facts with what the matching loss needs of observed messages, computed once."""
+        return self._matcher.prepare(facts)
 
     def __call__(self, problem: Problem, variables: Variables, facts: Facts) -> Values:
         """Losses and gradients of W stacked trials."""
@@ -91,15 +73,10 @@ class Layerwise(Backend):
         for layer in self._layers:
             layer.cotangents, rest = rest[: len(layer.wanted)], rest[len(layer.wanted) :]
         with torch.no_grad():
-            matching, pull = self._match(problem, facts)
+            matching, pull = self._matcher(facts)
 
-        def penalise(row: Variables, known: Facts, images: Tensor, targets: Tensor) -> Tensor:
-            return problem.penalty(Guess(images, targets), row, known)
-
-        penalty = vmap(penalise)(leaves, facts, guess.images, guess.targets)
-        pull = [(tensor, flow) for tensor, flow in pull if tensor.requires_grad]
-        if penalty.requires_grad:
-            pull.append((penalty, torch.ones_like(penalty)))
+        penalty, more = self._penalise(problem, leaves, facts, guess)
+        pull = [(tensor, flow) for tensor, flow in [*pull, more] if tensor.requires_grad]
         gradients = torch.autograd.grad(
             [tensor for tensor, _ in pull],
             list(leaves.values()),
@@ -119,7 +96,7 @@ class Layerwise(Backend):
             raise NotUnderstoodError("local steps give every trial its own parameters")
         if not problem.network.client.plain or problem.network.client.accumulation > 1:
             raise NotUnderstoodError("the client's loss is not the plain cross-entropy of its batch")
-        if problem.per_example is not None:
+        if problem.per_example is not None and not clips(problem):
             raise NotUnderstoodError("the gradients of single examples are changed")
         network = problem.network
         unusual(network.module)
@@ -138,11 +115,26 @@ class Layerwise(Backend):
                 child.forward = functools.partial(Pointwise.apply, SMOOTH[type(child)])
         # Layers know their parameters: whoever else reads them gets what shows.
         hidden = {name: tensor.new_full((), math.nan).expand_as(tensor) for name, tensor in network.parameters.items()}
-        self._network = Network(module, hidden, network.buffers)
+        self._network = Hidden.of_copy(module, hidden, network)
+        self._matcher = matcher_of(problem, self._layers)
         self._problem = problem
+
+    def _penalise(self, problem: Problem, variables: Variables, facts: Facts, guess: Guess) -> tuple[Tensor, Pulled]:
+        """Penalty of all trials, and what flows from it into the graph."""
+        if isinstance(problem.penalty, PlainPenalty):
+            penalty, slope = problem.penalty.rows(guess.images.detach())
+            return penalty, (guess.images, slope)
+
+        def penalise(row: Variables, known: Facts, images: Tensor, targets: Tensor) -> Tensor:
+            return problem.penalty(Guess(images, targets), row, known)
+
+        penalty = vmap(penalise)(variables, facts, guess.images, guess.targets)
+        return penalty, (penalty, torch.ones_like(penalty))
 
     def _decode(self, problem: Problem, variables: Variables, facts: Facts) -> Guess:
         """Images and targets of all trials."""
+        if isinstance(problem.decode, PlainDecode):
+            return problem.decode.rows(variables, facts)
 
         def decode(row: Variables, known: Facts) -> tuple[Tensor, Tensor]:
             guess = problem.decode(row, known)
@@ -173,32 +165,6 @@ class Layerwise(Backend):
             raise NotUnderstoodError("a layer's output is changed in place")
         return guess, scores
 
-    def _match(self, problem: Problem, facts: Facts) -> tuple[Tensor, Pull]:
-        direct = _closed_form(problem)
-        if direct is not None:
-            return self._match_directly(direct, facts)
-        found = {name: tensor for layer in self._layers for name, tensor in layer.gradients().items()}
-        update = {name: found[name] for name in self._network.parameters}
-        towards, matching = vmap(grad_and_value(problem.match))(update, facts)
-        return matching, [pair for layer in self._layers for pair in layer.pull(towards)]
-
-    def _match_directly(self, direct: Direct, facts: Facts) -> tuple[Tensor, Pull]:
-        """Closed forms: V = of_observed * g + of_own * G for coefficients of each victim."""
-        observed = ObservedUpdates(direct.of(facts), facts.named.get("_left", {}), facts.named.get("_right", {}))
-        size = facts.own["_square"] if "_square" in facts.own else _square(observed.dense)
-        if direct.objective == "cosine":
-            sums = [layer.products(observed) for layer in self._layers]
-            dot = torch.stack([first for first, _ in sums]).sum(0)
-            own = (torch.stack([second for _, second in sums]).sum(0) + TINY).sqrt()
-            norms = own * (size + TINY).sqrt()
-            matching, of_observed, of_own = 1 - dot / norms, -1 / norms, dot / (norms * own.square())
-        else:
-            scale = 1 / (size + TINY) if direct.objective == "relative-squared" else torch.ones_like(size)
-            gap = torch.stack([layer.gap(observed).double() for layer in self._layers]).sum(0)
-            matching, of_observed, of_own = gap.to(size.dtype) * scale, -2 * scale, 2 * scale
-        pull = [pair for layer in self._layers for pair in layer.pull_directly(observed, of_observed, of_own)]
-        return matching, pull
-
 
 def _layers(module: nn.Module, prefix: str, network: Network) -> list[Layer]:
     """Layers that must tell victims apart, in the module and all that it contains."""
@@ -227,36 +193,3 @@ def _kind(module: nn.Module) -> Callable[[Any, str, Network], Layer] | None:
     if type(module) is nn.LayerNorm and module.elementwise_affine:
         return Affine
     return None
-
-
-def _closed_form(problem: Problem) -> Direct | None:
-    match = problem.match
-    known = isinstance(match, Direct) and match.objective in ("cosine", "squared", "relative-squared")
-    return cast(Direct, match) if known else None
-
-
-def _square(update: Update) -> Tensor:
-    return torch.stack([tensor.flatten(1).square().sum(1) for tensor in update.values()]).sum(0)
-
-
-def _factorise(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Factors [N, out, rank] and [N, in, rank] of matrices [N, out, in], or None if they have a higher rank.
-
-    By a random projection (Halko, Martinsson, Tropp, arXiv:0909.4061), one victim after the other and in
-    float64, so that the factors are as exact as the matrix and do not depend on the other victims.
-    """
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(matrices.shape[2], rank, generator=generator, dtype=torch.float64).to(matrices.device)
-    tolerance = 32 * torch.finfo(matrices.dtype).eps
-    left, right = [], []
-    for matrix in matrices:
-        exact = matrix.double()
-        basis = torch.linalg.qr((exact @ probe).nan_to_num())[0]
-        # Once more through the matrix, so that its rounding errors do not tilt the basis.
-        basis = torch.linalg.qr((exact @ (exact.T @ basis)).nan_to_num())[0]
-        shares = exact.T @ basis
-        if not (basis @ shares.T - exact).norm() <= tolerance * exact.norm() and bool(exact.isfinite().all()):
-            return None
-        left.append(basis.to(matrix.dtype))
-        right.append(shares.to(matrix.dtype))
-    return torch.stack(left), torch.stack(right)

@@ -33,7 +33,7 @@ class Convolution(Product):
         """Run the layer and take notes."""
         weight, bias = self.parameters["weight"], self.parameters.get("bias")
         output = _Convolve.apply(inputs, weight, bias, self.geometry, self._late)
-        self.positions = output[:, 0].numel() // self.victims
+        self.rows = output[:, 0].numel()
         return self.note(inputs, output)
 
     def forget(self) -> None:
@@ -45,7 +45,7 @@ class Convolution(Product):
 
     def left(self) -> Tensor:
         """D: the cotangent at every position."""
-        rows = self.cotangent.detach().flatten(2).transpose(1, 2)
+        rows = self.flowing.flatten(2).transpose(1, 2)
         return rows.reshape(self.victims, self.positions, -1)
 
     def right(self) -> Tensor:
@@ -63,7 +63,7 @@ class Convolution(Product):
     def compute(self) -> Update:
         """G by one convolution in groups, and the sum of the cotangent for the bias."""
         weight = self.parameters["weight"]
-        cotangent = self.cotangent.detach()
+        cotangent = self.flowing
         if self.by_patches:
             each = cotangent.flatten(2) @ self._columns().transpose(1, 2)
             gradient = split_tensor(each, 0, self.victims).sum(1)
@@ -82,7 +82,7 @@ class Convolution(Product):
             return self._vjp_patches(towards)
         weight = towards["weight"].flatten(0, 1).contiguous()
         stride, padding, dilation = self.geometry
-        inputs, cotangent = self._group(self.inputs.detach()), self._group(self.cotangent.detach())
+        inputs, cotangent = self._group(self.inputs.detach()), self._group(self.flowing)
         bias = towards["bias"].flatten() if "bias" in towards else None
         forward = F.conv2d(inputs, weight, bias, stride, padding, dilation, self.victims)
         backward = self._backward(cotangent, inputs.new_empty(1).expand(inputs.shape), weight, 0)
@@ -111,7 +111,7 @@ class Convolution(Product):
         pull = [(self.cotangent, forward.view(self.cotangent.shape))]
         if self.inputs.requires_grad:
             # The reverse pass comes by here with W^T D' for the same input: one product and one fold for both.
-            self._late.append((weight, self.cotangent.detach()))
+            self._late.append((weight, self.flowing))
         return pull
 
     def _group(self, maps: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,9 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...update import Network, Update
+from .entries import Entries
 
-Pull = list[tuple[Tensor, Tensor]]
-"""Tensors of the graph, each with the gradient of the matching loss that flows into it."""
+Pulled = tuple[Tensor, Tensor]
+"""A tensor of the graph, and the gradient of the loss that flows into it."""
+
+Pull = list[Pulled]
+"""All that the gradient of the matching loss flows into."""
 
 
 class NotUnderstoodError(Exception):
@@ -53,6 +58,11 @@ class Layer(ABC):
         self.activations: list[Tensor] = []
         """Input of each call."""
         self._marks: list[tuple[Tensor, int]] = []
+        self._weights: Tensor | None = None
+
+    def see(self, victims: int, weights: Tensor | None = None) -> None:
+        """Take the batch for that of so many victims, with cotangents multiplied by a weight of each image."""
+        self.victims, self._weights, self._gradients = victims, weights, None
 
     def run(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """Stand in for the module: run the layer on its only input, and note what must not change after."""
@@ -94,23 +104,53 @@ class Layer(ABC):
     def products(self, observed: ObservedUpdates) -> tuple[Tensor, Tensor]:
         """Inner product with the observed gradients and squared norm, [W] each."""
         own = self.gradients()
-        dot = [_dot(tensor, observed.dense[name]) for name, tensor in own.items()]
-        square = [_dot(tensor, tensor) for tensor in own.values()]
-        return torch.stack(dot).sum(0), torch.stack(square).sum(0)
+        parts = [dot(tensor, observed.dense[name]) for name, tensor in own.items()]
+        squares = [dot(tensor, tensor) for tensor in own.values()]
+        return torch.stack(parts).sum(0), torch.stack(squares).sum(0)
 
-    def gap(self, observed: ObservedUpdates) -> Tensor:
-        """Squared distance from the observed gradients, [W]."""
+    def square(self) -> Tensor:
+        """Squared norm of the gradients, [W]."""
+        return torch.stack([dot(tensor, tensor) for tensor in self.gradients().values()]).sum(0)
+
+    def pull_own(self, of_own: Tensor) -> Pull:
+        """What flows into the graph where V = of_own * G, coefficients [W]."""
+        return self.pull({name: rows(of_own, tensor) * tensor for name, tensor in self.gradients().items()})
+
+    def gap(self, observed: ObservedUpdates, factor: Tensor | None = None) -> Tensor:
+        """Squared distance of the gradients, times a factor [W], from the observed ones, [W]."""
         own = self.gradients()
+        if factor is not None:
+            own = {name: rows(factor, tensor) * tensor for name, tensor in own.items()}
         parts = [(tensor - observed.dense[name]).square().flatten(1).sum(1) for name, tensor in own.items()]
         return torch.stack(parts).sum(0)
 
     def pull_directly(self, observed: ObservedUpdates, of_observed: Tensor, of_own: Tensor) -> Pull:
         """What flows into the graph where V = of_observed * g + of_own * G, coefficients [W]."""
         towards = {
-            name: (_rows(of_own, tensor) * tensor).addcmul_(_rows(of_observed, tensor), observed.dense[name])
+            name: (rows(of_own, tensor) * tensor).addcmul_(rows(of_observed, tensor), observed.dense[name])
             for name, tensor in self.gradients().items()
         }
         return self.pull(towards)
+
+    def fill_columns(self, columns: Update) -> None:
+        """Write the gradients with the victims last, [size, W], by full name."""
+        for name, tensor in self.gradients().items():
+            columns[name].copy_(tensor.flatten(1).T)
+
+    def picked(self, entries: Mapping[str, Entries]) -> Update:
+        """Some entries of the gradients, [W, K], by full name."""
+        return {
+            name: tensor.flatten(1).index_select(1, entries[name].index) for name, tensor in self.gradients().items()
+        }
+
+    def pull_picked(self, entries: Mapping[str, Entries], values: Update) -> Pull:
+        """What flows into the graph where V has values [W, K], by full name, at some entries and zeros elsewhere."""
+        towards = {}
+        for name, full in self.full.items():
+            zeros = values[full].new_zeros(self.victims, entries[full].size)
+            filled = zeros.index_copy_(1, entries[full].index, values[full])
+            towards[name] = filled.view(self.victims, *self.parameters[name].shape)
+        return self.vjp(towards)
 
     def note(self, inputs: Tensor, output: Tensor) -> Tensor:
         """Keep the input and ask for the cotangent of the output."""
@@ -127,6 +167,12 @@ class Layer(ABC):
         """Gradient of the loss by the layer's output."""
         return self.cotangents[0]
 
+    @property
+    def flowing(self) -> Tensor:
+        """The cotangent without a graph, times the weight of each image."""
+        values = self.cotangent.detach()
+        return values if self._weights is None else rows(self._weights, values) * values
+
 
 def on_batch(module: nn.Module) -> bool:
     """Whether a module is a batch normalisation that uses statistics of the batch."""
@@ -138,10 +184,28 @@ def split_tensor(tensor: Tensor, axis: int, victims: int) -> Tensor:
     return cast(Tensor, tensor.unflatten(axis, (victims, -1)))
 
 
-def _rows(values: Tensor, like: Tensor) -> Tensor:
+def rows(values: Tensor, like: Tensor) -> Tensor:
+    """Values [n] to the axes of a tensor [n, ...]."""
     return values.view(-1, *(1,) * (like.ndim - 1))
 
 
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """Inner product of each victim's rows, [W], without the product in memory."""
-    return (one.flatten(1)[:, None] @ other.flatten(1)[:, :, None]).flatten()
+_CACHE = 2**14
+"""Numbers of a victim from which victims are taken one by one, so that what is between two passes stays in a cache."""
+
+
+def dot(one: Tensor, other: Tensor) -> Tensor:
+    """Inner product of each victim's rows, [W]. Not as a matrix product, which is slow for one row and column."""
+    one, other = one.flatten(1), other.flatten(1)
+    if one.device.type != "cpu" or one.shape[1] < _CACHE:
+        return (one * other).sum(1)
+    return torch.stack([(row * others).sum() for row, others in zip(one, other, strict=True)])
+
+
+def beyond(values: Tensor, limit: Tensor) -> Tensor:
+    """By how much values [W, n] lie outside of -limit to limit [W], with their sign; 0 inside."""
+    if values.device.type != "cpu" or values.shape[1] < _CACHE:
+        return values - values.clamp(-limit[:, None], limit[:, None])
+    outside = torch.empty_like(values)
+    for row, most, into in zip(values, limit.tolist(), outside, strict=True):
+        torch.ops.aten.softshrink(row, most, out=into)
+    return outside

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.utils import parametrize
 
-from ...update import Network, copied
+from ...update import Network, Update, copied, twice_differentiable_kernels
 from .layer import Layer, NotUnderstoodError, split_tensor
 
 _FAR = 1e4
@@ -45,6 +46,30 @@ def private_copy(module: nn.Module) -> nn.Module:
         if getattr(part, "inplace", False) is True and type(part).__module__.startswith("torch.nn.modules."):
             part.inplace = False  # type: ignore[assignment]
     return module
+
+
+class Hidden(Network):
+    """A private copy of a model, called directly: its layers hold their parameters, and others read what shows."""
+
+    @classmethod
+    def of_copy(cls, module: nn.Module, shown: Update, network: Network) -> Hidden:
+        """Let a private copy of a network's module show other parameters, and hold the network's buffers."""
+        for name, tensor in {**network.buffers, **shown}.items():
+            owner, _, leaf = name.rpartition(".")
+            part = module.get_submodule(owner)
+            if leaf in part._parameters:
+                part._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            elif leaf in part._buffers:
+                part._buffers[leaf] = tensor
+        return cls(module, shown, network.buffers)
+
+    def logits(
+        self, images: Tensor, parameters: Update | None = None, buffers: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Class scores [B, classes] of images [B, C, H, W]."""
+        assert parameters is None and buffers is None
+        with twice_differentiable_kernels(self.module, images):
+            return cast(Tensor, self.module(images))
 
 
 def run(network: Network, layers: Sequence[Layer], images: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...update import Update
+from .entries import Entries
 from .layer import Layer, ObservedUpdates, Pull
 
 _PASS = 75
@@ -25,8 +27,13 @@ class Product(Layer):
     Subclasses say how input and cotangent become A and D, and what flows back.
     """
 
-    positions: int
-    """P: positions of one victim, all of its images together."""
+    rows: int
+    """Positions of all images of all victims."""
+
+    @property
+    def positions(self) -> int:
+        """P: positions of one victim, all of its images together."""
+        return self.rows // self.victims
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,6 +84,9 @@ class Product(Layer):
             into_left = into_left + towards["bias"][:, None]
         return self.flow(into_left, self.left() @ matrix)
 
+    def _bias_gradient(self) -> Tensor | None:
+        return self.left().sum(1) if "bias" in self.parameters else None
+
     def _factored(self, observed: ObservedUpdates) -> bool:
         return self.full["weight"] in observed.left
 
@@ -86,7 +96,7 @@ class Product(Layer):
             return super().products(observed)
         name = self.full["weight"]
         left, right = self.left(), self.right()
-        self._grams = left @ left.transpose(1, 2), right @ right.transpose(1, 2)
+        square = self._gram_square(left, right)
         if self._factored(observed):
             # g = E F^T, so that <D^T A, g> = <A F, D E>: only small matrices.
             self._towards = right @ observed.right[name], left @ observed.left[name]
@@ -95,26 +105,105 @@ class Product(Layer):
             matrix = observed.dense[name].flatten(2)
             self._towards = right @ matrix.transpose(1, 2), left @ matrix
             dot = (self._towards[0] * left).flatten(1).sum(1)
-        square = (self._grams[0] * self._grams[1]).flatten(1).sum(1)
-        if "bias" in self.parameters:
-            self._bias = left.sum(1)
+        if self._bias is not None:
             dot = dot + (self._bias * observed.dense[self.full["bias"]]).sum(1)
-            square = square + self._bias.square().sum(1)
         return dot, square
 
-    def gap(self, observed: ObservedUpdates) -> Tensor:
-        """|G - g|^2; from factors in float64, since it is a small difference of large numbers."""
+    def square(self) -> Tensor:
+        """|G|^2 without G."""
+        return self._gram_square(self.left(), self.right()) if self.ghost else super().square()
+
+    def _gram_square(self, left: Tensor, right: Tensor) -> Tensor:
+        self._grams = left @ left.transpose(1, 2), right @ right.transpose(1, 2)
+        self._bias = self._bias_gradient()
+        square = (self._grams[0] * self._grams[1]).flatten(1).sum(1)
+        return square if self._bias is None else square + self._bias.square().sum(1)
+
+    def pull_own(self, of_own: Tensor) -> Pull:
+        """Without V: C G A = C (A A^T) D, and likewise for D."""
+        if not self.ghost:
+            return super().pull_own(of_own)
+        own, left, right = of_own[:, None, None], self.left(), self.right()
+        # Not those of `square`: since then the batch may have been taken for that of other victims.
+        self._gram_square(left, right)
+        into_left = own * (self._grams[1] @ left)
+        if self._bias is not None:
+            into_left = into_left + own * self._bias[:, None]
+        return self.flow(into_left, own * (self._grams[0] @ right))
+
+    def gap(self, observed: ObservedUpdates, factor: Tensor | None = None) -> Tensor:
+        """|c G - g|^2; from factors in float64, since it is a small difference of large numbers."""
         if not self._factored(observed):
-            return super().gap(observed)
-        self.products(observed)
+            return super().gap(observed, factor)
+        own, bias = self.left(), self._bias_gradient()
+        if factor is None:
+            # With a factor they have been computed, to find it.
+            self.products(observed)
+        else:
+            own = factor[:, None, None] * own
+            bias = None if bias is None else factor[:, None] * bias
         name = self.full["weight"]
-        left = torch.cat([self.left().transpose(1, 2), -observed.left[name]], 2).double()
+        left = torch.cat([own.transpose(1, 2), -observed.left[name]], 2).double()
         right = torch.cat([self.right().transpose(1, 2), observed.right[name]], 2).double()
         grams = (left.transpose(1, 2) @ left) * (right.transpose(1, 2) @ right)
         gap = grams.flatten(1).sum(1).clamp(min=0)
-        if "bias" in self.parameters:
-            gap = gap + (self._bias - observed.dense[self.full["bias"]]).double().square().sum(1)
+        if bias is not None:
+            gap = gap + (bias - observed.dense[self.full["bias"]]).double().square().sum(1)
         return gap
+
+    def fill_columns(self, columns: Update) -> None:
+        """Write the gradients with the victims last: of one position outer products, which need not be turned."""
+        if self.positions > 1 or self._gradients is not None:
+            return super().fill_columns(columns)
+        left, right = self._turned()
+        torch.mul(left[:, None], right, out=columns[self.full["weight"]].view(*self.shape, -1))
+        if "bias" in self.parameters:
+            columns[self.full["bias"]].copy_(left)
+        return None
+
+    def picked(self, entries: Mapping[str, Entries]) -> Update:
+        """Some entries of the gradients: products of some rows of D and A, where they are few."""
+        chosen = entries[self.full["weight"]]
+        if not self._sparse(chosen):
+            return super().picked(entries)
+        left, right = (turned.flatten(1) for turned in self._turned())
+        self._chosen = left.index_select(0, chosen.rows), right.index_select(0, chosen.columns)
+        product = self._chosen[0] * self._chosen[1]
+        if self.positions > 1:
+            product = product.view(-1, self.victims, self.positions).sum(2)
+        found = {self.full["weight"]: product.T}
+        if "bias" in self.parameters:
+            full = self.full["bias"]
+            found[full] = self.left().sum(1).index_select(1, entries[full].index)
+        return found
+
+    def pull_picked(self, entries: Mapping[str, Entries], values: Update) -> Pull:
+        """Without V: its entries times rows of A go into D, and times rows of D into A."""
+        name = self.full["weight"]
+        chosen = entries[name]
+        if not self._sparse(chosen):
+            return super().pull_picked(entries, values)
+        into = values[name].T.contiguous()
+        if self.positions > 1:
+            into = into.repeat_interleave(self.positions, 1)
+        left, right = self._chosen
+        shape = self.victims, self.positions, -1
+        into_left = chosen.by_row(into * right).T.reshape(shape)
+        into_right = chosen.by_column(into * left).T.reshape(shape)
+        if "bias" in self.parameters:
+            full = self.full["bias"]
+            zeros = values[full].new_zeros(self.victims, 1, entries[full].size)
+            into_left = into_left + zeros.index_copy_(2, entries[full].index, values[full][:, None])
+        return self.flow(into_left, into_right)
+
+    def _sparse(self, chosen: Entries) -> bool:
+        """Whether so few entries are wanted that the matrix need not be formed; a pass takes about six steps each."""
+        return self.ghost and 6 * self.positions * len(chosen.index) < chosen.size
+
+    def _turned(self) -> tuple[Tensor, Tensor]:
+        """D and A with the victims last, [out, W, P] and [in, W, P]; of one position [.., W]."""
+        left, right = (rows.permute(2, 0, 1).contiguous() for rows in (self.left(), self.right()))
+        return (left.squeeze(2), right.squeeze(2)) if self.positions == 1 else (left, right)
 
     def pull_directly(self, observed: ObservedUpdates, of_observed: Tensor, of_own: Tensor) -> Pull:
         """Without V: (c g + C G) A = c g A + C (A A^T) D, and likewise for D."""
@@ -126,7 +215,7 @@ class Product(Layer):
         if self._factored(observed):
             of_left = of_left @ observed.left[name].transpose(1, 2)
             of_right = of_right @ observed.right[name].transpose(1, 2)
-        if "bias" in self.parameters:
+        if self._bias is not None:
             bias = of_observed[:, None] * observed.dense[self.full["bias"]] + of_own[:, None] * self._bias
             of_left = of_left + bias[:, None]
         into_left = of_left.baddbmm(own * self._grams[1], self.left())
@@ -139,12 +228,12 @@ class LinearProduct(Product):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Run the layer and take notes."""
-        self.positions = inputs[..., 0].numel() // self.victims
+        self.rows = inputs[..., 0].numel()
         return self.note(inputs, F.linear(inputs, self.parameters["weight"], self.parameters.get("bias")))
 
     def left(self) -> Tensor:
         """D: the cotangent's rows."""
-        return self.cotangent.detach().reshape(self.victims, self.positions, -1)
+        return self.flowing.reshape(self.victims, self.positions, -1)
 
     def right(self) -> Tensor:
         """A: the input's rows."""
