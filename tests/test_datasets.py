@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gradleak import registry
 from gradleak.dataset import Data, Dataset, Images, Split
-from gradleak.datasets import frozen_cifar10, photos
+from gradleak.datasets import _cifar10_victims, frozen_cifar10, photos
 from gradleak.datasets._images import divide
 from gradleak.errors import GradleakError
 
@@ -542,8 +542,8 @@ def test_frozen_victims_that_are_not_there_are_refused(tmp_path: Path, monkeypat
 
 
 def test_the_frozen_lists_are_two_of_32() -> None:
-    digests = [digest for digest, _ in (*frozen_cifar10.EVALUATION, *frozen_cifar10.TUNING)]
-    assert len(frozen_cifar10.EVALUATION) == len(frozen_cifar10.TUNING) == 32 == len(set(digests)) // 2
+    digests = [digest for digest, _ in (*_cifar10_victims.EVALUATION, *_cifar10_victims.TUNING)]
+    assert len(_cifar10_victims.EVALUATION) == len(_cifar10_victims.TUNING) == 32 == len(set(digests)) // 2
 
 
 @needs_shared
@@ -551,5 +551,7 @@ def test_frozen_victims_of_the_shared_file() -> None:
     part = data("frozen-cifar10", SHARED, copies="cifar10", limit=100)
     found, labels = part.victims(32, 1)
     pixels = (found[:, 0] * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-    assert [hashlib.sha256(each.tobytes()).hexdigest() for each in pixels] == [d for d, _ in frozen_cifar10.EVALUATION]
-    assert labels[:, 0].tolist() == [label for _, label in frozen_cifar10.EVALUATION]
+    assert [hashlib.sha256(each.tobytes()).hexdigest() for each in pixels] == [
+        d for d, _ in _cifar10_victims.EVALUATION
+    ]
+    assert labels[:, 0].tolist() == [label for _, label in _cifar10_victims.EVALUATION]
