@@ -67,8 +67,8 @@ def _warp(images: Tensor, matrix: tuple[tuple[float, float], tuple[float, float]
     """Linear map of coordinates about the centre, bilinear, black outside."""
     height, width = images.shape[-2:]
     rows, columns = torch.meshgrid(
-        torch.arange(height, dtype=torch.float64) - (height - 1) / 2,
-        torch.arange(width, dtype=torch.float64) - (width - 1) / 2,
+        torch.arange(height, dtype=torch.float64, device=images.device) - (height - 1) / 2,
+        torch.arange(width, dtype=torch.float64, device=images.device) - (width - 1) / 2,
         indexing="ij",
     )
     (a, b), (c, d) = matrix

@@ -64,7 +64,7 @@ class Mixup(Encoding):
     def relax(self, numbers: Latents) -> Latents:
         """Softmax over the images mixed, with an advantage for an image's own row."""
         logits = numbers["mixing"]
-        return {"mixing": (logits + torch.eye(len(logits)).to(logits)).softmax(-1)}
+        return {"mixing": (logits + torch.eye(len(logits), dtype=logits.dtype, device=logits.device)).softmax(-1)}
 
     def recover(self, encoded: Tensor, soft: Tensor, labels: Tensor, public: Images | None) -> Tensor | None:
         """Solve for the images: mixed labels show how much of each class is in a mean."""

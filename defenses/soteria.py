@@ -137,7 +137,8 @@ def _parts(features: int) -> list[range]:
 
 def _image_gradient_norms(features: Tensor, images: Tensor, part: range) -> Tensor:
     """|grad_x r_i| of some features i of each image, [part, B]."""
-    chosen = torch.eye(features.shape[1]).to(features)[part.start : part.stop]
+    every = torch.eye(features.shape[1], dtype=features.dtype, device=features.device)
+    chosen = every[part.start : part.stop]
     towards = chosen[:, None].expand(-1, len(images), -1)
     (gradients,) = torch.autograd.grad(features, images, towards, retain_graph=True, is_grads_batched=True)
     norms: Tensor = gradients.flatten(2).norm(dim=2)

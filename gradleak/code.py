@@ -7,6 +7,7 @@ What all plugins share (engine, search, mechanisms, …) is no part of a digest:
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -318,7 +319,22 @@ def _top(name: str) -> ModuleSpec | None:
 
 def _is_installed(path: Path) -> bool:
     in_a_package = {"site-packages", "dist-packages"} & set(path.parts)
-    return bool(in_a_package) or any(path.is_relative_to(folder) for folder in _installed())
+    if in_a_package or any(path.is_relative_to(folder) for folder in _installed()):
+        return True
+    # Packages unpacked elsewhere, as `pip install --target` does, for a folder in PYTHONPATH.
+    places = (Path(folder) for folder in sys.path if folder and path.is_relative_to(folder))
+    return any(path.relative_to(folder).parts[0] in _recorded(folder) for folder in places)
+
+
+@functools.cache
+def _recorded(folder: Path) -> frozenset[str]:
+    """Names at the top of a folder that the records of distributions in it list; one in development lists none."""
+    names: set[str] = set()
+    for record in folder.glob("*.dist-info/RECORD"):
+        with contextlib.suppress(OSError):
+            lines = record.read_text(encoding="utf-8", errors="replace").splitlines()
+            names.update(line.partition(",")[0].partition("/")[0] for line in lines)
+    return frozenset(names)
 
 
 @functools.cache

@@ -56,8 +56,7 @@ class Normalise(nn.Module):
 
 def initialise(model: Model, shape: tuple[int, int, int], classes: int, *seed: object) -> nn.Module:
     """Build a network whose initial weights depend on `seed` alone; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.derive("model", *seed))
+    with seeds.drawing(seeds.derive("model", *seed)):
         network = _built(model.build(shape, classes), model)
     structure.mark(network, shape)
     return network

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -28,6 +29,17 @@ def generator(*components: object) -> torch.Generator:
     True
     """
     return torch.Generator().manual_seed(derive(*components))
+
+
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """Let torch's global generator on the CPU start from a seed inside; afterwards it is as it was before.
+
+    `torch.manual_seed` would also seed those of GPUs, which then stay so.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 class Generators:

@@ -59,8 +59,6 @@ class Compute:
     """Engine backend: auto, sequential, vmap, …"""
     width: Width = 32
     """Victims (times restarts) optimised together, at most; fewer where memory runs out."""
-    compile: bool = False
-    """Whether to compile backends that can be."""
     deadline: float | None = None
     """`time.monotonic()` after which an attack stops; its victims are marked as timed out."""
     widths: Widths = field(default_factory=Widths, compare=False, repr=False)

@@ -72,6 +72,25 @@ def apart() -> Iterator[Apart]:
     yield Apart()
 
 
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+def test_copies_compute_gradients_whatever_their_device_is(device: str, tmp_path: Path) -> None:
+    """Here on the CPU: a nursery for GPUs has computed nothing before it is copied."""
+    out = tmp_path / "found.json"
+    body = """
+        leaf = torch.ones(3, requires_grad=True)
+        gradient, = torch.autograd.grad(leaf.square().sum(), leaf)
+        kept = {name: value for name, value in os.environ.items() if "VISIBLE" in name or "NVML" in name}
+        Path(self.out).write_text(json.dumps({"gradient": gradient.tolist(), "kept": kept}))
+        return Reconstruction(images=grey)
+    """
+    registry.add_file(odd(tmp_path, body))
+    (cell,) = cells(tmp_path, attacks=[{"odd": {"out": str(out)}}])
+    assert evaluate(cell, Workshop(), apart=Apart(device=device)).error == ""
+    found = json.loads(out.read_text())
+    assert found["gradient"] == [2, 2, 2]
+    assert not found["kept"], "an attack's environment is that of its run"
+
+
 SPY = """
     found = {"arrays": [], "texts": [], "frames": []}
     frame = sys._getframe()

@@ -133,6 +133,22 @@ def test_a_plugin_is_what_belongs_to_it(author: Path, file: str, text: str, move
         part.check_code("attacks")
 
 
+def test_a_package_unpacked_in_a_folder_of_the_path_is_not_the_author_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "unpacked"  # as by `pip install --target`
+    monkeypatch.syspath_prepend(str(folder))
+    for path, text in {
+        "unpacked/theirs.py": "a = 1\n",
+        "unpacked/theirs-1.0.dist-info/RECORD": "theirs.py,sha256=x,6\ntheirs-1.0.dist-info/RECORD,,\n",
+        "unpacked/mine.py": "b = 1\n",
+        "unpacked/mine-1.0.dist-info/RECORD": "__editable__.mine-1.0.pth,,\nmine-1.0.dist-info/RECORD,,\n",
+        "thing.py": "import mine\nimport theirs\n",
+    }.items():
+        plugin(tmp_path / path, text)
+    assert [path.name for path in code.local_files(tmp_path / "thing.py")] == ["thing.py", "mine.py"]
+
+
 def test_files_that_options_name_are_looked_for_below_the_data_root(tmp_path: Path) -> None:
     (tmp_path / "w").mkdir()
     found = []
@@ -238,7 +254,7 @@ def test_edited_code_is_computed_anew_and_said_so(
     caplog.clear()
     assert run(edited).ran == 2
     with Store(store) as found:
-        (since,) = set(found.cells().query("attack == 'grey'")["started"].sort_values().iloc[:1])
+        since = sorted(found.cells().query("attack == 'grey'")["started"])[1]  # the later of the two before the edit
         cells = cells_of(path)
         assert renewal.reasons(found, []) == [] and len(found.cells()) == 6
     assert [line for line in caplog.messages if "anew" in line] == [

@@ -26,7 +26,7 @@ from gradleak.evaluation import check, evaluate, workshop
 from gradleak.seeds import Generators
 from gradleak.threat import Compute, Observation
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cuda", 0)
 
 pytestmark = [
     pytest.mark.cuda,
@@ -152,6 +152,46 @@ def test_real_shortage_of_memory_halves_the_width() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
     assert list(compute.widths.halved.values()) in ([1024], [512], [256])
     assert outcome.iterations.tolist() == [3] * 2048 and bool(outcome.total.isfinite().all())
+
+
+def _outcome(problem: Problem, variables: Variables, facts: Facts, compute: Compute) -> loop.Outcome:
+    plan = Plan(optimiser=Adam, rate=0.1, schedule=constant, iterations=40)
+    start = {name: tensor.clone() for name, tensor in variables.items()}
+    return minimise(problem, start, facts, torch.arange(cpu.VICTIMS, device=DEVICE), plan, compute)
+
+
+@pytest.mark.parametrize("width", (cpu.VICTIMS, 2))
+@pytest.mark.parametrize("backend", ("vmap", "layerwise"))
+def test_recorded_steps_are_the_same_to_the_bit(
+    backend: str, width: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trials, compute = moved(*cpu.problem_of(cpu.network_of("lenet"))), Compute(backend=backend, width=width)
+    replays: list[int] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        replays.append(1)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    recorded = _outcome(*trials, compute)
+    assert len(replays) >= 41 and not caplog.records
+    monkeypatch.setattr(loop, "WORTH_RECORDING", 10**9)
+    plain = _outcome(*trials, compute)
+    assert torch.equal(recorded.total, plain.total)
+    assert torch.equal(recorded.variables["pixels"], plain.variables["pixels"])
+
+
+def test_a_loss_that_waits_for_the_device_is_computed_as_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    problem, variables, facts = moved(*cpu.problem_of(cpu.network_of("lenet")))
+    waits = replace(problem, penalty=lambda guess, row, known: 0 * guess.images.sum().detach().cpu().to(DEVICE))
+    found = _outcome(waits, variables, facts, Compute(backend="sequential", width=cpu.VICTIMS))
+    assert "cannot be recorded" in caplog.text
+    monkeypatch.setattr(loop, "WORTH_RECORDING", 10**9)
+    plain = _outcome(waits, variables, facts, Compute(backend="sequential", width=cpu.VICTIMS))
+    assert torch.equal(found.total, plain.total)
 
 
 def test_float32_is_float32() -> None:

@@ -1,10 +1,8 @@
-"""The loop of the engine: slots, memory, halving of restarts, and compiled steps."""
+"""The loop of the engine: slots, memory, and halving of restarts."""
 
 from __future__ import annotations
 
-import logging
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from gradleak import process, registry, seeds, suite
 from gradleak.engine import loop, memory
-from gradleak.engine.backends import BACKENDS, Vmap
+from gradleak.engine.backends import BACKENDS
 from gradleak.engine.loop import Outcome, Plan, Status, minimise
 from gradleak.engine.optimisers import LBFGS, Adam, Optimiser, Variables, constant
 from gradleak.engine.problem import Direct, Facts, Guess, Problem, Values, take
@@ -281,8 +279,11 @@ def test_there_is_memory_but_not_more_than_the_machine_has() -> None:
     assert machine > 2**26 and threads == 1
 
 
-def test_a_container_may_have_less(tmp_path: Path) -> None:
+def test_a_container_may_have_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(memory._of_container(tmp_path)) == []
+    with monkeypatch.context() as context:
+        context.setattr(memory, "_of_container", lambda: iter([]))
+        assert memory._free() > 2**26
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 200\n")
@@ -455,8 +456,8 @@ def test_options_that_came_later_are_no_part_of_old_cells(tmp_path: Path) -> Non
     (plain,) = configs(tmp_path, "attacks: [dlg]")
     assert plain["engine"] == {"backend": "layerwise", "width": 32, "timeout": None}
     assert "restarts" in plain["attack"]["options"] and "halving" not in plain["attack"]["options"]
-    (chosen,) = configs(tmp_path, "attacks: [{dlg: {halving: [0.5]}}]\nengine: {width: auto, compile: true}")
-    assert chosen["engine"] == {"backend": "layerwise", "width": "auto", "timeout": None, "compile": True}
+    (chosen,) = configs(tmp_path, "attacks: [{dlg: {halving: [0.5]}}]\nengine: {width: auto}")
+    assert chosen["engine"] == {"backend": "layerwise", "width": "auto", "timeout": None}
     assert chosen["attack"]["options"]["halving"] == [0.5]
     (cell,) = suite.attacking([suite.Cell.of(chosen)])
     assert cell.built_attack.halving == (0.5,)  # type: ignore[attr-defined]
@@ -475,86 +476,3 @@ def test_float32_is_float32() -> None:
 
 
 # Compiled steps
-
-
-def test_what_cannot_be_compiled_is_said_once_and_computed_as_ever(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def no_compiler(*arguments: Any) -> Any:
-        raise RuntimeError("No working C++ compiler found\nlong story")
-
-    toy = Toy()
-    plain = toy.run()
-    monkeypatch.setattr(torch, "compile", lambda function, **options: no_compiler)
-    assert_same(toy.run(compute={"compile": True}), plain)
-    assert [record.getMessage() for record in caplog.records] == [
-        "torch.compile cannot be used here, going on without (RuntimeError: No working C++ compiler found)"
-    ]
-
-
-def test_a_compiled_step_that_answers_something_else_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def wrong(function: Any, **options: Any) -> Any:
-        def changed(variables: Variables, facts: Facts) -> Any:
-            gradients, aux = function(variables, facts)
-            gradients["pixels"][-1] *= 1.1
-            return gradients, aux
-
-        return changed
-
-    toy = Toy()
-    plain = toy.run()
-    monkeypatch.setattr(torch, "compile", wrong)
-    assert_same(toy.run(compute={"compile": True}), plain)
-    assert "something else" in caplog.text
-
-
-def test_a_compiled_step_runs_and_is_compared_once_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs: list[str] = []
-
-    def spying(function: Any, **options: Any) -> Any:
-        def compiled(*arguments: Any) -> Any:
-            runs.append("compiled")
-            return function(*arguments)
-
-        return compiled
-
-    toy = Toy()
-    monkeypatch.setattr(torch, "compile", spying)
-    calls: list[int] = []
-
-    def agrees(answer: Values, truth: Values, rows: int) -> bool:
-        calls.append(rows)
-        return True
-
-    monkeypatch.setattr("gradleak.engine.backends._agrees", agrees)
-    for width in ("auto", 2):
-        outcome = toy.run(width, compute={"compile": True})
-        assert outcome.iterations.tolist() == [13] * 3
-    assert len(runs) == 13 + 26 and calls == [3, 2]
-
-
-def test_backends_that_are_not_compiled_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    loop._say.cache_clear()
-    toy = Toy()
-    for _ in range(2):
-        assert_same(toy.run(backend="layerwise", compute={"compile": True}), toy.run(backend="layerwise"))
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        "backend 'layerwise' is not compiled; only 'vmap' is"
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("model", ["linear", "lenet"])
-def test_compiled_steps_agree(model: str, caplog: pytest.LogCaptureFixture) -> None:
-    toy = Toy(model=model)
-    backend = Vmap()
-    plain = backend(toy.problem, toy.start, toy.facts)
-    assert backend.compile()
-    compiled = backend(toy.problem, toy.start, toy.facts)
-    assert backend._compiled is not None, caplog.text
-    torch.testing.assert_close(compiled.total, plain.total, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(compiled.gradients, plain.gradients, rtol=1e-10, atol=1e-10)
-    assert not any("going on without" in record.getMessage() for record in caplog.records)

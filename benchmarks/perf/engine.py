@@ -9,13 +9,14 @@ Contenders take turns in one process, one step each; a line shows the median and
 A step is what an attack does: matching loss and total variation, their gradient, signed Adam, the box. The
 unit is one step of one victim. Images are real (dataset `photos`), guesses start from noise. Peak memory is
 that of a process of its own, over what the problem takes. Every contender has one thread, as gradleak's workers
-have, or `--threads N`. Use it on a machine that does nothing else.
+have, or `--threads N`; `--device cuda` measures on a GPU. Use it on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gradleak import process, registry, seeds
 from gradleak.dataset import Data
 from gradleak.engine.backends import BACKENDS
+from gradleak.engine.graphs import Recorded
 from gradleak.engine.loop import Plan, finish, minimise
 from gradleak.engine.optimisers import SCHEDULES, Adam, Variables
 from gradleak.engine.problem import Backend, Direct, Facts, Guess, Problem, take
@@ -89,13 +91,14 @@ CASES = {"required": REQUIRED, "grid": GRID, "growth": GROWTH}
 class Setup:
     """The victims of a case, what they sent, and where the search starts; the same for every contender."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case, device: torch.device):
         data = Data(registry.build("datasets", "photos"), "photos")
-        images, labels = data.victims(case.victims, case.batch)
+        images, labels = (tensor.to(device) for tensor in data.victims(case.victims, case.batch))
         flat = torch.nn.functional.interpolate(images.flatten(0, 1), (case.size, case.size), mode="area")
         self.images = flat.view(case.victims, case.batch, 3, case.size, case.size)
         self.labels = labels
-        self.module = initialise(registry.build("models", case.model, case.options), (3, case.size, case.size), 10, 0)
+        module = registry.build("models", case.model, case.options)
+        self.module = initialise(module, (3, case.size, case.size), 10, 0).to(device)
         network = Network.of(self.module)
         targets = one_hot(labels, 10, torch.float32)
         sent = [local_update(network, x, y, LocalTraining()) for x, y in zip(self.images, targets, strict=True)]
@@ -104,7 +107,7 @@ class Setup:
         self.mean, self.std = space.mean, space.std
         mean, std = self.mean, self.std
         self.facts = Facts(targets, update=update)
-        noise = torch.randn(self.images.shape, generator=seeds.generator("perf", "start"))
+        noise = torch.randn(self.images.shape, generator=seeds.generator("perf", "start")).to(device)
         self.start: Variables = {"pixels": noise}
         self.problem = Problem(
             network=network,
@@ -129,7 +132,7 @@ def stepper(setup: Setup, backend: Backend) -> Callable[[], None]:
     variables = {name: tensor.clone() for name, tensor in setup.start.items()}
     optimiser = Adam(signs=frozenset({"pixels"}))
     optimiser.start(variables)
-    rate = torch.full((len(setup.images),), RATE)
+    rate = torch.full((len(setup.images),), RATE, device=setup.images.device)
     if not backend.applies(setup.problem, variables, setup.facts):
         raise NotImplementedError
     facts = backend.prepare(setup.problem, setup.facts)
@@ -201,15 +204,38 @@ def has_breaching() -> bool:
     return find_spec("breaching") is not None
 
 
-def gemm_peak() -> float:
+def waited(device: torch.device) -> float:
+    """Return the time, when the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def gemm_peak(device: torch.device) -> float:
     """Floating point operations a second of one large product, the best of several."""
-    one = torch.randn(1024, 1024)
+    size = 8192 if device.type == "cuda" else 1024
+    one = torch.randn(size, size, device=device)
     seconds = []
     for _ in range(10):
-        started = time.perf_counter()
+        started = waited(device)
         one @ one
-        seconds.append(time.perf_counter() - started)
-    return 2 * 1024**3 / min(seconds)
+        seconds.append(waited(device) - started)
+    return 2 * size**3 / min(seconds)
+
+
+def machine(device: torch.device) -> str:
+    """Name what a line was measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+    return f"{platform.machine()}, {name}, torch {torch.__version__}"
+
+
+def backends(device: torch.device) -> dict[str, Callable[[], Backend]]:
+    """Return the contenders; on a GPU also those whose calls are recorded once and replayed."""
+    found: dict[str, Callable[[], Backend]] = dict(BACKENDS)
+    if device.type == "cuda":
+        for name in ("vmap", "layerwise"):
+            found[f"{name}, recorded"] = functools.partial(_recorded, name)
+    return found
 
 
 def operations(setup: Setup) -> float:
@@ -224,11 +250,17 @@ def operations(setup: Setup) -> float:
     return float(counter.get_total_flops())
 
 
-def measure(case: Case, repetitions: int, peers: bool, memory: bool, peak: float) -> list[dict[str, Any]]:
+def _recorded(name: str) -> Backend:
+    return Recorded(BACKENDS[name]())
+
+
+def measure(
+    case: Case, device: torch.device, repetitions: int, peers: bool, memory: bool, peak: float
+) -> list[dict[str, Any]]:
     """One row a contender."""
-    setup = Setup(case)
+    setup = Setup(case, device)
     contenders: dict[str, tuple[Callable[[], None], int]] = {}
-    for name, kind in BACKENDS.items():
+    for name, kind in backends(device).items():
         with contextlib.suppress(NotImplementedError):
             contenders[name] = stepper(setup, kind()), case.victims
     if peers:
@@ -241,9 +273,9 @@ def measure(case: Case, repetitions: int, peers: bool, memory: bool, peak: float
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repetitions):
         for name, (step, units) in contenders.items():
-            started = time.perf_counter()
+            started = waited(device)
             step()
-            seconds[name].append((time.perf_counter() - started) / units)
+            seconds[name].append((waited(device) - started) / units)
     median = {name: statistics.median(row) for name, row in seconds.items()}
     work = operations(setup)
     rows = []
@@ -264,25 +296,32 @@ def measure(case: Case, repetitions: int, peers: bool, memory: bool, peak: float
                 "to_sequential": median["sequential"] / median[name],
                 "to_breaching": median["breaching"] / median[name] if peers else math.nan,
                 "gemm_share": work / median[name] / peak,
-                "peak_megabytes": peak_memory(case, name) if memory and name != "breaching" else math.nan,
+                "peak_megabytes": peak_memory(case, name, device) if memory and name != "breaching" else math.nan,
                 "must_reach": "" if case.least is None else f"{case.least[0]} / {case.least[1]}",
                 "repetitions": repetitions,
                 "threads": torch.get_num_threads(),
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+                "machine": machine(device),
             }
         )
     return rows
 
 
-def peak_memory(case: Case, contender: str) -> float:
+def peak_memory(case: Case, contender: str, device: torch.device) -> float:
     """Peak memory of two steps in a process of their own, over that of the problem, MB."""
-    command = [sys.executable, __file__, "_memory", json.dumps(asdict(case)), contender]
+    command = [sys.executable, __file__, "_memory", json.dumps(asdict(case)), contender, str(device)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
-def _memory(case: Case, contender: str) -> None:
-    setup = Setup(case)
+def _memory(case: Case, contender: str, device: torch.device) -> None:
+    setup = Setup(case, device)
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        step = stepper(setup, backends(device)[contender]())
+        step()
+        step()
+        print((torch.cuda.max_memory_allocated(device) - held) / 2**20)
+        return
     with contextlib.suppress(OSError):  # Linux forgets the peak of what came before
         Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
@@ -375,7 +414,7 @@ def _whole(contender: str, iterations: int, victims: int, threads: int) -> dict[
 
 
 def _attack(contender: str, iterations: int, victims: int) -> None:
-    setup = Setup(Case("lenet", victims))
+    setup = Setup(Case("lenet", victims), torch.device("cpu"))
     if contender == "breaching":
         peer = Peer(setup, iterations)
         images = torch.stack([peer.attack(victim) for victim in range(victims)])
@@ -400,7 +439,7 @@ def main() -> None:
     if sys.argv[1:2] == ["_memory"]:
         torch.set_num_threads(1)  # but the usual allocator, which gives back what is free
         case = json.loads(sys.argv[2])
-        _memory(Case(**case), sys.argv[3])
+        _memory(Case(**case), sys.argv[3], torch.device(sys.argv[4]))
         return
     if sys.argv[1:2] == ["_whole"]:
         process.tune(int(sys.argv[5]))
@@ -411,6 +450,7 @@ def main() -> None:
     parser.add_argument("--only", help="cases whose model has this name")
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="torch's threads, for every contender")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda; peers run on the CPU only")
     parser.add_argument("--no-peers", action="store_true", help="leave breaching out")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--iterations", type=int, default=1000, help="breaching's steps for `quality`")
@@ -419,7 +459,9 @@ def main() -> None:
     given = parser.parse_args()
     process.tune(given.threads)
     name = given.suite if given.threads == 1 else f"{given.suite}-{given.threads}-threads"
-    peers = has_breaching() and not given.no_peers
+    if given.device.type != "cpu":
+        name = f"{name}-{given.device.type}"
+    peers = has_breaching() and not given.no_peers and given.device.type == "cpu"
     if not peers:
         print("breaching is not compared with; install gradleak[peers]", file=sys.stderr)
     if given.suite == "quality":
@@ -427,12 +469,12 @@ def main() -> None:
             sys.exit("quality is that of breaching, which is not installed")
         quality(given.iterations, given.victims, given.threads, given.output, name)
         return
-    peak = gemm_peak()
+    peak = gemm_peak(given.device)
     print(f"peak of a matrix product: {peak / 1e9:.1f} GFLOP/s")
     rows: list[dict[str, Any]] = []
     for case in CASES[given.suite]:
         if given.only in (None, case.model):
-            rows += measure(case, given.repetitions, peers, not given.no_memory, peak)
+            rows += measure(case, given.device, given.repetitions, peers, not given.no_memory, peak)
             show(rows, name, given.output)
     plot(given.output / f"engine-{name}.csv", given.suite)
 

@@ -23,11 +23,14 @@ def check(
         typer.Argument(metavar="PLUGIN", help="A file with an attack, defense, model, dataset or server, or a name."),
     ],
     group: Annotated[
-        str, typer.Option(metavar="GROUP", help="Of a name: attacks, clients, defenses, models, datasets or servers.")
+        str,
+        typer.Option(
+            "--group", metavar="GROUP", help="Of a name: attacks, clients, defenses, models, datasets or servers."
+        ),
     ] = "",
     options: Annotated[
         list[str] | None,
-        typer.Option(metavar="OPTIONS", help="Its options, as '{lr: 0.1}' or lr=0.1; may be repeated."),
+        typer.Option("--options", metavar="OPTIONS", help="Its options, as '{lr: 0.1}' or lr=0.1; may be repeated."),
     ] = None,
     dataset: Annotated[str, typer.Option(metavar="NAME", help="Whose images are attacked [default: digits].")] = "",
     model: Annotated[

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from ..update import by_autograd, by_transform, twice_differentiable_kernels
+from ..update import by_autograd, by_transform
 from .layerwise import Layerwise
-from .memory import is_out_of_memory
 from .optimisers import Variables
 from .problem import Backend, Facts, Problem, Values, take
 
@@ -41,43 +40,12 @@ class Vmap(Backend):
 
     def __init__(self) -> None:
         self._problem: Problem | None = None
-        self._compiles = False
-
-    def compile(self) -> bool:
-        """Compile from now on; the first call of every width takes a minute."""
-        self._compiles = True
-        self._problem = None
-        return True
 
     def __call__(self, problem: Problem, variables: Variables, facts: Facts) -> Values:
         """Losses and gradients of W stacked trials."""
         if self._problem is not problem:
-            self._problem, self._plain = problem, _stacked(problem)
-            self._compiled = torch.compile(self._plain, dynamic=False) if self._compiles else None
-            self._tested: set[int] = set()
-        if self._compiled is not None and (answer := self._try(variables, facts)) is not None:
-            return answer
-        return _values(self._plain(variables, facts))
-
-    def _try(self, variables: Variables, facts: Facts) -> Values | None:
-        """Run compiled; the first answer of every width is compared, and what fails is not tried again."""
-        assert self._compiled is not None and self._problem is not None
-        width = width_of(variables)
-        try:
-            with twice_differentiable_kernels(self._problem.network.module):
-                answer = _values(self._compiled(variables, facts))
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        else:
-            if width in self._tested or _agrees(answer, _values(self._plain(variables, facts)), width):
-                self._tested.add(width)
-                return answer
-            reason = "it answers something else than without"
-        log.warning("torch.compile cannot be used here, going on without (%s)", reason)
-        self._compiled = None
-        return None
+            self._problem, self._stacked = problem, _stacked(problem)
+        return _values(self._stacked(variables, facts))
 
 
 def _stacked(problem: Problem) -> Callable[[Variables, Facts], Any]:
@@ -94,18 +62,6 @@ def _values(answer: tuple[Variables, tuple[Tensor, Tensor]]) -> Values:
 
 
 BACKENDS: dict[str, type[Backend]] = {"sequential": Sequential, "vmap": Vmap, "layerwise": Layerwise}
-
-
-def _agrees(answer: Values, truth: Values, rows: int) -> bool:
-    """Whether the first trials' gradients are the same up to rounding; what is not finite in both says nothing."""
-    for name, expected in truth.gradients.items():
-        wanted, found = (tensor[:rows].flatten(1) for tensor in (expected, answer.gradients[name]))
-        error, size = (found - wanted).norm(dim=1), wanted.norm(dim=1)
-        # Fused kernels round otherwise; a wrong one is off by its own size.
-        wrong = ~(error <= 1e-2 * size) & (size.isfinite() | found.norm(dim=1).isfinite())
-        if bool(wrong.any()):
-            return False
-    return True
 
 
 def width_of(variables: Variables) -> int:

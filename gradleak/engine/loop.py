@@ -9,7 +9,6 @@ computed in halves, which is the arithmetic of half the width.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from ..threat import Compute
 from . import memory
 from .choice import choose, kind_of
 from .final import Final, chunks, evaluate, finish, join
+from .graphs import WORTH_RECORDING, Recorded
 from .optimisers import Optimiser, Scene, Schedule, Variables
 from .problem import Facts, Problem, Values, take
 from .restarts import Heats, OnDemand
@@ -124,8 +124,8 @@ class _Run:
         if plan.goal is not None:
             width = min(width, len(plan.goal))
         self.width = self.part = min(width, self.widths.halved.get(self.kind, width))
-        if compute.compile and not self.backend.compile():
-            _say(f"backend {self.name!r} is not compiled; only 'vmap' is")
+        if device.type == "cuda" and plan.iterations >= WORTH_RECORDING:
+            self.backend = Recorded(self.backend)
         # The trial that each slot holds, and how many iterations are left until it must be looked at.
         self.held: list[int | None] = [None] * self.width
         self.left = [0] * self.width
@@ -354,8 +354,3 @@ class _Paused:
 
 def _column(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view((-1,) + (1,) * (like.ndim - 1))
-
-
-@functools.cache
-def _say(text: str) -> None:
-    log.warning("%s", text)

@@ -99,7 +99,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _free() -> int:
     """Bytes that the machine can give, or the container, if that is less."""
-    return min(_of_machine(), *_of_container())
+    return min([_of_machine(), *_of_container()])
 
 
 def _of_machine() -> int:

@@ -170,10 +170,6 @@ class Backend(ABC):
         """Facts of all N victims as this backend likes them; some may be replaced by what only it understands."""
         return facts
 
-    def compile(self) -> bool:
-        """Compile calls from now on, where that is possible; return whether it is."""
-        return False
-
     @abstractmethod
     def __call__(self, problem: Problem, variables: Variables, facts: Facts) -> Values:
         """Losses and gradients of W stacked trials."""

@@ -42,22 +42,28 @@ def possible() -> bool:
     return sys.platform.startswith("linux") and hasattr(os, "memfd_create")
 
 
-def nursery() -> socket.socket | None:
-    """Return the socket of this process's nursery, which its workers may use; None where there can be none."""
-    return _started() if possible() else None
+def nursery(device: str) -> socket.socket | None:
+    """Return the socket of this process's nursery, which its workers may use; None where there can be none.
+
+    Args:
+        device: where attacks compute; see `Apart`.
+    """
+    return _started(device) if possible() else None
 
 
 class Apart:
     """Runs attacks in processes of their own; made by a driver, and handed to its workers."""
 
-    def __init__(self, control: socket.socket | None = None, memory: int | None = None) -> None:
+    def __init__(self, control: socket.socket | None = None, memory: int | None = None, device: str = "cpu") -> None:
         """Use a nursery that is there, by its socket, or start one.
 
         Args:
             control: of a nursery.
             memory: bytes that an attack may take; None for no bound.
+            device: where attacks compute: what has used a GPU cannot be copied, so a nursery for GPUs uses none.
         """
-        self._control = _started() if control is None else control
+        self._device = device
+        self._control = _started(device) if control is None else control
         self._memory = memory
         self._public: list[tuple[Images, int]] = []
         self.told: Callable[[int], None] = lambda pid: None
@@ -111,7 +117,7 @@ class Apart:
             try:
                 socket.send_fds(self._control, [b"copy"], numbers)
             except OSError:  # The nursery is gone: somebody ended it.
-                self._control = _started()
+                self._control = _started(self._device)
                 socket.send_fds(self._control, [b"copy"], numbers)
         return Connection(ours.detach()), life
 
@@ -200,37 +206,40 @@ def death(code: int | None) -> str:
     return f"{name}, often a lack of memory" if code == -signal.SIGKILL else name
 
 
-_nurseries: dict[int, tuple[subprocess.Popen[bytes], socket.socket]] = {}
-"""The nursery that a process has started, by the number of the process."""
+_nurseries: dict[tuple[int, bool], tuple[subprocess.Popen[bytes], socket.socket]] = {}
+"""The nurseries that a process has started, by its number and whether they are for GPUs."""
 
 
-def _started() -> socket.socket:
-    """Return the socket of this process's nursery, started if it has none that lives."""
-    known = _nurseries.get(os.getpid())
+def _started(device: str) -> socket.socket:
+    """Return the socket of this process's nursery for a kind of device, started if it has none that lives."""
+    key = os.getpid(), device != "cpu"
+    known = _nurseries.get(key)
     if known is not None and known[0].poll() is None:
         return known[1]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **_ONE_THREAD}
+        environment |= _SEES_GPUS if key[1] else _SEES_NO_GPU
+        head = json.dumps({"path": sys.path, "uses_gpu": key[1]})
         process = subprocess.Popen(
-            [sys.executable, "-m", "gradleak.evaluation.nursery", str(theirs.fileno()), json.dumps(sys.path)],
+            [sys.executable, "-m", "gradleak.evaluation.nursery", str(theirs.fileno()), head],
             pass_fds=[theirs.fileno()],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=2,
             env=environment,
         )
-    if os.getpid() not in _nurseries:
-        atexit.register(_end, os.getpid())
-    _nurseries[os.getpid()] = process, ours
+    if key not in _nurseries:
+        atexit.register(_end, key)
+    _nurseries[key] = process, ours
     return ours
 
 
-def _end(owner: int) -> None:
-    """End the nursery with the process that started it, and not with copies of that."""
-    if os.getpid() != owner:
+def _end(key: tuple[int, bool]) -> None:
+    """End a nursery with the process that started it, and not with copies of that."""
+    if os.getpid() != key[0]:
         return
-    process, control = _nurseries.pop(owner)
+    process, control = _nurseries.pop(key)
     control.close()
     try:
         process.wait(2)
@@ -240,3 +249,7 @@ def _end(owner: int) -> None:
 
 
 _ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+# Torch starts a thread for every GPU that it sees with its first gradient, and copies of a process with such threads
+# compute none; asked by NVML whether there is a GPU, it does not begin to use it.
+_SEES_NO_GPU: Mapping[str, str] = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+_SEES_GPUS: Mapping[str, str] = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}

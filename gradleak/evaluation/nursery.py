@@ -44,20 +44,32 @@ from .wire import ANSWER, ERROR, FAULT, MEMORY, PROGRESS, SAID, WRONG
 from .workshop import described
 
 
-def main(control: int, path: list[str]) -> None:
-    """Serve until nobody holds the other end of a socket; `path` is that of whoever started it."""
+def main(control: int, path: list[str], uses_gpu: bool) -> None:
+    """Serve until nobody holds the other end of a socket.
+
+    Args:
+        control: the socket's number.
+        path: the modules' path of whoever started it.
+        uses_gpu: whether copies compute on a GPU; then nothing is computed before there are any.
+    """
     tune()
     sys.path[:] = path
-    _warm_up()
+    _import_all()
+    if not uses_gpu:
+        _warm_up()
     _Nursery(socket.socket(fileno=control)).run()
 
 
-def _warm_up() -> None:
-    """Import what attacks need, and let torch set up what it does at first use: no copy has to do so again."""
+def _import_all() -> None:
+    """Import what attacks need: no copy has to do so again."""
     for group in registry.GROUPS:
         registry.names(group)
         for found in pkgutil.iter_modules(importlib.import_module(f"gradleak.{group}").__path__):
             importlib.import_module(f"gradleak.{group}.{found.name}")
+
+
+def _warm_up() -> None:
+    """Let torch set up what it does at first use."""
     shape, classes, setting = (1, 8, 8), 10, Setting()
     module = initialise(registry.build("models", "mlp", {"widths": [4]}), shape, classes, 0)
     defense: Defense = registry.build("defenses", "none")
@@ -226,6 +238,6 @@ def _public(number: int) -> Images:
 
 if __name__ == "__main__":
     try:
-        main(int(sys.argv[1]), json.loads(sys.argv[2]))
+        main(int(sys.argv[1]), **json.loads(sys.argv[2]))
     except GradleakError as error:
         sys.exit(f"gradleak: {error}")

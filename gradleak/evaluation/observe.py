@@ -52,7 +52,6 @@ def observe(
         compute=Compute(
             backend=engine.backend,
             width=engine.width,
-            compile=engine.compile,
             deadline=None if timeout is None else time.monotonic() + timeout,
             progress=progress,
         ),

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..errors import GradleakError
+from ..seeds import drawing
 from .found import Head, Link, OnPixels, Shape, Structure
 from .marks import sent_of
 
@@ -41,8 +42,7 @@ def find(module: nn.Module, shape: Shape) -> Structure:
 def _untouched(module: nn.Module) -> Iterator[None]:
     """Run in eval mode; afterwards every attribute and the global generator are what they were."""
     kept = [(each, dict(vars(each))) for each in module.modules()]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with drawing(0):
         try:
             for each, _ in kept:
                 each.training = False

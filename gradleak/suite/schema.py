@@ -62,15 +62,8 @@ class Engine(Strict):
     width: Annotated[int | Literal["auto"], BeforeValidator(_width)] = 32
     """Trials optimised together, at most; `auto`: as many as memory is measured to hold, so the last digits may differ
     between machines."""
-    compile: StrictBool = False
-    """Compile the backend `vmap` with torch, which takes a minute for every cell: for long attacks."""
     timeout: Rate | None = None
     """Seconds an attack may take on one cell's victims; those not done are marked."""
-
-    @model_serializer(mode="wrap")
-    def _as_ever(self, plain: Callable[[Engine], dict[str, Any]]) -> dict[str, Any]:
-        """Leave out what came later while it is not used: cells keep their keys."""
-        return {key: value for key, value in plain(self).items() if key != "compile" or value}
 
 
 def _several(value: Any) -> Any:

@@ -94,8 +94,7 @@ def train_prior(
         GradleakError: training diverged, the cache cannot be written, or the checkpoint in it is damaged.
     """
     recipe = recipe or Recipe()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.derive("prior", recipe.seed))
+    with seeds.drawing(seeds.derive("prior", recipe.seed)):
         autoencoder = Autoencoder(data.shape, data.classes, recipe)
     start = _digest(autoencoder.state_dict())  # so that an edited architecture does not find an old checkpoint
     parts = (RECIPE, asdict(recipe), start, data.name, data.digest, torch.device(device).type, torch.__version__)

@@ -42,10 +42,14 @@ class Local(Executor):
             registry.add_file(path)
         desk = desk or Alone()
         context = multiprocessing.get_context("fork" if _copies(resources) else "spawn")
-        worker = Worker(context, resources, plugins, self.limits.memory_of(resources), nursery())
+        worker = Worker(context, resources, plugins, self.limits.memory_of(resources), nursery(resources.device))
         yield from Crew([worker], Queue(cells, desk), desk, self.limits, report).run()
 
 
 def _copies(resources: Resources) -> bool:
-    """Whether a copy of this process can compute: a GPU cannot be shared with one, nor can macOS's libraries."""
-    return sys.platform.startswith("linux") and resources.device == "cpu" and not torch.cuda.is_initialized()
+    """Whether a copy of this process can compute: not with macOS's libraries, nor where torch sees a GPU.
+
+    Torch starts a thread for every GPU that it sees with its first gradient, which a plan may have taken here, and
+    a copy of a process with such threads can take none.
+    """
+    return sys.platform.startswith("linux") and resources.device == "cpu" and not torch.cuda.is_available()

@@ -41,7 +41,13 @@ class Processes(Executor):
         context = multiprocessing.get_context("spawn")
         memory = self.limits.memory_of(resources)
         workers = [
-            Worker(context, replace(resources, device=devices[i % len(devices)]), plugins, memory, nursery())
+            Worker(
+                context,
+                replace(resources, device=devices[i % len(devices)]),
+                plugins,
+                memory,
+                nursery(resources.device),
+            )
             for i in range(count)
         ]
         yield from Crew(workers, Queue(cells, desk), desk, self.limits, report).run()

@@ -267,9 +267,9 @@ def _workshop(resources: Resources) -> Workshop:
 
 
 @functools.lru_cache(maxsize=1)
-def _apart() -> Apart | None:
+def _apart(device: str) -> Apart | None:
     """Return what runs the attacks of this Ray worker."""
-    return Apart() if possible() else None
+    return Apart(device=device) if possible() else None
 
 
 def _compute(cell: Cell, site: _Site, board: Any) -> tuple[Message, list[str]]:
@@ -287,4 +287,4 @@ def _compute(cell: Cell, site: _Site, board: Any) -> tuple[Message, list[str]]:
         elif kind == "phase":
             board.enter.remote(cell.key, content)
 
-    return computed(cell, _workshop(site.resources), send, _apart()), said
+    return computed(cell, _workshop(site.resources), send, _apart(site.resources.device)), said

@@ -165,7 +165,7 @@ def _work(
     bound(memory)
     apart = None
     if control is not None:
-        apart = Apart(control, memory)
+        apart = Apart(control, memory, resources.device)
         apart.told = lambda pid: send("attacker", pid)
     here, workshop = os.getpid(), Workshop(resources)
     while True:
