@@ -58,6 +58,8 @@ def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
     setting = Setting(**checked)
     if setting.local_lr is None and (setting.local_steps > 1 or setting.local_batch_size is not None):
         raise GradleakError(f"{place}local_steps and local_batch_size need local_lr (FedAvg)")
+    if setting.statistics == "calibrated" and (setting.epochs or setting.after_rounds):
+        raise GradleakError(f"{place}statistics: calibrated is of an untrained model; one that is trained has its own")
     _check_client(setting, place)
     try:
         setting.local_training.batches(setting.batch_size)
