@@ -16,8 +16,6 @@ from ..dataset import Images, Split
 from ..errors import GradleakError, unknown
 from ._images import divide, from_bytes, square
 
-_COPY = 10**-2.5  # mean squared error at 25 dB; JPEG copies come closer, other images do not
-
 
 def read_tree(path: Path, size: int, channels: int, limit: int | None = None) -> Split:
     """Both splits of a tree of class folders, images [K, channels, size, size].
@@ -40,22 +38,6 @@ def read_tree(path: Path, size: int, channels: int, limit: int | None = None) ->
     else:
         raise GradleakError(f"folder {path}: {halves[0].name}/ stands alone; allowed: train/ with test/ or val/")
     return Split(_decode(*train, size, channels, limit), _decode(*test, size, channels, limit), classes)
-
-
-def without_copies(public: Images, private: Images, tree: Path) -> Images:
-    """Return public images [K, ...] but those that are copies of private ones, 25 dB or closer.
-
-    Raises:
-        GradleakError: all of them are; `tree` is the folder that they are from.
-    """
-    distances = torch.cdist(
-        public.images.flatten(1), private.images.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
-    )
-    errors = distances.square() / private.images[0].numel()
-    own = (errors > _COPY).all(dim=1).nonzero().flatten()
-    if not len(own):
-        raise GradleakError(f"folder {tree}: every train image copies a victim; give another tree")
-    return public[own]
 
 
 def _files(path: Path) -> tuple[tuple[str, ...], list[str], Tensor]:

@@ -18,9 +18,9 @@ from ..errors import GradleakError
 from ..paths import RelativePath
 from ._cifar10_victims import EVALUATION, TUNING
 from ._images import from_bytes
-from ._npz import arrays
 from ._torchvision import fetch
-from ._tree import read_tree, without_copies
+from ._tree import read_tree
+from .victims import _arrays, _without_copies
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class FrozenCifar10(Dataset):
         tree = read_tree(home / self.copies, 32, 3, self.limit + len(private))
         if tree.classes != CLASSES:
             raise GradleakError(f"folder {home / self.copies}: classes {', '.join(tree.classes)} are not CIFAR-10's")
-        public = without_copies(tree.train, private, home / self.copies)
+        public = _without_copies(tree.train, private, home / self.copies)
         return Split(public[: self.limit], private, CLASSES)
 
 
@@ -84,7 +84,7 @@ def _files(home: Path) -> Iterator[Found]:
     """Yield what .npz files of the data root and its folders hold, of those that look like it."""
     for file in sorted([*home.glob("*.npz"), *home.glob("*/*.npz")]):
         try:
-            images, labels = arrays(file)
+            images, labels = _arrays(file)
         except GradleakError as error:
             log.debug("%s", error)
             continue
