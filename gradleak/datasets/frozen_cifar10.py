@@ -41,7 +41,8 @@ class FrozenCifar10(Dataset):
     reference: ClassVar[str] = "Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images"
 
     copies: RelativePath | None = None
-    """A tree of class folders with JPEG copies, relative to the data root, whose train split is public."""
+    """A tree of class folders with JPEG copies, relative to the data root, whose train split is public where CIFAR-10
+    itself is not there."""
     limit: Annotated[int, Ge(1)] = 10_000
     """Public images kept: the first train images that are no victims, or the first of a seeded draw of the tree."""
 
@@ -54,14 +55,16 @@ class FrozenCifar10(Dataset):
         home = Path("data") if root is None else root
         whole = _whole(home, download)
         private = _chosen(home, [*whole, *_files(home)], self.version)
-        if self.copies is None:
-            if not whole:
-                raise GradleakError(
-                    f"frozen-cifar10: no CIFAR-10 in {home} to take public images from; name its folder with "
-                    "--data-root, allow --download, or name a folder of JPEG copies with the option copies"
-                )
+        if whole:
             return Split(_without(whole[0], self.limit), private, CLASSES)
-        log.warning("frozen-cifar10: public images are JPEG copies (%s); victims are exact", self.copies)
+        if self.copies is None:
+            raise GradleakError(
+                f"frozen-cifar10: no CIFAR-10 in {home} to take public images from; name its folder with "
+                "--data-root, allow --download, or name a folder of JPEG copies with the option copies"
+            )
+        log.warning(
+            "frozen-cifar10: public images are JPEG copies (%s), not CIFAR-10's own; victims are exact", self.copies
+        )
         tree = read_tree(home / self.copies, 32, 3, self.limit + len(private))
         if tree.classes != CLASSES:
             raise GradleakError(f"folder {home / self.copies}: classes {', '.join(tree.classes)} are not CIFAR-10's")
