@@ -37,8 +37,9 @@ def kinds(cells: Iterable[Cell]) -> Iterator[Cell]:
     seen: set[tuple[str, ...]] = set()
     for cell in cells:
         level = cell.knowledge.value if isinstance(cell, AttackCell) else "training"
-        own = {(cell.context, "defense", cell.defense.label, level)}
-        own |= {(cell.context, "attack", cell.attack.label)} if isinstance(cell, AttackCell) else set()
+        own: set[tuple[str, ...]] = {(cell.context, "defense", cell.defense.label, level)}
+        if isinstance(cell, AttackCell):
+            own.add((cell.context, "attack", cell.attack.label))
         # A control reads little of a message.
         blind = isinstance(cell, AttackCell) and cell.built_attack.family == "control"
         new = {kind for kind in own if not (blind and kind[1] == "defense")} - seen

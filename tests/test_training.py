@@ -276,7 +276,7 @@ def test_a_calibrated_network_looks_at_its_images() -> None:
         for image in images:
             loss = nn.functional.cross_entropy(network(image[None]), labels)
             parts.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]))
-        return 1 - float(nn.functional.cosine_similarity(*parts, dim=0))
+        return 1 - float(nn.functional.cosine_similarity(parts[0], parts[1], dim=0))
 
     assert contrast(calibrated(plain, DIGITS)) > 10 * contrast(plain)
 
