@@ -124,7 +124,7 @@ class Conduct:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Plain values."""
     version: str = ""
-    file: str = ""
+    code: str = ""
     """Digest of its code, of every client but the plain one."""
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 import time
 from collections.abc import Iterator
@@ -229,6 +230,35 @@ def test_an_attack_that_dies_is_a_fault_and_no_result(tmp_path: Path, apart: Apa
     (cell,) = cells(tmp_path)
     with pytest.raises(MachineFault, match=says):
         evaluate(cell, Workshop(), apart=apart)
+
+
+def test_a_plugin_is_asked_for_its_loss_at_the_truth_in_a_process_that_ends(tmp_path: Path, apart: Apart) -> None:
+    body = """
+
+    def loss(self, observation, images, targets, buffers):
+        SEEN.append(images)
+        Path(self.out).write_text(json.dumps([os.getpid(), len(SEEN)]))
+        if "slow" in self.out:
+            os._exit(3)
+        return images.flatten(1).mean(1)
+    """
+    path = odd(tmp_path, "return Reconstruction(images=grey, labels=observation.labels)")
+    path.write_text(path.read_text() + textwrap.indent(textwrap.dedent(body), " " * 4))
+    registry.add_file(path)
+    for name in ("out", "slow"):
+        out = tmp_path / name
+        (cell,) = cells(tmp_path, attacks=[{"odd": {"out": str(out)}}])
+        result = evaluate(cell, Workshop(), apart=apart)
+        pid, calls = json.loads(out.read_text())
+        assert pid != os.getpid() and calls == (2 if name == "out" else 1)
+        truth, _ = Workshop().victims_of(cell)
+        found = [row.loss_at_truth for row in result.rows]
+        if name == "out":
+            assert found == pytest.approx(truth.reshape(2, -1).mean(1).tolist(), rel=1e-5)
+        else:
+            assert found == [None, None] and "no loss at the truth: exit code 3" in str(result.rows[0])
+    with pytest.raises(GradleakError, match="losses cannot be read"):
+        wire.read_losses(wire.write_losses({"a": torch.zeros(3)}), ["a"], 2)
 
 
 def test_an_answer_is_read_as_numbers_and_nothing_in_it_is_run(tmp_path: Path, apart: Apart) -> None:

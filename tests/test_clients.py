@@ -300,7 +300,7 @@ def test_settings_name_clients_and_keep_their_old_keys() -> None:
 
 def test_the_code_of_a_client_is_another_cell_and_the_same_question() -> None:
     given = build_setting({"local_lr": 0.1, "client": {"sgd": {"momentum": 0.5}}})
-    edited = replace(given, client=replace(given.client, file="other", version="99"))
+    edited = replace(given, client=replace(given.client, code="other", version="99"))
     steeper = build_setting({"local_lr": 0.1, "client": {"sgd": {"momentum": 0.6}}})
     cell, other, third = (replace(trials.cell("x"), setting=setting) for setting in (given, edited, steeper))
     assert len({cell.key, other.key, third.key}) == 3
@@ -360,7 +360,7 @@ def test_a_plugin_brings_a_client(tmp_path: Path) -> None:
     scene = Scene.of(net(), images[None, :1], labels[None, :1], setting=setting)
     moved = torch.cat([tensor.flatten() for tensor in scene.sent.update.values()])
     assert set(moved.abs().unique().tolist()) <= {0.0, 0.1} or torch.allclose(moved.abs().max(), moved.new_tensor(0.1))
-    assert stored_setting(setting)["client"]["file"], "its code is part of a cell"
+    assert stored_setting(setting)["client"]["code"], "its code is part of a cell"
     broken = tmp_path / "broken.py"
     broken.write_text(file.read_text().replace("SignSGD", "Broken").replace(".sign()", ".sign()[None]"))
     assert any(found.ok is False and "broken.py" in found.detail for found in check_file(broken))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from gradleak import code, registry
+from gradleak.board.newest import chosen
 from gradleak.board.store import Store
 from gradleak.cli.main import main
 from gradleak.errors import GradleakError
@@ -265,3 +266,69 @@ def test_edited_code_is_computed_anew_and_said_so(
     registry.add_file(plugin(tmp_path / "third" / "grey.py", ATTACK.replace("0.5", "0.8")))
     (grey, *_) = [cell for cell in cells if cell.attack.name == "grey"]
     assert evaluate.evaluate(grey, Workshop()).error == "attack 'grey': its code is not that of this cell"
+
+
+SERVER = """
+    from dataclasses import dataclass
+
+    import torch
+
+    from gradleak.knowledge import Power
+    from gradleak.server import Server
+    from gradleak.update import copied
+
+
+    @dataclass(frozen=True, kw_only=True)
+    class Louder(Server):
+        '''Scales the weights that it sends.'''
+
+        surface = Power.PARAMETERS
+        reference = "test"
+
+        def tamper(self, module, auxiliary, generator, client=0):
+            changed = copied(module)
+            with torch.no_grad():
+                changed[-1].weight.mul_(2.0)
+            return changed
+"""
+CLIENT = """
+    from dataclasses import dataclass
+
+    from gradleak.client import Client
+
+
+    @dataclass(frozen=True, kw_only=True)
+    class Louder(Client):
+        '''Takes longer steps.'''
+
+        reference = "test"
+
+        @property
+        def optimises(self):
+            return True
+
+        def step(self, parameters, gradient, state, lr):
+            return {name: tensor - 2.0 * lr * gradient[name] for name, tensor in parameters.items()}, state
+"""
+
+
+@pytest.mark.parametrize(("part", "text"), [("server", SERVER), ("client", CLIENT)])
+def test_boards_show_the_newest_code_of_servers_and_clients(
+    part: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    common = {"grants": {"labels": "known", "local_training": True}, "local_lr": 0.1}
+    settings = [{"name": "plain", **common}, {"name": "louder", part: "louder", **common}]
+    store, ran = tmp_path / "s.sqlite", []
+    for factor in ("2.0", "3.0"):
+        monkeypatch.setattr(registry, "_files", {})
+        file = plugin(tmp_path / factor / "louder.py", text.replace("2.0", factor))
+        path = write_suite(tmp_path, attacks=["linear-leakage"], settings=settings)
+        ran.append(runner.run(path, store, Local(), Resources(), [file]).ran)
+    assert ran == [2, 1], "only the edited one is another cell"
+    with Store(store) as opened:
+        cells = opened.cells()
+    newest = chosen(cells)
+    assert sorted(newest["setting"]) == ["louder", "plain"] and "1 cells of older code" in caplog.text
+    assert f"1 cell is computed anew: the code of {part} 'louder' changed" in caplog.text
+    assert newest["id"].max() == cells["id"].max(), "what was run last is shown"
+    assert len(chosen(cells, all_code=True)) == 3

@@ -25,8 +25,9 @@ from gradleak.board.results import read
 from gradleak.board.store import Store
 from gradleak.cli.main import main
 from gradleak.evaluation import metrics
-from gradleak.evaluation.verify import Extent, Verified, verify
+from gradleak.evaluation.verify import Extent, Finding, Verified, seconds, verify
 from gradleak.evaluation.verify.again import sample
+from gradleak.evaluation.verify.luck import RARE, gap_of
 from gradleak.evaluation.verify.messages import Scene
 from gradleak.evaluation.verify.rounding import Shaken, unexplained
 from gradleak.evaluation.workshop import Resources, Workshop
@@ -275,6 +276,14 @@ def swap_reconstructions(database: Database) -> None:
         )
 
 
+def cheap(database: Database) -> None:
+    """A defense whose clients take no time."""
+    for number, text in database.execute("SELECT id, config FROM cells").fetchall():
+        config = json.loads(text)
+        if config["defense"]["label"] == "top-k" and "knowledge" in config:
+            tell(database, number, "provenance", lambda told: told.update(client_seconds=1e-9))
+
+
 def version(config: dict[str, Any]) -> None:
     config["attack"]["version"] = "0"
 
@@ -354,6 +363,15 @@ FORGERIES: dict[str, dict[str, tuple[str, str, Forgery]]] = {
         "an accuracy where none is": ("facts", "test_accuracy", in_facts("ig", "noise", test_accuracy=1.0)),
         "an attack that adapts": ("facts", "adaptive", in_facts("ig", "none", adaptive=True)),
     },
+    "details": {
+        "a cheap defense": ("seconds", "defense 'top-k'", cheap),
+        "a model that knows more": ("facts", "model_accuracy", in_facts("ig", "none", model_accuracy=0.5)),
+        "a detail of the attack": (
+            "closed forms and controls",
+            "self check",
+            in_rows("""extras = '{"rank": 1, "self_check": 0.5}'""", "spear"),
+        ),
+    },
 }
 """Kinds of cheating: which check refuses each, a word of the reason, and how it is done. Those of a group together."""
 
@@ -368,17 +386,27 @@ SAMPLED: dict[str, dict[str, tuple[str, str, Forgery]]] = {
         "an attack in one step": ("sample", "iterations", in_rows("iterations = 1", "ig", "top-k")),
         "fewer bytes in training": ("sample", "bytes", in_facts("utility", "top-k", bytes=10.0)),
     },
+    "rates": {
+        "a rate that did better": (
+            "sample",
+            "validation accuracy",
+            in_facts("utility", "noise", validation_accuracy={"0.3": 1.0}),
+        ),
+    },
 }
 """Kinds of cheating that only running again shows."""
 
 
 def test_an_honest_bundle_of_another_machine_is_verified(folder: Path) -> None:
-    told: list[str] = []
-    found = checked(folder, folder / "bundle.zip", Extent(sample=100), say=told.append)
+    told, came = list[str](), list[Finding]()
+    found = checked(folder, folder / "bundle.zip", Extent(sample=100), say=told.append, tell=came.append)
     assert not refused(found) and found.ok
     assert all(each.ok for each in found.findings), found.findings
     assert set(found.cells.values()) == {"re-run"} and len(found.cells) == 17
     assert any(line.startswith("sample: cell 1 of") for line in told)
+    assert came == found.findings, "each is told"
+    (luck,) = (each.detail for each in found.findings if each.check == "luck")
+    assert "cells drawn anew" in luck and ("'noise'" in luck or "attack" in luck)
 
 
 @pytest.mark.parametrize("group", FORGERIES)
@@ -422,14 +450,48 @@ def test_rounding_is_measured_and_explains_no_more() -> None:
     assert unexplained(centre + 0.005, still.__getitem__, 0.01) is None
     assert unexplained(centre + 0.02, still.__getitem__, 0.01)
     odd = centre.copy()
-    odd[:2] += 20
-    assert unexplained(odd, still.__getitem__, 0.01) is None, "two of 32 may be too rare for the twins to show"
-    odd[:3] += 20
-    assert unexplained(odd, still.__getitem__, 0.01)
+    odd[0] += 20
+    assert unexplained(odd, still.__getitem__, 0.01), "one of 32 is no rounding where nothing tips over"
+    tipped = [*still[:9], *(centre + 20 * (np.arange(32) == 0) * (number % 2) for number in range(8))]
+    assert unexplained(odd, tipped.__getitem__, 0.01) is None, "too rare for the twins to show, but for the loud ones"
+    odd[1] += 20
+    assert unexplained(odd, tipped.__getitem__, 0.01), "the second never tips over"
+    heavy = [centre + np.where(np.arange(32) == 0, 5.0 * (number % 3), 0.0) for number in range(9)]
+    assert unexplained(centre + np.where(np.arange(32) == 0, 12.0, 0.0), heavy.__getitem__, 0.01) is None
     gone = centre.copy()
     gone[:5] = np.nan
     assert unexplained(gone, still.__getitem__, 0.01) and unexplained(centre[:5], still.__getitem__, 0.01)
     assert unexplained(np.zeros(2), lambda number: np.ones(2), 0.5)
+
+
+def test_luck_is_measured_victim_by_victim_and_refused_beyond_chance() -> None:
+    draws = np.random.default_rng(0)
+    victims: list[tuple[object, ...]] = [(victim,) for victim in range(16)]
+
+    def gaps(shift: float) -> Any:
+        noise = draws.normal(shift, 1, 16)  # Of two attacks on one defense: they share its noise.
+        found = gap_of("defense 'x'", [dict(zip(victims, noise.tolist(), strict=True)) for _ in range(2)])
+        assert found is not None
+        return found
+
+    honest = [gaps(0) for _ in range(400)]
+    assert 0.02 < np.mean([gap.chance < 0.05 for gap in honest]) < 0.08, "one in twenty, though two cells say the same"
+    assert 0.9 < np.mean([abs(gap.mean) < 2 * gap.error for gap in honest]) < 0.98
+    assert gaps(3).chance < 1 / RARE and gaps(-3).chance < 1 / RARE
+    assert gap_of("x", [{victims[0]: 1.0}]) is None and gap_of("x", [dict.fromkeys(victims, 1e-3)]) is None
+
+
+def test_seconds_are_compared_as_to_their_order_of_magnitude() -> None:
+    here = {"a": 1e-3, "b": 2e-3, "c": 5.0}
+
+    def told(factor: float, **other: float) -> Finding:
+        times = {name: [(factor * own * other.get(name, 1.0), own)] * 3 for name, own in here.items()}
+        return seconds.check(times)
+
+    assert told(1).ok and told(0.02).ok and told(50).ok, "another machine, or a loaded one"
+    assert told(0.02, a=30, b=1 / 30).ok
+    assert not told(1e-3).ok and not told(1, a=1e-3).ok and "a: " in told(1, a=1e-3).detail
+    assert seconds.check({}).ok is None and seconds.check({"a": [(1.0, 0.0)]}).ok is None
 
 
 def test_twins_have_weights_moved_in_the_last_place(folder: Path) -> None:
@@ -449,6 +511,8 @@ def test_verify_prints_what_it_found_and_keeps_a_record(
     bundle = tmp_path / "bundle.zip"
     shutil.copy(folder / "bundle.zip", bundle)
     command = ["verify", str(bundle), "--suite", str(folder / "suite.yaml"), "--sample", "0"]
+    assert main(command) == 0
+    assert "ok           metrics: " in (said := capsys.readouterr()).out and "luck" not in said.out
     assert main([*command, "--record", "--json"]) == 0
     said = capsys.readouterr()
     told = json.loads(said.out)

@@ -14,7 +14,10 @@ from ..suite import question_of
 
 log = logging.getLogger(__name__)
 
-_GROUPS = ("attack", "defense", "model", "dataset")
+_OF_SETTINGS = ("server", "client")
+"""Parts that stand under the label of their setting."""
+PARTS = ("attack", "defense", "model", "dataset", *_OF_SETTINGS)
+"""What has code; the engine and the metrics count as the attack's."""
 
 
 def chosen(cells: pd.DataFrame, all_code: bool = False, asked: Collection[str] | None = None) -> pd.DataFrame:
@@ -40,9 +43,12 @@ def _newest(cells: pd.DataFrame) -> pd.DataFrame:
     # Of two cells that began in the same second the later line is the newer; a cell without a time is never newer.
     began = cells["started"] + [f" {number:010d}" for number in cells["id"]]
     began = began.where(cells["started"] != "", "")
-    for group in _GROUPS:
-        label = cells[group] + "\x1f" + cells[f"{group}_name" if f"{group}_name" in cells else group]
-        code = pd.Series([_code(config, group) for config in cells["config"]], index=cells.index, dtype=str)
+    for kind in PARTS:
+        parts = [part_of(config, kind) for config in cells["config"]]
+        label = cells["setting" if kind in _OF_SETTINGS else kind] + [f"\x1f{part.get('name')}" for part in parts]
+        code = pd.Series([_code(part) for part in parts], index=cells.index, dtype=str)
+        if kind == "attack":
+            code += [json.dumps(config.get("definitions"), sort_keys=True) for config in cells["config"]]
         latest = began.groupby([label, code]).transform("max")
         current &= latest == latest.groupby(label).transform("max")
     if left := int((~current).sum()):
@@ -50,7 +56,11 @@ def _newest(cells: pd.DataFrame) -> pd.DataFrame:
     return cells[current]
 
 
-def _code(config: Mapping[str, Any], group: str) -> str:
-    """Return the code that a part was computed with; the engine and the metrics count as the attack's."""
-    shared = json.dumps(config.get("definitions"), sort_keys=True) if group == "attack" else ""
-    return f"{config[group].get('version')}\x1f{config[group].get('code')}\x1f{shared}"
+def part_of(config: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """Return a part of a cell; empty for an honest server or a plain client."""
+    found: Mapping[str, Any] = (config["setting"] if kind in _OF_SETTINGS else config).get(kind, {})
+    return found
+
+
+def _code(part: Mapping[str, Any]) -> str:
+    return f"{part.get('version')}\x1f{part.get('code')}\x1f"

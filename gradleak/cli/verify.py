@@ -13,7 +13,7 @@ import typer
 from ..paths import printable
 
 if TYPE_CHECKING:
-    from ..evaluation.verify import Verified
+    from ..evaluation.verify import Finding, Verified
 
 PAUSE = 10.0
 """Seconds between two lines of progress: a log stays short, and nobody takes a long check for one that hangs."""
@@ -58,16 +58,22 @@ def verify(
     for path in plugin or []:
         registry.add_file(path)
     resources = Resources(data_root=data_root, device=device)
-    found = verify(bundle, resources, Extent(sample, seed), suite or [], _Progress())
+    tell = _unheard if as_json else _print
+    found = verify(bundle, resources, Extent(sample, seed), suite or [], _Progress(), tell)
     if as_json:
         print(json.dumps(_plain(found), indent=1))
-    else:
-        for each in found.findings:
-            print(printable(f"{STATES[each.ok]:11}  {each.check}: {each.detail}"))
     if record:
         told = [(each.check, each.ok, each.detail) for each in found.findings]
         _say(f"recorded in {records.write(bundle, found.seed, sample, told, found.cells)}")
     _conclude(bundle, found)
+
+
+def _print(found: Finding) -> None:
+    print(printable(f"{STATES[found.ok]:11}  {found.check}: {found.detail}"), flush=True)
+
+
+def _unheard(found: Finding) -> None:
+    pass
 
 
 def _conclude(bundle: Path, found: Verified) -> None:
@@ -80,7 +86,7 @@ def _conclude(bundle: Path, found: Verified) -> None:
     rest = f", but for {', '.join(dict.fromkeys(unchecked))}, which could not be checked here" if unchecked else ""
     counts = {state: list(found.cells.values()).count(state) for state in sorted(set(found.cells.values()))}
     extent = ", ".join(f"{count} cells {state}" for state, count in counts.items())
-    _say(f"{bundle}: verified{rest}: {extent}; seconds are as submitted; {again}")
+    _say(f"{bundle}: verified{rest}: {extent}; {again}")
 
 
 def _plain(found: Verified) -> dict[str, object]:

@@ -14,11 +14,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import registry
 from ..attack import Reconstruction
@@ -80,21 +82,49 @@ class Apart:
             MachineFault: the machine could not do what was asked of it, or the process died.
         """
         files: list[int] = []
+        job = wire.write_job(observation, streams, partial(self._place_of, files))
+        head = {"task": "attack", "attack": name, "options": dict(options), "label": label}
+        kind, content = self._served(head, job, files, observation.compute.progress)
+        return (Mistake(content.decode(errors="replace")), None) if kind == WRONG else wire.read_answer(content)
 
-        def place_of(images: Images) -> int:
-            number = self._file_of(images)
-            if number not in files:
-                files.append(number)
-            return files.index(number)
+    def losses(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        label: str,
+        observation: Observation,
+        guesses: wire.Guesses,
+        targets: Tensor,
+        buffers: wire.Tensors,
+    ) -> wire.Losses:
+        """Return an attack's own losses at some images, in a process that ends with it.
 
-        job = wire.write_job(observation, streams, place_of)
+        Raises:
+            GradleakError: the attack raised, or its losses are none.
+            MemoryError: it ran out of memory.
+            MachineFault: the machine could not do what was asked of it, or the process died.
+        """
+        files: list[int] = []
+        job = wire.write_guesses(observation, guesses, targets, buffers, partial(self._place_of, files))
+        head = {"task": "losses", "attack": name, "options": dict(options), "label": label}
+        _, content = self._served(head, job, files, None)
+        return wire.read_losses(content, guesses, observation.victims)
+
+    def _place_of(self, files: list[int], images: Images) -> int:
+        """Return the place of public images among the files that a process is given."""
+        number = self._file_of(images)
+        if number not in files:
+            files.append(number)
+        return files.index(number)
+
+    def _served(
+        self, task: Mapping[str, Any], job: bytes, files: list[int], progress: Callable[[float, float], None] | None
+    ) -> tuple[bytes, bytes]:
+        """Have a task done by a process of its own; return the kind and the content of what it answers."""
         connection, life = self._ask(files)
         with connection, life:
-            progress = observation.compute.progress
             head = {
-                "attack": name,
-                "options": dict(options),
-                "label": label,
+                **task,
                 "plugins": [str(path) for path in registry.added_files()],
                 "path": sys.path,
                 "folder": str(Path.cwd()),
@@ -105,7 +135,6 @@ class Apart:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.send_bytes(json.dumps(head).encode())
                 connection.send_bytes(job)
-            del job
             return _heard(connection, life, progress or (lambda share, loss: None), self.told)
 
     def _ask(self, files: list[int]) -> tuple[Connection, socket.socket]:
@@ -139,7 +168,7 @@ class Apart:
 
 def _heard(
     connection: Connection, life: socket.socket, progress: Callable[[float, float], None], told: Callable[[int], None]
-) -> tuple[Reconstruction | Mistake, int | None]:
+) -> tuple[bytes, bytes]:
     """Listen to an attack's process until it has answered."""
     known, words = "", b""
     while True:
@@ -168,12 +197,10 @@ def _heard(
             return _answer(kind, content)
 
 
-def _answer(kind: bytes, content: bytes) -> tuple[Reconstruction | Mistake, int | None]:
-    text = content.decode(errors="replace") if kind != ANSWER else ""
-    if kind == ANSWER:
-        return wire.read_answer(content)
-    if kind == WRONG:
-        return Mistake(text), None
+def _answer(kind: bytes, content: bytes) -> tuple[bytes, bytes]:
+    if kind in (ANSWER, WRONG):
+        return kind, content
+    text = content.decode(errors="replace")
     if kind == MEMORY:
         raise MemoryError(text)
     if kind == FAULT:

@@ -31,6 +31,7 @@ from .apart import Apart
 from .faults import MachineFault, machine_fault
 from .identity import identity, provenance
 from .inspection import Inspection, inspection
+from .losses import losses_of
 from .observe import observe
 from .rounds import Attacked, attacked, inspected, served, told_of
 from .workshop import Progress, Workshop, device_name, versions
@@ -170,7 +171,7 @@ def _attack(
         observation = found.observation(each, progress)
         asked.append(attacked(cell, each, observation, streams.select(rows), data, images[rows], asker))
     phase("scores")
-    told = [told_of(cell, data, each, images, labels, workshop) for each in asked]
+    told = [told_of(cell, data, each, images, labels, workshop, losses_of(cell, apart)) for each in asked]
     return CellResult(
         key=cell.key,
         config=cell.stored(),

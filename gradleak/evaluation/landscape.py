@@ -12,13 +12,20 @@ from ..federation.client import Sent
 from ..suite import AttackCell
 from ..threat import Observation
 from ..update import local_update
+from .losses import LossesOf
 from .workshop import Workshop
 
 log = logging.getLogger(__name__)
 
 
 def marks(
-    cell: AttackCell, observation: Observation, sent: Sent, answer: Reconstruction, mean: Tensor, workshop: Workshop
+    cell: AttackCell,
+    observation: Observation,
+    sent: Sent,
+    answer: Reconstruction,
+    mean: Tensor,
+    workshop: Workshop,
+    losses_of: LossesOf,
 ) -> tuple[dict[str, Tensor | None], dict[str, str]]:
     """Return columns [N] of the attacker's loss at the truth and at the mean image, and a note where there are none.
 
@@ -35,7 +42,7 @@ def marks(
     if (means := mean_of(mean, sent)) is not None:
         guesses["loss_at_mean"] = means
     try:
-        return {name: attack.loss(observation, images, sent.targets, buffers) for name, images in guesses.items()}, {}
+        return dict(losses_of(observation, guesses, sent.targets, buffers)), {}
     except Exception as error:
         # A diagnostic: without it the answer still counts, so the rows say what is missing, and why.
         note = f"no loss at the truth: {workshop.described(error)}"

@@ -39,6 +39,7 @@ from ..threat import Compute, Knowledge, Labels, Setting
 from . import wire
 from .answer import detached, guarded, halved
 from .faults import machine_fault
+from .losses import losses
 from .said import Forward, Printed, Sayer, throttled
 from .wire import ANSWER, ERROR, FAULT, MEMORY, PROGRESS, SAID, WRONG
 from .workshop import described
@@ -205,6 +206,8 @@ def _answered(
 ) -> tuple[bytes, bytes]:
     for path in head["plugins"]:
         registry.add_file(Path(path))
+    if head["task"] == "losses":
+        return ANSWER, _losses(head, connection, public)
     observation, streams = wire.read_job(connection.recv_bytes(), lambda place: _public(public[place]))
     report = throttled(lambda share, loss: say(PROGRESS, json.dumps([share, loss]).encode()))
     if head["progress"]:
@@ -216,6 +219,12 @@ def _answered(
     if wrong is not None:
         return WRONG, wrong.encode()
     return ANSWER, wire.write_answer(detached(answer), halved(observation))
+
+
+def _losses(head: dict[str, Any], connection: Connection, public: list[int]) -> bytes:
+    observation, given = wire.read_guesses(connection.recv_bytes(), lambda place: _public(public[place]))
+    attack = registry.build("attacks", head["attack"], head["options"])
+    return wire.write_losses(losses(attack, observation, *given))
 
 
 def _failure(error: BaseException) -> tuple[bytes, bytes]:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..board.newest import PARTS, part_of
 from ..board.store import Store
 from ..suite import Cell, question_of
 
@@ -36,8 +37,9 @@ def reasons(store: Store, cells: Sequence[Cell]) -> list[str]:
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    for part in ("attack", "defense", "model", "dataset"):
-        if any(before[part].get(mark) != after[part].get(mark) for mark in ("code", "version")):
-            yield f"the code of {part} {after[part]['name']!r}"
+    for kind in PARTS:
+        old, new = part_of(before, kind), part_of(after, kind)
+        if any(old.get(mark) != new.get(mark) for mark in ("code", "version")):
+            yield f"the code of {kind} {new['name']!r}"
     if before.get("definitions") != after.get("definitions"):
         yield "the engine or a metric"

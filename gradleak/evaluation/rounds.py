@@ -22,6 +22,7 @@ from ..update import Network
 from .answer import Answer, Asker, ask
 from .inspection import Inspection
 from .isolation import ask_isolated, residue
+from .losses import LossesOf
 from .observe import isolated
 from .score import of_victims, rows_of
 from .workshop import Workshop
@@ -69,13 +70,21 @@ def attacked(
     return Attacked(round_, observation, given)
 
 
-def told_of(cell: AttackCell, data: Data, each: Attacked, images: Tensor, labels: Tensor, workshop: Workshop) -> Told:
+def told_of(
+    cell: AttackCell,
+    data: Data,
+    each: Attacked,
+    images: Tensor,
+    labels: Tensor,
+    workshop: Workshop,
+    losses_of: LossesOf,
+) -> Told:
     """Compare a round's answer with the truth: images [N, B, C, H, W] and labels [N, B] of all victims."""
     rows_here, answer = list(each.round.victims), each.given.reconstruction
     # An attacker who takes a sum for one client's message guesses, and is held to, the victim's images only.
     size = each.observation.batch_size
     truth, known, sent = images[rows_here][:, :size], labels[rows_here][:, :size], each.round.sent.of_first(size)
-    rows = rows_of(cell, data, each.observation, sent, truth, known, each.given, workshop, isolated(cell))
+    rows = rows_of(cell, data, each.observation, sent, truth, known, each.given, workshop, losses_of, isolated(cell))
     rows, guesses = of_victims(rows, None if answer is None else answer.images, cell.setting.batch_size)
     refused = _refused(cell, each.round)
     pictures = {} if guesses is None else dict(zip(rows_here, guesses.float().cpu().numpy(), strict=True))

@@ -17,6 +17,7 @@ from ..threat import Observation
 from ..update import Network
 from . import landscape, metrics
 from .answer import Answer
+from .losses import LossesOf
 from .workshop import Workshop
 
 
@@ -42,6 +43,7 @@ def rows_of(
     labels: Tensor,
     given: Answer,
     workshop: Workshop,
+    losses_of: LossesOf,
     isolated: bool = False,
 ) -> list[ImageRow]:
     """One row an image: the metrics of every reconstruction against its truth; an invalid one has none.
@@ -63,7 +65,9 @@ def rows_of(
         ]
     candidates = data.candidates(cell.candidates, cell.tuning)
     scored = metrics.score(answer.images, answer.labels, images, labels, candidates)
-    marks, notes = ({}, {}) if isolated else landscape.marks(cell, observation, sent, answer, data.mean, workshop)
+    marks, notes = (
+        ({}, {}) if isolated else landscape.marks(cell, observation, sent, answer, data.mean, workshop, losses_of)
+    )
     oracle = _oracle(answer, images)
     matched = torch.tensor([row["matched"] for row in scored]).view(len(images), -1)
     columns = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -26,6 +26,11 @@ ANSWER, WRONG, ERROR, FAULT, MEMORY, SAID, PROGRESS = b"a", b"w", b"e", b"f", b"
 """First byte of what an attack's process says."""
 
 Job = tuple[Observation, Generators]
+Tensors = Mapping[str, Tensor]
+Guesses = Mapping[str, Tensor]
+"""Images [N, B, C, H, W] whose loss is wanted, by a name."""
+Losses = Mapping[str, Tensor | None]
+"""Losses [N] by the name of a guess; None of an attack that has none."""
 
 
 class _Sent(cloudpickle.Pickler):  # type: ignore[misc]
@@ -62,17 +67,58 @@ def write_job(observation: Observation, streams: Generators, public: Callable[[I
         streams: its names alone are sent.
         public: returns what public images are called, None to send them.
     """
-    file = io.BytesIO()
-    seen = replace(observation, compute=replace(observation.compute, progress=None))
-    given = (streams.names, streams.device, streams.dtype, streams.context)
-    _Sent(file, public).dump((seen, given))
-    return file.getvalue()
+    return _written(observation, (streams.names, streams.device, streams.dtype, streams.context), public)
 
 
 def read_job(content: bytes, public: Callable[[Any], Images]) -> Job:
     """Return what `write_job` wrote; it comes from the evaluator and is trusted."""
     seen, given = _Received(io.BytesIO(content), public).load()
     return seen, Generators(*given)
+
+
+def write_guesses(
+    observation: Observation, guesses: Guesses, targets: Tensor, buffers: Tensors, public: Callable[[Images], object]
+) -> bytes:
+    """Return an attacker's observation, and images whose loss is wanted, as bytes."""
+    return _written(observation, (dict(guesses), targets, dict(buffers)), public)
+
+
+def read_guesses(
+    content: bytes, public: Callable[[Any], Images]
+) -> tuple[Observation, tuple[Guesses, Tensor, Tensors]]:
+    """Return what `write_guesses` wrote; it comes from the evaluator and is trusted."""
+    found: tuple[Observation, tuple[Guesses, Tensor, Tensors]] = _Received(io.BytesIO(content), public).load()
+    return found
+
+
+def _written(observation: Observation, given: object, public: Callable[[Images], object]) -> bytes:
+    file = io.BytesIO()
+    seen = replace(observation, compute=replace(observation.compute, progress=None))
+    _Sent(file, public).dump((seen, given))
+    return file.getvalue()
+
+
+def write_losses(losses: Losses) -> bytes:
+    """Return losses by name as bytes."""
+    file = io.BytesIO()
+    torch.save(dict(losses), file)
+    return file.getvalue()
+
+
+def read_losses(content: bytes, names: Iterable[str], victims: int) -> Losses:
+    """Return an attacker's losses [N] by name; nothing in them is executed.
+
+    Raises:
+        GradleakError: they are none.
+    """
+    try:
+        found = torch.load(io.BytesIO(content), weights_only=True)
+        losses = {name: found[name] for name in names}
+        if not all(each is None or (isinstance(each, Tensor) and each.shape == (victims,)) for each in losses.values()):
+            raise TypeError("no losses of victims")
+    except Exception as error:
+        raise GradleakError(f"the attack's losses cannot be read ({type(error).__name__})") from error
+    return losses
 
 
 def write_answer(answer: Reconstruction, width: int | None) -> bytes:

@@ -156,6 +156,7 @@ class Workshop:
             if changed is not None:
                 weights = networks.initial_seed(plugin, cell.model.name, data, seed)
                 plugin = _Changed(model=plugin, defense=cell.built_defense, weights=weights)
+            plugin = self.begun(cell, plugin)
             cache, device = self.resources.cache, self.resources.device
             code = cell.model.code + ("" if changed is None else changed.code)
             module, score = networks.prepare(plugin, cell.model.name, data, epochs, seed, cache, device, code=code)
@@ -166,6 +167,10 @@ class Workshop:
         if isinstance(cell, AttackCell) and cell.before is not None:
             return self._under_defense(cell, network[0])
         return network
+
+    def begun(self, cell: Cell, plugin: Model) -> Model:
+        """Return the model whose initial weights training begins with: as it is; a twin begins elsewhere."""
+        return plugin
 
     def _under_defense(self, cell: AttackCell, module: nn.Module) -> tuple[nn.Module, float]:
         """Return the model of an attacked round that comes after others under the same defense, and its accuracy."""

@@ -127,7 +127,7 @@ class Cell(ABC):
             part.check_code(group, root)
         conduct = self.setting.client
         if conduct.name:
-            Part(conduct.name, options=conduct.options, code=conduct.file).check_code("clients", root)
+            Part(conduct.name, options=conduct.options, code=conduct.code).check_code("clients", root)
 
     def _stored_suite(self) -> dict[str, Any]:
         return {"name": self.suite[0], "version": self.suite[1]}
@@ -246,8 +246,8 @@ class AttackCell(Cell):
         bare["setting"].pop("grants")
         for name in ("dataset", "model", "defense"):
             bare[name].pop("code", None)
-        bare["setting"].get("server", {}).pop("code", None)
-        bare["setting"].get("client", {}).pop("file", None)
+        for name in ("server", "client"):
+            bare["setting"].get(name, {}).pop("code", None)
         # The text is what seeds have been derived from ever since; it must not change.
         dataset, model, setting, defense = (
             json.dumps(bare[name], sort_keys=True) for name in ("dataset", "model", "setting", "defense")

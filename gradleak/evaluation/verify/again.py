@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,12 @@ from ... import suite
 from ...board.codec import late_progress
 from ...board.schema import REFUSED
 from ...board.store import STATUSES, CellResult, ImageRow
-from ...suite import AttackCell, Cell, TrainingCell
+from ...suite import HELD_OUT, AttackCell, Cell, TrainingCell
 from .. import evaluate
+from ..apart import Apart
 from ..workshop import Workshop
 from .findings import Finding, Say, judged
-from .messages import OF_THE_ANSWER
+from .messages import IMAGES, OF_THE_ANSWER
 from .rounding import BYTES, LOSS, Floats, Shaken, decibels, unexplained
 
 CHEAP = 1.0
@@ -27,10 +30,10 @@ CLOSED = ("control", "analytic")
 """Families of attacks that are run again in every cell if they are cheap."""
 DECIBELS, LATE, STEPS = 0.01, 0.02, 0.01
 """Units of PSNR, of late progress, and of iterations and losses (relatively) within which rows are the same."""
+SHARE = 1e-4
+"""Unit of the details that an attack gives, beside that of losses: many are shares."""
 ROUNDINGS = 16
 """Roundings of a pixel that a stable attack may pass on to its answer."""
-IMAGES = 2
-"""Test images by which an accuracy may differ; measured: none."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,19 @@ class Reruns:
     scale: Mapping[str, Floats]
     """Each victim's loss at a grey image, by key."""
     say: Say
-    done: dict[str, str | None]
+    apart: Apart | None
+    """Runs their attacks, which may be anybody's."""
+    done: dict[str, str | None] = field(default_factory=dict)
     """What was wrong, by key; None where nothing was."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What their attacks took here, by key."""
 
     def run(self, title: str, keys: Sequence[str]) -> list[str]:
         """Run cells that were not run yet; return what is wrong with these and the others of them."""
         for number, key in enumerate(keys, start=1):
             if key not in self.done:
                 self.say(f"{title}: cell {number} of {len(keys)}, {self.bundle.cells[key].title}")
-                self.done[key] = self._again(key, self._evaluated(key, self.workshop))
+                self._take(key, self._evaluated(key, self.workshop))
         return [f"{self.bundle.cells[key].title}: {wrong}" for key in keys if (wrong := self.done[key])]
 
     def closed_forms(self) -> Finding:
@@ -91,7 +98,7 @@ class Reruns:
                 if key not in self.done:
                     self.say(f"closed forms: {self.bundle.cells[key].title}")
                     result = self._evaluated(key, self.workshop)
-                    self.done[key] = self._again(key, result)
+                    self._take(key, result)
                     if result.seconds > CHEAP:
                         break  # Its others are left to the sample.
             part = [key for key in keys if key in self.done]
@@ -101,7 +108,7 @@ class Reruns:
 
     def _evaluated(self, key: str, workshop: Workshop) -> CellResult:
         """Run a cell; its rows are those that a store would hold."""
-        result = evaluate.evaluate(self.bundle.cells[key], workshop)
+        result = self.run_anew(self.bundle.cells[key], workshop)
         rows = [
             replace(row, late_progress=late_progress(result.traces[row.victim]))
             if row.late_progress is None and row.victim in result.traces
@@ -109,6 +116,18 @@ class Reruns:
             for row in result.rows
         ]
         return replace(result, rows=rows)
+
+    def run_anew(self, cell: Cell, workshop: Workshop | None = None) -> CellResult:
+        """Run a cell, its attack where no victim is if the system can do that."""
+        return evaluate.evaluate(cell, workshop or self.workshop, apart=self.apart)
+
+    def _take(self, key: str, result: CellResult) -> None:
+        """Compare a cell that was run again, and say at once what is wrong."""
+        self.done[key] = wrong = self._again(key, result)
+        if result.status == "ok":
+            self.seconds[key] = sum(row.seconds or 0.0 for row in result.rows)
+        if wrong:
+            self.say(f"not as submitted: {self.bundle.cells[key].title}: {wrong}")
 
     def _again(self, key: str, result: CellResult) -> str | None:
         cell, told = self.bundle.cells[key], self.bundle.told[key]
@@ -133,6 +152,8 @@ class Reruns:
             def computed(number: int) -> Floats:
                 if number not in known:
                     known[number] = self._evaluated(key, Shaken(self.workshop.resources, number)).rows
+                if len(known[number]) != len(result.rows):  # It failed, as the plain one did not.
+                    return np.full(len(result.rows), np.nan)
                 return np.array([column(row) for row in known[number]], dtype=float)
 
             return computed
@@ -147,10 +168,18 @@ class Reruns:
                 wrong = ", here ".join("/".join(sorted(each)) for each in ended)
             if wrong is not None:
                 yield f"{name.replace('_', ' ')}: {wrong}"
+        extras = [json.loads(text) for text in rows["extras"]]
+        for name in sorted({name for each in (*extras, *(row.extras for row in result.rows)) for name in each}):
+            read = partial(_number, name)
+            here = np.array([read(row.extras) for row in result.rows])
+            told = np.array([read(each) for each in extras])
+            unit = SHARE + STEPS * np.nan_to_num(np.abs(here))
+            if (wrong := unexplained(told, own(lambda row, read=read: read(row.extras)), unit)) is not None:  # type: ignore[misc]
+                yield f"{name.replace('_', ' ')}: {wrong}"
         for name in OF_THE_ANSWER[:1]:
-            told = self.bundle.told[key]["provenance"].get(name)
-            if told != result.provenance.get(name) and self.bundle.cells[key].engine.backend != "auto":  # type: ignore[attr-defined]
-                yield f"{name} {told!r}, {result.provenance.get(name)!r} here"
+            stored = self.bundle.told[key]["provenance"].get(name)
+            if stored != result.provenance.get(name) and self.bundle.cells[key].engine.backend != "auto":  # type: ignore[attr-defined]
+                yield f"{name} {stored!r}, {result.provenance.get(name)!r} here"
 
     def _trained(self, cell: TrainingCell, told: Mapping[str, Any], result: CellResult) -> str | None:
         here = suite.plain(result.provenance)
@@ -162,17 +191,29 @@ class Reruns:
         held = told.get("validation_accuracy")
         if not isinstance(held, Mapping) or held.keys() != here["validation_accuracy"].keys():
             return f"validation accuracy {held}, {here['validation_accuracy']} here"
-        unit = IMAGES / len(self.workshop.data(cell.dataset).split.test)
-        known: dict[int, Mapping[str, Any]] = {0: here}
+        split = self.workshop.data(cell.dataset).split
+        units = np.array([IMAGES / len(split.test)] + [IMAGES * HELD_OUT / len(split.train)] * len(held))
+        known: dict[int, Floats] = {0: _accuracies(here)}
 
         def own(number: int) -> Floats:
             if number not in known:
-                known[number] = evaluate.evaluate(cell, Shaken(self.workshop.resources, number)).provenance
-            return np.array([known[number]["test_accuracy"]], dtype=float)
+                known[number] = _accuracies(self.run_anew(cell, Shaken(self.workshop.resources, number)).provenance)
+            return known[number] if len(known[number]) == len(units) else np.full(len(units), np.nan)
 
-        stored = np.array([told.get("test_accuracy") or 0.0])
-        wrong = unexplained(stored, own, unit)
-        return None if wrong is None else f"test accuracy: {wrong}"
+        for place, name in enumerate(
+            ["test accuracy", *(f"validation accuracy at rate {rate}" for rate in sorted(held))]
+        ):
+            at = slice(place, place + 1)
+            wrong = unexplained(_accuracies(told)[at], lambda number, at=at: own(number)[at], units[at])  # type: ignore[misc]
+            if wrong is not None:
+                return f"{name}: {wrong}"
+        return None
+
+
+def _accuracies(told: Mapping[str, Any]) -> Floats:
+    """Return the accuracies of a training: on the test split, and at each rate on images held out."""
+    held = told.get("validation_accuracy") or {}
+    return np.array([told.get("test_accuracy"), *(held[rate] for rate in sorted(held))], dtype=float)
 
 
 def _units(rows: Iterable[ImageRow], scale: Floats) -> dict[str, Floats | float]:
@@ -191,6 +232,12 @@ def _units(rows: Iterable[ImageRow], scale: Floats) -> dict[str, Floats | float]
         "iterations": 0.5 + STEPS * np.nan_to_num(here["iterations"]),
         "gradient_evaluations": 0.5 + STEPS * np.nan_to_num(here["gradient_evaluations"]),
     }
+
+
+def _number(name: str, extras: Mapping[str, Any]) -> float:
+    """Return a detail of a row; NaN where it has none, or one that is no number."""
+    value = extras.get(name)
+    return float(value) if isinstance(value, int | float) else np.nan
 
 
 def _reader(name: str) -> Callable[[ImageRow], float | None]:

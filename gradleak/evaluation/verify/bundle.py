@@ -15,10 +15,11 @@ from ...board.record import RECOMPUTED, RERUN
 from ...board.store import Store
 from ...errors import GradleakError
 from ...suite import AttackCell, TrainingCell
+from ..apart import Apart, possible
 from ..workshop import Resources, Workshop, versions
-from . import grid, messages, stored
+from . import grid, luck, messages, seconds, stored
 from .again import Bundle, Reruns, sample
-from .findings import Finding, Say, judged
+from .findings import Finding, Findings, Say, Tell, judged
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def verify(
     extent: Extent | None = None,
     suites: Sequence[Path] = (),
     say: Say = lambda line: None,
+    tell: Tell = lambda found: None,
 ) -> Verified:
     """Check a bundle and return what was found.
 
@@ -60,9 +62,11 @@ def verify(
     it is, and no other; what is left out has to be left out here. Then for every cell: victims, against the datasets;
     rows; image metrics, from the reconstructions; messages, with norms, bytes and guarantees; losses at the truth, and
     where one gradient tells them at the answer; controls and cheap closed forms, run again. Cells that are said to have
-    failed run again first, then those whose losses do not follow from their images, then a sample, trainings included.
+    failed run again first, then those whose losses do not follow from their images, then a sample, trainings included;
+    of the sample, what hangs on the store's secret also with another.
 
-    Seconds are not checked, nor is what needs the attack itself where a cell is not run again.
+    Of seconds the order of magnitude is compared. What needs the attack itself is not checked where a cell is not run
+    again.
 
     Args:
         bundle: what `publish` wrote.
@@ -70,6 +74,7 @@ def verify(
         extent: how much is run again.
         suites: files of suites that do not come along.
         say: told what is looked at now.
+        tell: told each finding as soon as it is there.
 
     Raises:
         GradleakError: the file is no bundle, or was changed after it was made.
@@ -80,19 +85,21 @@ def verify(
         cells = store.cells()
         rows = store.rows(cells)
         failed = int((cells["status"] != "ok").sum())
-        first = Finding("bundle", True, f"{len(cells)} cells, {failed} failed, {len(rows)} images")
+        found = Findings(tell)
+        found.add(Finding("bundle", True, f"{len(cells)} cells, {failed} failed, {len(rows)} images"), _versions(cells))
         workshop = Workshop(resources)
         say("the suite")
-        paths, found = grid.chosen(cells, grid.named(suites))
-        found = [first, _versions(cells), *found]
+        paths, more = grid.chosen(cells, grid.named(suites))
+        found.add(*more)
         try:
             wanted = grid.expanded(paths, workshop, store.secret)
         except GradleakError as error:
-            return Verified([*found, Finding("cells", False, f"the suite cannot be expanded here: {error}")], seed, {})
-        found += grid.compared(store, cells, wanted)
+            found.add(Finding("cells", False, f"the suite cannot be expanded here: {error}"))
+            return Verified(found.all, seed, {})
+        found.add(*grid.compared(store, cells, wanted))
         told = Bundle.of(wanted.cells, cells, rows)
-        more, done = _computed(store, cells, rows, told, workshop, extent.sample, seed, say)
-        return Verified(found + more, seed, done)
+        done = _computed(store, cells, rows, told, workshop, extent.sample, seed, say, found)
+        return Verified(found.all, seed, done)
 
 
 def _computed(
@@ -104,35 +111,37 @@ def _computed(
     count: int,
     seed: int,
     say: Say,
-) -> tuple[list[Finding], dict[str, str]]:
-    """Compute everything again that can be, and return what was found and how far each cell was checked."""
+    found: Findings,
+) -> dict[str, str]:
+    """Compute everything again that can be, and return how far each cell was checked."""
     finished = {key: cell for key, cell in told.cells.items() if told.told[key]["status"] == "ok"}
     attacked = {key: cell for key, cell in finished.items() if isinstance(cell, AttackCell)}
     say("victims, rows and metrics")
-    data, found = stored.truths(store, attacked, workshop)
-    found += [
-        stored.complete(cells, rows),
-        stored.scores(store, attacked, rows, data, workshop),
-        stored.traces(store, attacked, rows),
-    ]
-    more, losses = messages.check(store, attacked, cells, rows, workshop, say)
-    found += [*more, _promises(told, workshop)]
-    reruns = Reruns(told, workshop, losses.scale, say, {})
+    apart = Apart(device=workshop.resources.device) if possible() else None
+    data, more = stored.truths(store, attacked, workshop)
+    found.add(*more, stored.complete(cells, rows))
+    found.add(stored.scores(store, attacked, rows, data, workshop))
+    found.add(stored.traces(store, attacked, rows))
+    more, here = messages.check(store, attacked, cells, rows, workshop, apart, say)
+    found.add(*more, _promises(told, workshop))
+    reruns = Reruns(told, workshop, here.scale, say, apart)
     lost = sorted(key for key in told.cells if told.is_failed(key))
     wrong = reruns.run("failed cells", lost)
-    found.append(judged("failed cells", wrong, f"{len(lost)}, which fail here too" if lost else "none"))
-    found.append(reruns.closed_forms())
-    odd = {key: attacked[key] for key in losses.suspicious}
+    found.add(judged("failed cells", wrong, f"{len(lost)}, which fail here too" if lost else "none"))
+    found.add(reruns.closed_forms())
+    odd = {key: attacked[key] for key in here.suspicious}
     several = sample(odd, max(1, count), seed)
     wrong = reruns.run("losses in doubt", several)
-    found.append(judged("losses in doubt", wrong, _said_of(len(odd), len(several))))
+    found.add(judged("losses in doubt", wrong, _said_of(len(odd), len(several))))
     drawn = sample(told.cells, count, seed, reruns.done)
     wrong = reruns.run("sample", drawn)
     trained = sum(isinstance(told.cells[key], TrainingCell) for key in drawn)
     right = f"{len(drawn)} cells run again, {trained} of them trainings, all as they were"
-    found.append(judged("sample", wrong, right) if drawn or not count else Finding("sample", True, "nothing is left"))
-    done = {key: RERUN if key in reruns.done else RECOMPUTED for key in told.cells}
-    return found, done
+    found.add(judged("sample", wrong, right) if drawn or not count else Finding("sample", True, "nothing is left"))
+    if drawn:
+        found.add(luck.check(reruns, drawn))
+    found.add(seconds.check(_times(told, here, reruns)))
+    return {key: RERUN if key in reruns.done else RECOMPUTED for key in told.cells}
 
 
 def _promises(told: Bundle, workshop: Workshop) -> Finding:
@@ -145,6 +154,18 @@ def _promises(told: Bundle, workshop: Workshop) -> Finding:
             wrong += [f"{cell.title}: {each}" for each in messages.promises(cell, facts, workshop)]
     right = "guarantees, participations and rates of trainings follow from their recipes"
     return judged("recipes", wrong, right)
+
+
+def _times(told: Bundle, here: messages.Measured, reruns: Reruns) -> seconds.Times:
+    times: dict[str, list[tuple[float, float]]] = {}
+    for key, own in here.seconds.items():
+        cell, stored = told.cells[key], told.told[key]["provenance"].get("client_seconds")
+        times.setdefault(f"defense {cell.defense.label!r}", []).append((stored or 0.0, own))
+    for key, own in reruns.seconds.items():
+        cell, rows = told.cells[key], told.rows.get(key)
+        if isinstance(cell, AttackCell) and rows is not None and own > seconds.SHORT:
+            times.setdefault(f"attack {cell.attack.label!r}", []).append((float(rows["seconds"].sum()), own))
+    return times
 
 
 def _said_of(odd: int, ran: int) -> str:

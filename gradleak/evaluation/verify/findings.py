@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Say = Callable[[str], None]
 """Told what is looked at now."""
@@ -20,6 +20,24 @@ class Finding:
     ok: bool | None
     """None where it could not be checked here."""
     detail: str
+
+
+Tell = Callable[[Finding], None]
+"""Told what a check found, as soon as it has."""
+
+
+@dataclass
+class Findings:
+    """What checks found, each told as it comes."""
+
+    tell: Tell
+    all: list[Finding] = field(default_factory=list)
+
+    def add(self, *found: Finding) -> None:
+        """Take in findings."""
+        for each in found:
+            self.all.append(each)
+            self.tell(each)
 
 
 def listed(found: Sequence[str]) -> str:

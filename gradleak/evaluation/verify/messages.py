@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import suite
+from ...board.provenance import Provenance
 from ...board.schema import REFUSED
 from ...board.store import Store
 from ...errors import GradleakError
@@ -25,8 +26,10 @@ from ...suite import UTILITY, AttackCell, Cell, TrainingCell
 from ...threat import Observation
 from ...update import one_hot
 from .. import landscape
+from ..apart import Apart
 from ..evaluate import Stage, stage
 from ..identity import identity
+from ..losses import losses_of
 from ..observe import isolated
 from ..score import norms_of
 from ..workshop import Workshop
@@ -35,25 +38,31 @@ from .rounding import BYTES, LOSS, NORM, Floats, Shaken, unexplained
 from .stored import UNSCORED
 
 MEASURED = ("client_seconds",)
-"""Facts that no other machine repeats; they stay as submitted."""
+"""Facts that no other machine repeats (`seconds`)."""
 CONTRAST = 1e-5
 """Rounding of a cosine distance between two updates."""
+OF_THE_MODEL = "model_accuracy"
+"""A fact that training may move by rounding."""
 OF_THE_ANSWER = ("backend", "backend_reason", "width")
 """Facts of the attack's run, known where a cell is run again."""
 TRAINED = ("test_accuracy", "validation_accuracy", "lr", "bytes", "dense_bytes")
 """Facts that only training again shows."""
-ROUNDED = {"bytes": BYTES, "model_accuracy": 0.02}
-"""How far facts may be off: relatively, and for an accuracy by so much."""
+ROUNDED = {"bytes": BYTES}
+"""How far facts may be off, relatively."""
+IMAGES = 2
+"""Test images by which an accuracy may differ; measured: none."""
 
 
 @dataclass
-class Losses:
-    """What the losses of cells say."""
+class Measured:
+    """What sending the messages again tells other checks."""
 
     scale: dict[str, Floats]
     """By key, each victim's loss at a grey image, against which others are rounded."""
     suspicious: list[str]
     """Keys whose loss does not follow from the reconstruction; running again decides."""
+    seconds: dict[str, float]
+    """By key, the time of a client for one message."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,9 @@ class Heard:
 class Scene:
     """What the victims of a cell send, and twins of it whose weights are shaken."""
 
-    def __init__(self, cell: AttackCell, workshop: Workshop) -> None:
-        """Let the clients send."""
+    def __init__(self, cell: AttackCell, workshop: Workshop, apart: Apart | None = None) -> None:
+        """Let the clients send; a plugin's losses are asked with `apart`."""
+        self._losses_of = losses_of(cell, apart)
         self.cell = cell
         self._workshop = workshop
         self._stages: dict[int, tuple[Stage, list[Heard]]] = {}
@@ -87,6 +97,10 @@ class Scene:
         """The mean public image, [C, H, W]."""
         return self.stage.data.mean
 
+    def accuracy(self, number: int = 0) -> float:
+        """Return the accuracy of the agreed model of a twin."""
+        return self._of(number)[0].accuracy
+
     def heard(self, number: int = 0) -> list[Heard]:
         """Return the rounds of a twin; the first is the plain one."""
         return self._of(number)[1]
@@ -99,6 +113,18 @@ class Scene:
             if found is not None:
                 values[part.victims] = found
         return values
+
+    def loss(self, part: Heard, images: Tensor, targets: Tensor, buffers: bool | None = None) -> Floats | None:
+        """Return the attack's own loss at some images, with or without the clients' private randomness.
+
+        Unset, an attacker has it who is told of it. None where the attack has no loss.
+        """
+        told = part.observation.private is not None if buffers is None else buffers
+        try:
+            found = self._losses_of(part.observation, {"": images}, targets, part.sent.buffers if told else {})[""]
+        except Exception:  # The evaluator keeps no loss either where a plugin raises.
+            return None
+        return None if found is None else np.asarray(found.detach().cpu().double().numpy())
 
     def _of(self, number: int) -> tuple[Stage, list[Heard]]:
         if number not in self._stages:
@@ -122,8 +148,9 @@ def check(
     cells: pd.DataFrame,
     rows: pd.DataFrame,
     workshop: Workshop,
+    apart: Apart | None,
     say: Say,
-) -> tuple[list[Finding], Losses]:
+) -> tuple[list[Finding], Measured]:
     """Let the clients of every cell send again and compare what was said of it.
 
     Args:
@@ -132,16 +159,21 @@ def check(
         cells: of the store.
         rows: of the store.
         workshop: of this machine.
+        apart: runs what others' attacks say of their losses.
         say: told how far it is.
     """
     found: dict[str, list[str]] = {name: [] for name in ("messages", "facts", "losses")}
-    losses = Losses({}, [])
+    here = Measured({}, [], {})
     told = dict(zip(cells["key"], cells["provenance"], strict=True))
     groups = {str(key): part.sort_values(["victim", "image"]) for key, part in rows.groupby("key")}
     for number, (key, cell) in enumerate(sorted(attacked.items(), key=lambda item: item[1].title), start=1):
         say(f"messages and losses: cell {number} of {len(attacked)}")
-        scene = Scene(cell, workshop)
-        found["facts"] += [f"{cell.title}: {wrong}" for wrong in facts(scene.stage, told[key])]
+        scene = Scene(cell, workshop, apart)
+        known = scene.stage.facts(None)
+        here.seconds[key] = known.client_seconds or 0.0
+        found["facts"] += [
+            f"{cell.title}: {wrong}" for wrong in (*facts(known, told[key]), *_accuracy(scene, told[key]))
+        ]
         lines = groups.get(key)
         if lines is None or len(lines) != cell.victims * cell.setting.batch_size:
             continue
@@ -149,21 +181,29 @@ def check(
         wrong, scale, follows = _losses(store, scene, lines)
         found["losses"] += [f"{cell.title}: {each}" for each in wrong]
         if scale is not None:
-            losses.scale[key] = scale
+            here.scale[key] = scale
         if not follows:
-            losses.suspicious.append(key)
+            here.suspicious.append(key)
     count = len(attacked)
     right = {
         "messages": f"norms of {count} cells' messages, to rounding",
         "facts": f"bytes, guarantees, families and levels of {count} cells",
-        "losses": f"at the truth, and where one gradient tells it at the answer, of {len(losses.scale)} cells",
+        "losses": f"at the truth, and where one gradient tells it at the answer, of {len(here.scale)} cells",
     }
-    return [judged(name, found[name], right[name]) for name in found], losses
+    return [judged(name, found[name], right[name]) for name in found], here
 
 
-def facts(here: Stage, told: Mapping[str, Any]) -> Iterator[str]:
+def facts(here: Provenance, told: Mapping[str, Any]) -> Iterator[str]:
     """Say which stored facts of a finished cell are not those of its messages."""
-    yield from _compared(told, suite.plain(here.facts(None).stored()), (*MEASURED, *OF_THE_ANSWER))
+    yield from _compared(told, suite.plain(here.stored()), (*MEASURED, OF_THE_MODEL, *OF_THE_ANSWER))
+
+
+def _accuracy(scene: Scene, told: Mapping[str, Any]) -> Iterator[str]:
+    stored = np.array([told.get(OF_THE_MODEL, math.nan)], dtype=float)
+    unit = IMAGES / len(scene.stage.data.split.test)
+    wrong = unexplained(stored, lambda number: np.array([scene.accuracy(number)]), unit)
+    if wrong is not None:
+        yield f"{OF_THE_MODEL}: {wrong}"
 
 
 def facts_of_failed(cell: Cell, told: Mapping[str, Any]) -> Iterator[str]:
@@ -195,7 +235,7 @@ def _compared(told: Mapping[str, Any], known: Mapping[str, Any], unchecked: tupl
             continue
         stored, here = told.get(name, "absent"), known.get(name, "absent")
         if name in ROUNDED and isinstance(stored, int | float) and isinstance(here, int | float):
-            if abs(stored - here) <= ROUNDED[name] * (abs(here) if name == "bytes" else 1):
+            if abs(stored - here) <= ROUNDED[name] * abs(here):
                 continue
         elif stored == here:
             continue
@@ -227,7 +267,7 @@ def _losses(store: Store, scene: Scene, lines: pd.DataFrame) -> tuple[list[str],
     names = ("loss", "loss_at_truth", "loss_at_mean", "contrast", "finite")
     told = {name: lines[name].to_numpy(dtype=float).reshape(cell.victims, -1)[:, 0] for name in names}
     wrong = [_contrast(scene, told)]
-    scale = scene.each(lambda part: _loss(cell, part, torch.full_like(part.sent.images, 0.5), part.sent.targets))
+    scale = scene.each(lambda part: scene.loss(part, torch.full_like(part.sent.images, 0.5), part.sent.targets))
     if np.isnan(scale).all() or isolated(cell):
         unknown = ("loss_at_truth", "loss_at_mean")
         wrong += [f"{name.replace('_', ' ')}, none here" for name in unknown if not np.isnan(told[name]).all()]
@@ -252,7 +292,7 @@ def _at(name: str, scene: Scene, told: Mapping[str, Floats], scale: Floats) -> s
 
         def at(part: Heard, buffers: bool = buffers) -> Floats | None:
             images = part.sent.images if name == "loss_at_truth" else landscape.mean_of(scene.mean, part.sent)
-            return None if images is None else _loss(scene.cell, part, images, part.sent.targets, buffers)
+            return None if images is None else scene.loss(part, images, part.sent.targets, buffers)
 
         def own(number: int, at: Callable[[Heard], Floats | None] = at) -> Floats:
             return np.where(answered, scene.each(at, number), math.nan)
@@ -302,20 +342,7 @@ def _loss_at_answer(store: Store, scene: Scene, lines: pd.DataFrame) -> Floats |
         if not torch.equal(sent.targets, plain):
             return None
         order = matched[part.victims][:, :, None].expand_as(plain).to(plain.device)
-        found = _loss(cell, part, images, torch.zeros_like(plain).scatter_(1, order, plain))
+        found = scene.loss(part, images, torch.zeros_like(plain).scatter_(1, order, plain))
         if found is not None:
             values[part.victims] = found
     return values
-
-
-def _loss(cell: AttackCell, part: Heard, images: Tensor, targets: Tensor, buffers: bool | None = None) -> Floats | None:
-    """Return the attack's own loss at some images, with or without the clients' private randomness.
-
-    Unset, an attacker has it who is told of it. None where the attack has no loss.
-    """
-    told = part.observation.private is not None if buffers is None else buffers
-    try:
-        found = cell.built_attack.loss(part.observation, images, targets, part.sent.buffers if told else {})
-    except Exception:  # The evaluator keeps no loss either where a plugin raises.
-        return None
-    return None if found is None else np.asarray(found.detach().cpu().double().numpy())
