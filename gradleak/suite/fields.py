@@ -7,11 +7,21 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
 
 from annotated_types import Ge, Gt, MaxLen, MinLen
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    model_validator,
+)
 
 from ..errors import GradleakError, unknown
 from ..options import finite, whole
+from ..renamed import Renamed, current
+from . import single
 
 
 class Strict(BaseModel):
@@ -20,6 +30,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     under: ClassVar[str] = ""
     """The key of a suite whose values it holds."""
+    renamed: ClassVar[Mapping[str, Renamed]] = {}
+    """Old names of keys that are still taken."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _under_new_names(cls, given: Any) -> Any:
+        return current(given, cls.renamed, cls.__name__.lower()) if isinstance(given, Mapping) else given
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Self:
@@ -34,22 +51,9 @@ class Strict(BaseModel):
             raise GradleakError(f"cell: {first_mistake(error)}") from error
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise PydanticCustomError("printable", "Input should be one line without control characters")
-    return text
-
-
-def no_path(name: str) -> str:
-    """Refuse what would be a path."""
-    if "/" in name or "\\" in name:
-        raise PydanticCustomError("name", "Input should be a name, without / and \\")
-    return name
-
-
 LONGEST = 120
 """Characters of a name."""
-Label = Annotated[str, MaxLen(LONGEST), AfterValidator(_printable)]
+Label = Annotated[str, MaxLen(LONGEST), AfterValidator(single.printable)]
 """What tables, pages and progress lines print."""
 Whole = Annotated[int, BeforeValidator(whole)]
 Positive = Annotated[int, Ge(1), BeforeValidator(whole)]
@@ -61,7 +65,9 @@ class Entry(Strict):
     """One plugin of a grid: `name`, `{name: {options}}`, or the long form with `label` and `only`."""
 
     name: str
+    """As `gradleak list` has it; of defenses also several, joined by ` + `."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """What differs from the plugin's defaults; of joined defenses by the name of each."""
     label: Label = ""
     """What tables call it; by default the name with the options that were given."""
     only: dict[str, list[str]] = Field(default_factory=dict)
@@ -84,17 +90,7 @@ class Counter(Entry):
     """Labels of these defenses."""
 
 
-def entry_of(value: Any) -> Any:
-    """Return the long form of a plugin that is named by its name, or by its name with options."""
-    if isinstance(value, str):
-        return {"name": value}
-    if isinstance(value, dict) and len(value) == 1 and "name" not in value:
-        name, options = next(iter(value.items()))
-        return {"name": name, "options": {} if options is None else options}
-    return value
-
-
-Plugin = Annotated[Entry, BeforeValidator(entry_of)]
+Plugin = Annotated[Entry, BeforeValidator(single.entry)]
 Plugins = Annotated[list[Plugin], MinLen(1)]
 
 

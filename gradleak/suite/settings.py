@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from .. import registry
 from ..errors import GradleakError, unknown
 from ..options import check
-from .fields import LONGEST, Entry, entry_of, first_mistake, short
+from . import single
+from .fields import LONGEST, Entry, first_mistake, short
 from .parts import code_of, plain
 
 if TYPE_CHECKING:
@@ -100,11 +101,12 @@ def _conduct(value: Any, place: str) -> Conduct:
         raise GradleakError(f"{place}client: expected a name, or {{name: {{options}}}}, found {short(value)}")
     if not name:
         return Conduct()
-    if isinstance(value, Mapping) and {"version", "file"} <= set(value):
-        return Conduct(**check(Conduct, value, f"{place}client"))
+    if isinstance(value, Mapping) and "version" in value and {"code", "file"} & set(value):
+        known = {"code" if key == "file" else key: item for key, item in value.items()}  # `file` in older stores
+        return Conduct(**check(Conduct, known, f"{place}client"))
     built = registry.build("clients", name, options, f"{place}client")
     known = plain(registry.options_of(built))
-    return Conduct(name=name, options=known, version=built.version, file=code_of("clients", name, known))
+    return Conduct(name=name, options=known, version=built.version, code=code_of("clients", name, known))
 
 
 def _check_client(setting: Setting, place: str) -> None:
@@ -149,7 +151,7 @@ def tampering(given: Any, where: str = "") -> Tampering:
     if not isinstance(given, str | Mapping):
         raise GradleakError(f"{place}: expected a name, or a name with options, found {short(given)}")
     try:
-        entry = Entry.model_validate(entry_of(given))
+        entry = Entry.model_validate(single.entry(given))
     except ValidationError as error:
         raise GradleakError(f"{place}: {first_mistake(error)}") from error
     server = registry.build("servers", entry.name, entry.options, place)
