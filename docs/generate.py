@@ -231,7 +231,8 @@ def suites() -> str:
         "`prior`": schema.Prior,
         "`utility`": schema.Utility,
     }.items():
-        keys = [key for key in fields_of(cls) if (cls, key.name) != (Knowledge, "server")]
+        # What the server may do and what is known of the defense are said elsewhere, and refused here.
+        keys = [key for key in fields_of(cls) if cls is not Knowledge or key.name not in ("server", "defense")]
         parts += [f"## {title}\n", prose(cls.__doc__) + "\n", table(("key", "type", "default", "meaning"), _rows(keys))]
     return "\n".join(parts)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import registry, seeds
 from .defense import Defense
@@ -287,6 +288,8 @@ def _too_long(plugin: Attack, observation: Observation, seconds: float) -> str |
         return None
     unknowns = observation.batch_size * math.prod(observation.shape)
     blank = torch.full((observation.victims, observation.batch_size, *observation.shape), 0.5)
+    # What is found out about a network is found out once, and is no part of an iteration.
+    mismatch(observation, Reconstruction(images=blank))
     started = time.monotonic()
     mismatch(observation, Reconstruction(images=blank))
     # It takes one more derivative, in float64, for every unknown.
@@ -419,6 +422,7 @@ def _explained(answer: Captured) -> bool:
 def _assumed(observation: Observation) -> Iterator[str]:
     size, training = observation.batch_size, observation.training
     yield f"the update is of {size} image{'s' * (size > 1)} of shape {observation.shape}"
+    yield "pixels are in [0, 1]; normalisation, if any, is a part of the model"
     if not observation.weight_difference:
         yield "it is the gradient of one step"
     elif training.lr is None:
@@ -429,8 +433,12 @@ def _assumed(observation: Observation) -> Iterator[str]:
     if observation.labels is None:
         yield "labels are not known; attacks infer them, or search for them"
     client = observation.network.client
-    yield f"the client minimises {client.loss}" + (f" in {client.forward}" if client.forward != "float32" else "")
-    yield f"batch normalisation, if any, ran in {'train' if observation.network.module.training else 'eval'} mode"
+    mean = ", the mean over its batch" if size > 1 else ""
+    yield f"the client minimises {client.loss}{mean}" + (f" in {client.forward}" if client.forward != "float32" else "")
+    if observation.running_statistics or any(
+        isinstance(part, _BatchNorm) for part in observation.network.module.modules()
+    ):
+        yield f"batch normalisation ran in {'train' if observation.network.module.training else 'eval'} mode"
     if observation.view is None:
         yield "no defense changed the update"
     else:

@@ -47,7 +47,7 @@ class Chain(Defense):
         for defense in before:
             first, then = type(defense).__name__, type(last).__name__
             if defense.cohort > 1:
-                raise GradleakError(f"chain: {first} must be the last, as {then} would be the server's own")
+                raise GradleakError(f"chain: {first} must come last, as {then} would be the server's own")
             if last.cohort > 1 and not defense.additive:
                 raise GradleakError(f"chain: messages of {first} do not add up, so it cannot come before {then}")
 

@@ -245,7 +245,9 @@ class Data:
         half = len(self.split.test) // 2
         pool = torch.cat([self.split.test.images[order[-half:]], self.split.train.images])
         if count - 1 > len(pool):
-            raise GradleakError(f"dataset {self.name!r}: {count} candidates asked for; it has {len(pool) + 1}")
+            raise GradleakError(
+                f"dataset {self.name!r}: {count} candidates asked for; it has {len(pool) + 1} (see `candidates`)"
+            )
         return pool[: count - 1]
 
     def _order(self) -> Tensor:

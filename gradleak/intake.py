@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -41,9 +42,9 @@ def network_of(model: object, shape: Sequence[int], mode: str | None = None, cli
     else:
         hint = "; call it to get one" if isinstance(model, type) else ""
         raise GradleakError(f"model: {type(model).__name__} (allowed: torch.nn.Module, gradleak.update.Network){hint}")
-    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise GradleakError(f"shape: {shape!r} (allowed: channels, height and width of one image, as (3, 32, 32))")
-    channels, height, width = shape
+    if len(shape) != 3 or not all(isinstance(size, Integral) and size > 0 for size in shape):
+        raise GradleakError(f"shape: {shape!r} (allowed: channels, height and width of one image, such as (3, 32, 32))")
+    channels, height, width = map(int, shape)
     try:
         structure.of(network.module, (channels, height, width))
     except GradleakError as error:
@@ -66,7 +67,8 @@ def stacked(update: object, network: Network) -> Update:
         GradleakError: it is none of this network, or not finite, or zero.
     """
     found = _named(update, network)
-    rows = {name: _rows(name, found[name], tensor) for name, tensor in network.parameters.items()}
+    hint = "" if isinstance(update, Mapping) else "; a list has to be in the order of model.parameters()"
+    rows = {name: _rows(name, found[name], tensor, hint) for name, tensor in network.parameters.items()}
     counts = {name: len(tensor) for name, tensor in rows.items()}
     if len(set(counts.values())) > 1:
         pair = list({count: name for name, count in counts.items()}.items())[:2]
@@ -107,7 +109,7 @@ def _named(update: object, network: Network) -> Mapping[str, Tensor]:
             "in the order of model.parameters() will do too"
         )
     if strange:
-        raise GradleakError(f"update: {_some(strange)} is no parameter of the model (allowed: {_some(wanted)})")
+        raise GradleakError(f"update: {_some(strange)} is not a parameter of the model (allowed: {_some(wanted)})")
     if lacking:
         raise GradleakError(
             f"update: {_some(lacking)} is missing; if clients do not train it, say so by requires_grad_(False)"
@@ -115,18 +117,22 @@ def _named(update: object, network: Network) -> Mapping[str, Tensor]:
     return update
 
 
-def _rows(name: str, given: Any, parameter: Tensor) -> Tensor:
+def _rows(name: str, given: Any, parameter: Tensor, hint: str) -> Tensor:
     if given is None:
         raise GradleakError(f"update: {name!r} is None; backward() has not reached it (or gradients were cleared)")
     tensor = given if isinstance(given, Tensor) else torch.as_tensor(given)
     if not tensor.is_floating_point():
         raise GradleakError(f"update: {name!r} is of {tensor.dtype}; floating-point numbers are needed")
+    if tensor.is_meta:
+        raise GradleakError(f"update: {name!r} is on the device meta, which holds no numbers (allowed: cpu, cuda)")
     if tensor.shape == parameter.shape:
         return tensor[None]
     if tensor.shape[1:] == parameter.shape and tensor.ndim == parameter.ndim + 1:
         return tensor
     allowed = f"{list(parameter.shape)}, or {['N', *parameter.shape]} of N victims"
-    raise GradleakError(f"update: {name!r} has shape {list(tensor.shape)} (allowed: {allowed})".replace("'N'", "N"))
+    raise GradleakError(
+        f"update: {name!r} has shape {list(tensor.shape)} (allowed: {allowed}){hint}".replace("'N'", "N")
+    )
 
 
 def _refuse_weights(rows: Update, network: Network) -> None:
@@ -148,7 +154,9 @@ def training_of(
         GradleakError: local steps without their rate.
     """
     if local is not None and local.lr is None and (local.steps > 1 or weight_difference):
-        raise GradleakError("local: steps need their rate, as LocalTraining(steps=4, lr=0.01); leave it out if unknown")
+        raise GradleakError(
+            "local: steps need their rate, as in LocalTraining(steps=4, lr=0.01); leave `local` out if it is unknown"
+        )
     training = dataclasses.replace(local or LocalTraining(), client=client)
     return training, training.lr is not None if weight_difference is None else weight_difference
 
@@ -248,6 +256,8 @@ def label_rows(labels: object, victims: int, batch_size: int, classes: int) -> T
         rows = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise GradleakError(f"labels: {labels!r} (allowed: numbers of classes, [{victims}, {batch_size}])") from error
+    if rows.numel() == victims * batch_size * classes and rows.shape[-1] == classes > 1:
+        raise GradleakError(f"labels: {list(rows.shape)} looks one-hot; give the numbers of classes, labels.argmax(-1)")
     if rows.is_floating_point() or rows.dtype is torch.bool:
         raise GradleakError(f"labels: of {rows.dtype} (allowed: int64, the numbers of classes)")
     if rows.numel() != victims * batch_size:

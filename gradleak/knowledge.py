@@ -87,8 +87,12 @@ class Knowledge:
     """What an attacker knows beyond the model, the message and the batch size; needed by an attack or granted."""
 
     labels: Labels = Labels.NONE
+    """Of the batch: none, counts (how often each occurs), or known; an attack may also need them inferred or
+    optimised, for which nothing has to be granted."""
     batch_norm: BatchNorm = BatchNorm.NONE
+    """Statistics of batch normalisation: none, running (the server's), or batch (those of the victim's own batch)."""
     defense: Level = Level.OBLIVIOUS
+    """How much of the defense is known; the suite's `knowledge` grants it."""
     generator: bool = False
     """A generator trained on public images of the victim's kind."""
     auxiliary: bool = False
@@ -155,6 +159,7 @@ class Setting:
     """How the client trains, and what the attacker is granted."""
 
     name: str = "default"
+    """What tables call it."""
     batch_size: Annotated[int, Ge(1)] = 1
     """Images in a victim's batch."""
     mode: Literal["eval", "train"] = "eval"
@@ -184,7 +189,9 @@ class Setting:
     """Messages that the attacker has of each client: of the same images and the same model, each with private and
     public randomness of its own."""
     precision: Literal["float32", "float64"] = "float32"
+    """Arithmetic of client and attacker."""
     grants: Knowledge = field(default_factory=Knowledge)
+    """What the attacker is told; see below."""
     server: Tampering = field(default=Tampering(), metadata={"later": True})
     """Who sends the model: an honest server by default."""
 

@@ -22,6 +22,7 @@ from pydantic.errors import PydanticUserError
 from pydantic_core import PydanticCustomError
 
 from .errors import GradleakError
+from .renamed import Renamed
 
 _LIMIT = 2**63
 """Integers are below it in size: stores and generators of random numbers hold no others."""
@@ -33,6 +34,9 @@ class Options:
     Raises:
         GradleakError: a value has a wrong type or is out of range.
     """
+
+    renamed: typing.ClassVar[Mapping[str, Renamed]] = {}
+    """Old names of options that are still taken."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

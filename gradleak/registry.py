@@ -27,6 +27,7 @@ from . import code, plugins
 from .errors import GradleakError, unknown
 from .options import check
 from .plugins import at, place_of_hook
+from .renamed import current
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ def build(group: str, name: str, options: Mapping[str, Any] | None = None, where
     cls = load(group, name, where)
     options = _with_preset(cls, dict(options or {}), where)
     place = f"{where}: " if where else ""
+    options = current(options, getattr(cls, "renamed", {}), f"{place}{GROUPS[group]} {name!r}")
     fields = {field.name for field in _options(cls) if field.init}
     for option in options:
         if option not in fields:
@@ -177,7 +179,7 @@ def add_file(path: Path) -> list[tuple[str, str]]:
         raise GradleakError(f"{origin}: no such file")
     if not _NAME.fullmatch(path.stem):
         raise GradleakError(
-            f"{origin}: {path.stem!r} is no name for a plugin; rename the file "
+            f"{origin}: {path.stem!r} is not a name for a plugin; rename the file "
             "(small letters a-z and digits, a letter first, parts joined by _)"
         )
     cls = _public_class(_import_path(path), origin)
@@ -188,7 +190,7 @@ def add_file(path: Path) -> list[tuple[str, str]]:
         return [(group, name)]
     if name in _sources(group):
         place = at(place_of_hook(cls))
-        raise GradleakError(f"{origin}: {GROUPS[group]} {name!r} exists already; rename the file{place}")
+        raise GradleakError(f"{origin}: {GROUPS[group]} {name!r} already exists; rename the file{place}")
     _files[group, name] = path
     return [(group, name)]
 
@@ -276,7 +278,7 @@ def _entries(group: str, taken: frozenset[str]) -> dict[str, EntryPoint | str]:
     for name, entries in named.items():
         reason = ""
         if not _NAME.fullmatch(name):
-            reason = "is no name (small letters a-z and digits, a letter first, parts joined by -)"
+            reason = "is not a name (small letters a-z and digits, a letter first, parts joined by -)"
         elif name in taken:
             reason = "is the name of a built-in"
         elif len(entries) > 1:
@@ -342,7 +344,7 @@ def _import_entry(group: str, entry: EntryPoint | str) -> type[Any]:
     cls = _public_class(loaded, origin) if isinstance(loaded, ModuleType) else _complete(loaded, origin)
     if (actual := _group_of(cls, origin)) != group:
         raise GradleakError(
-            f"{origin}: {cls.__name__} belongs into the group gradleak.{actual}, not gradleak.{group}"
+            f"{origin}: {cls.__name__} belongs in the group gradleak.{actual}, not gradleak.{group}"
             f"{at(place_of_hook(cls))}"
         )
     return cls
@@ -391,7 +393,7 @@ def _complete(cls: Any, origin: str) -> type[Any]:
     _group_of(cls, origin)
     lacks, parameters = "", vars(cls).get("__dataclass_params__")
     if parameters is None:
-        lacks = "is no dataclass of its own; write @dataclass(frozen=True, kw_only=True) above it"
+        lacks = "is not a dataclass of its own; write @dataclass(frozen=True, kw_only=True) above it"
     elif not parameters.frozen:
         lacks = "is not frozen; write @dataclass(frozen=True, kw_only=True)"
     elif abstract := sorted(getattr(cls, "__abstractmethods__", ())):
@@ -433,7 +435,7 @@ def _with_preset(cls: type[Any], options: dict[str, Any], where: str) -> dict[st
 def _options(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
     if not dataclasses.is_dataclass(cls):
         raise GradleakError(
-            f"{cls.__module__}: {cls.__name__} is no dataclass; write @dataclass(frozen=True, kw_only=True)"
+            f"{cls.__module__}: {cls.__name__} is not a dataclass; write @dataclass(frozen=True, kw_only=True)"
         )
     return dataclasses.fields(cls)
 

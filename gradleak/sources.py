@@ -72,13 +72,15 @@ def tensors(path: Path | str, where: str) -> dict[str, Tensor]:
     Raises:
         GradleakError: it is neither; `where` opens the line.
     """
+    if not Path(path).is_file():
+        raise GradleakError(f"{where} {path}: no such file")
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise GradleakError(
-            f"{where} {path}: no state dict, or it holds more than tensors, which is not run"
+            f"{where} {path}: not a state dict, or it holds more than tensors; code in it is never run"
         ) from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -128,5 +130,5 @@ def load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
             shapes = f"{list(state[name].shape)}, the model's is {list(tensor.shape)}"
             raise GradleakError(f"{where}: {name!r} has shape {shapes}")
     if extra := [name for name in state if name not in own]:
-        raise GradleakError(f"{where}: {extra[0]!r} is no tensor of the model; the file is of another network")
+        raise GradleakError(f"{where}: {extra[0]!r} is not a tensor of the model; the file is of another network")
     module.load_state_dict(dict(state))

@@ -130,7 +130,7 @@ class Network:
             if isinstance(layer, nn.modules.dropout._DropoutNd) and mode == "train" and layer.p > 0:
                 raise GradleakError(
                     f"model layer {name!r} is {type(layer).__name__}, which draws masks nobody can repeat; "
-                    "use the defense 'dropout'"
+                    "call model.eval() if it was not active, or use the defense 'dropout'"
                 )
         structure.mark_sent(module, sent)
         every = {name: tensor.detach() for name, tensor in module.named_parameters()}

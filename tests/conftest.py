@@ -25,6 +25,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out documents that take long, unless they are asked for by their mark (`make test-docs`)."""
+    if "documents" in str(config.getoption("-m")):
+        return
+    out = [item for item in items if item.get_closest_marker("documents")]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
+
+
 @pytest.fixture(autouse=True)
 def _plugins_of_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget with each test the plugin files that it added."""

@@ -105,6 +105,15 @@ def test_an_answer_that_explains_nothing_says_so(captured: tuple[nn.Module, dict
     noise = {name: torch.randn_like(tensor) for name, tensor in update.items()}
     answer = gradleak.attack(Observation.of(module, noise, SHAPE, labels=3), "inverting-gradients", iterations=30)
     assert answer.mismatch is not None and float(answer.mismatch) > 0.5
+    assert "something that was assumed is wrong" in answer.lines()[0]
+
+
+def test_pixels_of_another_range_are_noticed(captured: tuple[nn.Module, dict[str, Tensor], Tensor]) -> None:
+    module, _, images = captured
+    bytes_ = gradient(module, 255 * images, torch.tensor([3]))
+    answer = gradleak.attack(Observation.of(module, bytes_, SHAPE), "inverting-gradients", iterations=30)
+    assert "something that was assumed is wrong" in answer.lines()[0]
+    assert "assumed: pixels are in [0, 1]; normalisation, if any, is a part of the model" in answer.lines()
 
 
 def test_updates_come_as_people_hold_them(captured: tuple[nn.Module, dict[str, Tensor], Tensor]) -> None:
@@ -138,7 +147,7 @@ MISTAKES: dict[str, tuple[Broken, str]] = {
     "difference": (lambda m, g: ((m, [-0.1 * t for t in g.values()], SHAPE), {}), "weight_difference=True"),
     "gradient as difference": (lambda m, g: ((m, g, SHAPE), {"local": LocalTraining(lr=0.1)}), "leave out `local`"),
     "names": (lambda m, g: ((m, {str(i): t for i, t in enumerate(g.values())}, SHAPE), {}), "no name is one of"),
-    "strange name": (lambda m, g: ((m, {**g, "extra": torch.ones(2)}, SHAPE), {}), "'extra' is no parameter"),
+    "strange name": (lambda m, g: ((m, {**g, "extra": torch.ones(2)}, SHAPE), {}), "'extra' is not a parameter"),
     "missing": (lambda m, g: ((m, dict(list(g.items())[:-1]), SHAPE), {}), "'3.bias' is missing"),
     "too few": (lambda m, g: ((m, list(g.values())[:-1], SHAPE), {}), "3 tensors; the model trains 4"),
     "none": (lambda m, g: ((m, dict.fromkeys(g), SHAPE), {}), "backward"),
@@ -155,6 +164,14 @@ MISTAKES: dict[str, tuple[Broken, str]] = {
     "many labels": (lambda m, g: ((m, g, SHAPE), {"labels": [1, 2]}), "one an image"),
     "no class": (lambda m, g: ((m, g, SHAPE), {"labels": [9]}), "0 to 4"),
     "soft labels": (lambda m, g: ((m, g, SHAPE), {"labels": [0.5]}), "int64"),
+    "one-hot labels": (lambda m, g: ((m, g, SHAPE), {"labels": torch.eye(5)[[3]]}), r"argmax\(-1\)"),
+    "another order": (lambda m, g: ((m, list(g.values())[::-1], SHAPE), {}), r"the order of model.parameters\(\)"),
+    "no numbers": (lambda m, g: ((m, {n: t.to("meta") for n, t in g.items()}, SHAPE), {}), "device meta"),
+    "parameters": (lambda m, g: ((m, list(m.parameters()), SHAPE), {}), "their change"),
+    "wrong batch": (
+        lambda m, g: ((m, gradient(m, torch.rand(3, *SHAPE), torch.arange(3)), SHAPE), {}),
+        "give the right batch_size",
+    ),
     "no batch": (lambda m, g: ((m, g, SHAPE), {"batch_size": 0}), "1 or more"),
     "steps without a rate": (lambda m, g: ((m, g, SHAPE), {"local": LocalTraining(steps=2)}), "rate"),
     "frozen": (lambda m, g: ((net().requires_grad_(False), g, SHAPE), {}), "no parameter that is trained"),
@@ -273,7 +290,7 @@ def test_a_captured_file_is_attacked_from_the_command_line(
         "as 3,32,32": [*given, *files, "--shape", "6,6"],
         "leave them out": [*given, *files, "--local-steps", "3"],
         "unknown kind": [*given, *files, "--kind", "weights"],
-        "no state dict": [*given, *files, "--weights", str(tmp_path / "mine.py")],
+        "not a state dict": [*given, *files, "--weights", str(tmp_path / "mine.py")],
         "no such file": [*given[:2], f"{tmp_path}/none.py:build", *given[3:], *files],
     }
     for said, arguments in wrong.items():

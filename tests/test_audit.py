@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import gradleak
 from gradleak import Audit, GradleakError, registry
-from gradleak.auditing import inputs
-from gradleak.auditing.report import HOLDS, LEAKS, UNSURE, Finding, interval, recovered, verdict_of
+from gradleak.auditing import Request, inputs, plan
+from gradleak.auditing.report import HOLDS, LEAKS, UNSURE, Finding, advice, interval, recovered, verdict_of
+from gradleak.auditing.run import _Auditor, _once
 from gradleak.board.store import Store, victim_list
 from gradleak.cli.main import main
 from gradleak.dataset import Data
@@ -77,6 +78,8 @@ def test_an_undefended_training_leaks_and_a_defended_one_does_not(
     found, store = defended
     assert found.verdict == HOLDS and found.share.estimate == 0 and best(store, own) == 0
     assert found.passes(0.0) is True
+    assert undefended[0].malicious is not None and undefended[0].malicious.share == 1
+    assert found.malicious is not None and found.malicious.share < 1, "as much noise as this hides from it too"
     ended = [each for each in found.findings if each.fits >= 0.5]
     assert ended, "a search that explains the update better than the truth does is why it is believed"
 
@@ -110,6 +113,8 @@ def test_the_budget_is_kept(undefended: tuple[Audit, Path], defended: tuple[Audi
     # Twice and a bit: what a busy machine makes of the last attack's last iterations.
     assert undefended[0].seconds < 60 and defended[0].seconds < 60
     assert any("come back already" in each for each in undefended[0].not_run)
+    assert "april: needs a transformer on patches with learned positions (vit), both trained" in undefended[0].not_run
+    assert "informed server, lti: no time was left" in _once(["informed server, lti: no time was left"])
 
 
 def finding(share: float, fits: float) -> Finding:
@@ -121,8 +126,12 @@ def test_no_verdict_without_evidence() -> None:
     assert verdict_of([finding(0.0, 0.2), finding(0.0, 0.6)]) == HOLDS
     assert verdict_of([finding(0.25, 0.0)]) == LEAKS
     assert verdict_of([]) == UNSURE
+    assert advice([], 4) == "No search could run: see what was not run, and why."
+    halfway = Finding("a", "somebody", 0.0, 10.0, 0.0, 50, 100, needed=90.0)
+    assert advice([halfway], 4) == "a made 50 of its 100 iterations; with --budget 6m it would make them all."
+    assert "is stuck" in advice([finding(0.0, 0.2)], 4)
     unsure = Audit(verdict=UNSURE, share=interval(0.0, 4), images=4, training="", worst=None, findings=(), floor=10.0)
-    assert unsure.passes(0.1) is None and "no proof" in unsure.lines()[0]
+    assert unsure.passes(0.1) is None and "proves nothing" in unsure.lines()[0]
 
 
 def test_recovered_is_more_than_a_guess() -> None:
@@ -189,7 +198,7 @@ def test_labels_come_from_a_csv_a_mapping_a_function_or_folders(tmp_path: Path, 
         (tmp_path / "tree" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
         Image.open(tmp_path / "flat" / names[index]).save(tmp_path / "tree" / "ab"[index % 2] / names[index])
     assert inputs.read(tmp_path / "tree", None, None)[1].tolist() == [0, 0, 1, 1]
-    with pytest.raises(GradleakError, match=r"no label of '000.png'"):
+    with pytest.raises(GradleakError, match=r"no label for '000.png'"):
         inputs.read(tmp_path / "flat", {"other.png": 1}, None)
     pairs = [(image, int(label)) for image, label in zip(images, own[1], strict=False)]
     assert torch.equal(inputs.read(pairs, None, None)[0], images)
@@ -198,7 +207,9 @@ def test_labels_come_from_a_csv_a_mapping_a_function_or_folders(tmp_path: Path, 
 def test_data_that_does_not_fit_is_refused(own: tuple[Tensor, Tensor]) -> None:
     images, labels = own
     for data, said in (
-        ((images * 2, labels), r"in \[0, 1\]"),
+        ((images * 2 - 1, labels), r"in \[0, 1\]; if the model expects normalised images"),
+        ((images * 255, labels), "divide them by 255"),
+        ((images, nn.functional.one_hot(labels, 10)), r"argmax\(1\)"),
         ((images, labels + 5), "10 classes"),
         ((images[:4], labels[:4]), "8 or more"),
         ((images[:1].repeat(20, 1, 1, 1), labels[:1].repeat(20)), "1 different"),
@@ -209,5 +220,22 @@ def test_data_that_does_not_fit_is_refused(own: tuple[Tensor, Tensor]) -> None:
             gradleak.audit(net(), data, budget=5)  # type: ignore[arg-type]
     with pytest.raises(GradleakError, match="cannot be run on images"):
         gradleak.audit(nn.Sequential(nn.Flatten(), nn.Linear(9, 10)), own, budget=5)
-    with pytest.raises(GradleakError, match="to be attacked"):
+    with pytest.raises(GradleakError, match="can be attacked"):
         gradleak.audit(net(), own, batch_size=40, budget=5)
+
+
+def test_time_that_is_left_goes_into_the_search_that_came_farthest(own: tuple[Tensor, Tensor]) -> None:
+    bench = Request(net(), own, victims=2).bench()
+    searches = [each for each in plan.attacks() if each[0] in ("inverting-gradients", "linear-leakage")]
+    closed, short = (bench.run(bench.cell(plan.ATTACKERS[0], each, ("none", {})), 0.01) for each in searches)
+    assert short.iterations == plan.SHORTEST and short.reached < 1 and closed.reached == 1
+
+    def left(seconds: float, *ran: plan.Ran) -> list[plan.Ran]:
+        return _Auditor(bench, ("none", {}), plan.Clock(seconds), None, lambda what, left: None)._longer(ran)
+
+    (longer,) = left(8.0, closed, short)
+    assert longer.attack == "inverting-gradients (longer)" and longer.iterations is not None
+    assert longer.iterations > 2 * plan.SHORTEST and longer.usual == short.usual
+    assert longer.result.rows[0].loss is not None and short.result.rows[0].loss is not None
+    assert longer.result.rows[0].loss < short.result.rows[0].loss
+    assert not left(1e-3, short) and not left(8.0, closed), "no time, or nothing to go on with"

@@ -242,12 +242,12 @@ def test_a_plugin_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("device", ["cuda:99", "quantum"])
 def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], device: str) -> None:
-    _refused(["run", SMOKE, "--device", device], capsys, f"device '{device}' is not there")
+    _refused(["run", SMOKE, "--device", device], capsys, f"device '{device}' is not available")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_cuda(capsys: pytest.CaptureFixture[str]) -> None:
-    _refused(["run", SMOKE, "--device", "cuda"], capsys, "device 'cuda' is not there", "use cpu")
+    _refused(["run", SMOKE, "--device", "cuda"], capsys, "device 'cuda' is not available", "use cpu")
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def test_no_image_is_met_twice(tuning: bool) -> None:
 @pytest.mark.parametrize(
     "members, complaint",
     [
-        ((SUM, Sketch()), "SecureAggregation must be the last, as Sketch would be the server's own"),
+        ((SUM, Sketch()), "SecureAggregation must come last, as Sketch would be the server's own"),
         ((TopK(), SUM), "messages of TopK do not add up, so it cannot come before SecureAggregation"),
         ((Sketch(), Sign(), SUM), "messages of Sign do not add up"),
     ],

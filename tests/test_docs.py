@@ -5,70 +5,27 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pytest
-
 from gradleak import registry
 from gradleak.board import flags
 from gradleak.board.evidence import DOUBTS
-from gradleak.cli.main import main
+from tests.documents import PAGES, ROOT, blocks
 
-ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_NAMED = re.compile(r"# (\w+\.(?:yaml|py))\b")
-"""First line of a block that is the content of a file."""
 
 
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """Return the fenced blocks of a page: language and text."""
-    return _BLOCK.findall(page.read_text(encoding="utf-8"))
-
-
-RUN = [page for page in PAGES if any(kind in ("console", "python") for kind, _ in blocks(page))]
-
-
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
-def test_what_a_page_tells_to_type_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for kind, text in blocks(page):
-        named = _NAMED.match(text)
-        if named:
-            (tmp_path / named[1]).write_text(text)
-            if kind == "python":
-                registry.add_file(tmp_path / named[1])
-        elif kind == "python":
-            exec(compile(text, page.name, "exec"), names)
-        elif kind == "console":
-            for command in _commands(text):
-                assert main(command) == 0, (command, capsys.readouterr().err)
-
-
-def _commands(text: str) -> Iterator[list[str]]:
-    for line in text.splitlines():
-        assert line.startswith("$ gradleak "), f"{line}: a console block holds commands that are run, and no other"
-        _, *command = shlex.split(line.removeprefix("$ "), comments=True)
-        # One worker: a test has a core to itself.
-        yield [*command, *(["--workers", "1"] if command[0] == "run" else [])]
-
-
-def test_every_command_that_is_shown_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_that_is_shown_is_one() -> None:
     import typer.main
 
     from gradleak.cli.main import app
 
     root: Any = typer.main.get_command(app)
     for page in PAGES:
-        shown = "\n".join([text for _, text in blocks(page)] + re.findall("^ {4}(.*)$", page.read_text(), re.MULTILINE))
+        told = re.findall("`(gradleak [a-z][^`]*)`", page.read_text(encoding="utf-8"))
+        shown = "\n".join([*(block.text for block in blocks(page)), *(" ".join(each.split()) for each in told)])
         for found in re.finditer(r"^(?:\$ )?gradleak ([a-z]+)(?: ([a-z]+))?(.*)$", shown, re.MULTILINE):
             command = root.commands.get(found[1])
             assert command is not None, f"{page.name}: gradleak {found[1]}"
@@ -130,6 +87,8 @@ def test_reference_pages_follow_from_the_code() -> None:
         assert re.findall(r"^## ([a-z].*)$", page, re.MULTILINE)[: len(registry.built_in(group))] == registry.built_in(
             group
         )
+    untold = re.findall(r"^\| (`\w+`) \|.*\|  \|$", pages["suites.md"], re.MULTILINE)
+    assert not untold, f"keys of suites without a word on what they mean: {untold}"
     assert "| `tv` | number | `0.0001` | Weight of the total variation. |" in pages["attacks.md"]
     assert "| `local_lr` | number, > 0, or none | `none` |" in pages["suites.md"]
     assert "## gradleak store rescue" in pages["commands.md"] and "Attack.reconstruct" in pages["contracts.md"]

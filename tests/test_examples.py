@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from gradleak.cli.main import main
+from tests.documents import blocks
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,7 +63,8 @@ def test_the_notebook_runs_and_shows_what_it_promises(tmp_path: Path) -> None:
 def test_a_client_of_plain_torch_is_attacked(tmp_path: Path) -> None:
     assert example("plain_torch").main(tmp_path) > 30
     assert {each.name for each in tmp_path.iterdir()} == {"weights.safetensors", "update.safetensors"}
-    command = (ROOT / "examples" / "README.md").read_text().partition("    gradleak attack")[2].replace("\\\n", " ")
+    (block,) = blocks(ROOT / "examples" / "README.md")
+    command = block.text.partition("gradleak attack")[2].replace("\\\n", " ")
     given = shlex.split(command.replace("captured/", f"{tmp_path}/").replace("examples/", f"{ROOT}/examples/"))
     given[-1] = str(tmp_path / "out")
     assert main(["attack", *given, "--attack", "gauss-newton", "--options", "restarts=2", "--budget", "60s"]) == 0

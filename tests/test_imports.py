@@ -23,6 +23,7 @@ LAYERS = [
         "errors",
         "options",
         "plugins",
+        "renamed",
         "paths",
         "seeds",
         "scales",

@@ -50,7 +50,7 @@ def test_what_is_too_large_is_refused_before_it_is_made(tmp_path: Path, changes:
 
 
 def test_a_device_without_numbers_is_refused() -> None:
-    with pytest.raises(GradleakError, match="device 'meta' is not there") as caught:
+    with pytest.raises(GradleakError, match="device 'meta' is not available") as caught:
         Resources(device="meta")
     assert "\n" not in str(caught.value)
 

@@ -43,7 +43,7 @@ def test_what_is_written_passes_check_and_its_test(
     before = plugin.read_text()
     plugin.write_text(before + "# mine\n")
     assert main(["new", kind, f"my-{kind}", "--out", str(tmp_path)]) == 2
-    assert "exists already" in capsys.readouterr().err and plugin.read_text().endswith("# mine\n")
+    assert "already exists" in capsys.readouterr().err and plugin.read_text().endswith("# mine\n")
     found = check_file(plugin)
     assert all(each.ok for each in found), [each for each in found if not each.ok]
     passes(test)
@@ -88,7 +88,7 @@ REFUSED = {
     "taken, spelt otherwise": (["attack", "inverting_gradients"], "already"),
     "hides torch": (["model", "torch"], "hide the module 'torch'"),
     "hides the library": (["defense", "random"], "hide the module 'random'"),
-    "a word of Python": (["attack", "lambda"], "a word of Python"),
+    "a reserved word of Python": (["attack", "lambda"], "a reserved word of Python"),
     "a name of the file": (["defense", "update"], "the file needs"),
     "its own base": (["attack", "gradient-matching"], "the file needs"),
 }

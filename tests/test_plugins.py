@@ -151,7 +151,7 @@ FILES = [
     ("import absent_library #@", "No module named 'absent_library'"),
     (
         "from gradleak.defense import Defense\nclass A(Defense): #@\n  family = reference = 'x'",
-        "is no dataclass of its own",
+        "is not a dataclass of its own",
     ),
     (
         "from dataclasses import dataclass\nfrom gradleak.defense import Defense\n@dataclass #@\n"
@@ -395,8 +395,8 @@ def test_one_bad_package_stops_nothing(
     assert re.fullmatch(r"package others, .*ZeroDivisionError: division by zero \(raises\.py:1\)", broken["raises"])
     assert all("package others" in error and "\n" not in error for error in broken.values())
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2 and "'top-k' is the name of a built-in" in said[0] and "'No Name' is no name" in said[1]
-    with pytest.raises(GradleakError, match=r"belongs into the group gradleak\.defenses.*\(good_one\.py:9\)$"):
+    assert len(said) == 2 and "'top-k' is the name of a built-in" in said[0] and "'No Name' is not a name" in said[1]
+    with pytest.raises(GradleakError, match=r"belongs in the group gradleak\.defenses.*\(good_one\.py:9\)$"):
         registry.load("attacks", "misplaced")
     registry._installed.cache_clear()
 

@@ -201,5 +201,5 @@ def test_noise_that_was_found_makes_no_other_defense() -> None:
     "defense", [{"dp-sgd": {"epsilon": 8, "sigma": 1}}, {"sketch + dp-sgd": {"dp-sgd": {"epsilon": 8, "sigma": 1}}}]
 )
 def test_sigma_or_epsilon_not_both(tmp_path: Path, defense: Any) -> None:
-    with pytest.raises(GradleakError, match=r"defenses\[0\]: epsilon: .* give one of both"):
+    with pytest.raises(GradleakError, match=r"defenses\[0\]: epsilon: .* give one of the two"):
         suite.read(_suite(tmp_path, defenses=[defense]))

@@ -70,7 +70,7 @@ def test_stores_and_bundles_are_read_together(bundle: Path, store: Path, capsys:
 
 def test_a_published_bundle_is_never_overwritten(bundle: Path, store: Path) -> None:
     before = bundle.read_bytes()
-    with pytest.raises(GradleakError, match="is there already"):
+    with pytest.raises(GradleakError, match="already exists"):
         publish(store, bundle)
     assert bundle.read_bytes() == before
 

@@ -345,7 +345,7 @@ def test_a_probe_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), noise) and module.training and not hasattr(module, "calls")
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())
-    with pytest.raises(GradleakError, match="which images the network takes"):
+    with pytest.raises(GradleakError, match="shape of the images that the network takes"):
         structure.of(Net())
 
 

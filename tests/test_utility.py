@@ -217,7 +217,7 @@ def test_a_fixed_policy_is_part_of_the_model() -> None:
 def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(GradleakError, match="10 clients of dataset 'digits' have 107 images each, fewer than a batch"):
         _train(recipe={"batch_size": 108})
-    with pytest.raises(GradleakError, match="Diff2 stands for one round"):
+    with pytest.raises(GradleakError, match="Diff2 stands for a single round"):
         _train(build_defense("diff2", {}))
 
 
@@ -279,7 +279,10 @@ def test_the_client_that_trains_is_the_one_that_is_attacked(tmp_path: Path) -> N
         ({"lr": [0.1, -1]}, "utility.lr[1]: input should be greater than 0, found -1"),
         ({"epochs": 3}, "utility: unknown key 'epochs'"),
         ({"batch_size": 16, "local_steps": 2}, "utility: local_steps and local_batch_size need local_lr"),
-        ({"local_steps": 2}, "utility: local_steps: is the setting's, as batch_size is; give batch_size a number"),
+        (
+            {"local_steps": 2},
+            "utility: local_steps: comes from the setting, as batch_size does; to state it, give batch_size a number",
+        ),
         ({"batch_size": "all"}, "utility.batch_size: input should be a number of images (1 or more), or setting"),
     ],
 )

@@ -92,14 +92,15 @@ def data_of(images: Tensor, labels: Tensor, classes: int, name: str = "own image
 
 def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if images.ndim != 4 or labels.shape != images.shape[:1]:
+        hint = "; of one-hot labels give labels.argmax(1)" if labels.ndim == 2 and images.ndim == 4 else ""
         found = f"{list(images.shape)} and labels {list(labels.shape)}"
-        raise GradleakError(f"--data: images {found} (allowed: [K, C, H, W] and [K])")
+        raise GradleakError(f"--data: images {found} (allowed: [K, C, H, W] and [K]){hint}")
     images, labels = images.detach().cpu().float(), labels.detach().cpu().long()
     if not len(images) or not images.isfinite().all() or images.min() < 0 or images.max() > 1:
         span = f" in [{float(images.min()):.3g}, {float(images.max()):.3g}]" if len(images) else ""
-        raise GradleakError(
-            f"--data: {len(images)} images{span} (allowed: finite, in [0, 1]; or --mean and --std for the model)"
-        )
+        bytes_ = bool(len(images)) and images.min() >= 0 and 1 < images.max() <= 255
+        hint = "divide them by 255" if bytes_ else "if the model expects normalised images, give --mean and --std"
+        raise GradleakError(f"--data: {len(images)} images{span} (allowed: finite, in [0, 1]; {hint})")
     if labels.min() < 0:
         raise GradleakError(f"--data: label {int(labels.min())} (allowed: 0 or more)")
     return images, labels
@@ -173,7 +174,7 @@ def _labels_of(path: Path, files: Sequence[str], labels: Labels) -> list[int]:
         missing = [file for file in files if file not in labels and Path(file).name not in labels]
         if missing:
             raise GradleakError(
-                f"--labels: no label of {missing[0]!r} ({len(missing)} of {len(files)} files have none)"
+                f"--labels: no label for {missing[0]!r} ({len(missing)} of {len(files)} files have none)"
             )
         given = [labels[file] if file in labels else labels[Path(file).name] for file in files]
     else:
@@ -193,6 +194,6 @@ def _csv(path: Path) -> dict[str, str]:
         raise GradleakError(f"--labels {path}: cannot be read ({error})") from error
     wrong = next((number for number, line in enumerate(lines, 1) if len(line) < 2), None)
     if wrong is not None or not lines:
-        raise GradleakError(f"--labels {path}: line {wrong or 1}: a file and its label are needed, as cat.png,3")
+        raise GradleakError(f"--labels {path}: line {wrong or 1}: a file and its label are needed, such as cat.png,3")
     # A line of headings names no image, and so is never looked up.
     return {Path(line[0].strip()).as_posix(): line[1].strip() for line in lines}

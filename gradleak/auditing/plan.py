@@ -22,6 +22,7 @@ from ..evaluation.workshop import Resources, Workshop
 from ..plugins import said
 from ..suite import AttackCell, Cell, DatasetPart, Engine, Part, TrainingCell, build_defense
 from ..suite.parts import plain
+from ..suite.settings import tampering
 from ..threat import BatchNorm, Knowledge, Labels, Level, Setting
 from ..update import copied
 
@@ -30,6 +31,12 @@ SHORTEST = 20
 """Iterations below which a search says nothing: it would be stopped before its loss has settled, and pass for a
 defense."""
 _ANALYTIC = "analytic"
+_WIDEST = 32
+"""Trials that are searched together at most."""
+_MEASURED = 19
+"""Iterations, after the first, over which the time of one is measured."""
+LONGER = " (longer)"
+"""What is added to the label of a search that is run again with the time that was left."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Attacker:
     name: str
     says: str
     grants: Knowledge
+    server: str = "honest"
 
 
 ATTACKERS = (
@@ -54,6 +62,13 @@ ATTACKERS = (
     ),
 )
 """Strongest first: what it recovers bounds what the others can."""
+MALICIOUS = Attacker(
+    "malicious server",
+    "may also change the model that it sends",
+    Knowledge(labels=Labels.KNOWN, batch_norm=BatchNorm.RUNNING, auxiliary=True, local_training=True),
+    "imprint",
+)
+"""No part of a verdict, which is about servers that follow the protocol; it shows what rests on their honesty."""
 
 
 class Own(Workshop):
@@ -123,6 +138,20 @@ class Ran:
     """Iterations that it was given; None for what does not iterate."""
     usual: int | None = None
     """Iterations that it would have had without a budget."""
+    needed: float = math.nan
+    """Seconds that these would have taken; NaN where that was not measured."""
+
+    @property
+    def reached(self) -> float:
+        """Share of the usual iterations that it was given; 1 of what does not iterate."""
+        return 1.0 if self.iterations is None or self.usual is None else self.iterations / self.usual
+
+    @property
+    def iteration(self) -> float:
+        """Seconds of an iteration, or where that was not measured a bound; NaN of what does not iterate."""
+        if self.iterations is None or self.usual is None:
+            return math.nan
+        return self.needed / self.usual if math.isfinite(self.needed) else self.result.seconds / self.iterations
 
 
 @dataclass(frozen=True)
@@ -152,7 +181,9 @@ class Bench:
             defense=Part(defense[0], defense[0], plain(_options(guard, defense)), guard.version),
             model=self.model,
             dataset=self.dataset,
-            setting=replace(self.setting, name=attacker.name, grants=attacker.grants),
+            setting=replace(
+                self.setting, name=attacker.name, grants=attacker.grants, server=tampering(attacker.server)
+            ),
             seed=self.seed,
             suite=("audit", 1),
             optional=True,
@@ -170,7 +201,9 @@ class Bench:
         found: dict[str, str] = {}
         able = []
         for cell in cells:
-            missing = cell.built_attack.needs.missing(replace(cell.setting.grants, defense=cell.knowledge))
+            missing = cell.built_attack.needs.missing(
+                replace(cell.setting.grants, defense=cell.knowledge, server=cell.setting.server.surface)
+            )
             if missing and cell.built_attack.family != "control":
                 found[cell.key] = f"needs {', '.join(missing)}"
             else:
@@ -183,34 +216,46 @@ class Bench:
                 found[cell.key] = notes.get((cell.setting.name, cell.attack.label), "cannot run")
         return found
 
-    def run(self, cell: AttackCell, seconds: float, usual: int | None = None) -> Ran:
-        """Run one attack for about so many seconds; searches get as many iterations as fit."""
-        plugin, given = cell.built_attack, None
-        cell = replace(cell, engine=Engine(width=32, timeout=max(1.0, 1.5 * seconds)))
-        if isinstance(plugin, GradientMatching):
-            given = self._fitting(cell, seconds)
-            cell = _with_iterations(cell, given)
-        result = evaluate(cell, self.workshop)
-        usual = plugin.iterations if isinstance(plugin, GradientMatching) else usual
-        return Ran(cell.attack.label, cell.setting.name, cell.defense.label, result, cell, given, usual)
+    def run(self, cell: AttackCell, seconds: float, before: Ran | None = None) -> Ran:
+        """Run one attack for about so many seconds; searches get as many iterations as fit.
 
-    def _fitting(self, cell: AttackCell, seconds: float) -> int:
-        """Measure an iteration with the attack itself, on one client; return how many fit for all."""
+        Of a search that ran before, the time of an iteration is known.
+        """
+        plugin, given, usual, needed = cell.built_attack, None, None, math.nan
+        # A wider chunk would be filled up with copies, and computed whole.
+        width = min(_WIDEST, self.victims)
+        cell = replace(cell, engine=Engine(width=width, timeout=max(1.0, 1.5 * seconds)))
+        if isinstance(plugin, GradientMatching):
+            given, needed = self._fitting(cell, seconds) if before is None else _fitting_again(before, seconds)
+            cell, usual = _with_iterations(cell, given), plugin.iterations
+        result = evaluate(cell, self.workshop)
+        return Ran(cell.attack.label, cell.setting.name, cell.defense.label, result, cell, given, usual, needed)
+
+    def _fitting(self, cell: AttackCell, seconds: float) -> tuple[int, float]:
+        """Measure an iteration with the attack itself; return how many fit, and the seconds that all would take."""
         plugin = cell.built_attack
         assert isinstance(plugin, GradientMatching)
         begun = time.monotonic()
+        alone = replace(cell, victims=1, engine=cell.engine.model_copy(update={"width": 1}))
 
         def spent(iterations: int) -> float:
             started = time.monotonic()
-            evaluate(replace(_with_iterations(cell, iterations), victims=1), self.workshop)
+            evaluate(_with_iterations(alone, iterations), self.workshop)
             return time.monotonic() - started
 
+        spent(1)  # What is found out about a network is found out once.
         once = spent(1)
-        if once * (self.victims + 1) > seconds:
-            return SHORTEST
-        each = max((spent(5) - once) / 4, once / 1000, 1e-4) * self.victims
+        if once * (self.victims + 1) > seconds - (time.monotonic() - begun):
+            return SHORTEST, math.nan
+        each = max((spent(1 + _MEASURED) - once) / _MEASURED, once / 1000, 1e-4) * self.victims
         left = 0.9 * (seconds - (time.monotonic() - begun)) - once * self.victims
-        return max(SHORTEST, min(plugin.iterations, int(left / each)))
+        return max(SHORTEST, min(plugin.iterations, int(left / each))), each * plugin.iterations
+
+
+def _fitting_again(before: Ran, seconds: float) -> tuple[int, float]:
+    """Return as `Bench._fitting`, of a search whose time was measured."""
+    assert before.usual is not None
+    return max(SHORTEST, min(before.usual, int(0.9 * seconds / before.iteration))), before.needed
 
 
 def _with_iterations(cell: AttackCell, iterations: int) -> AttackCell:

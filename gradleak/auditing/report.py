@@ -47,6 +47,8 @@ class Finding:
     iterations: int | None
     usual: int | None
     error: str = ""
+    needed: float = math.nan
+    """Seconds that the usual iterations would have taken; NaN where that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +87,33 @@ class Audit:
     share: Interval
     """Of the images, that the strongest attack recovered, in [0, 1]."""
     images: int
+    """How many were attacked."""
     training: str
     """What was audited, in words."""
     worst: Finding | None
+    """Of the attack that recovered most."""
     findings: tuple[Finding, ...]
+    """One of each attack by each attacker."""
     floor: float
     """Mean PSNR in dB of the best guess that reads nothing of the update."""
+    malicious: Finding | None = None
+    """What a server recovers that changes the model; no part of the verdict."""
+    advice: str = ""
+    """What would make it sure."""
     exposed: tuple[Exposed, ...] = ()
+    """The images that came back best, if any did."""
     remedies: tuple[Remedy, ...] = ()
+    """Defenses that were tried, if it leaks."""
     not_run: tuple[str, ...] = ()
+    """What was not tried, each with its reason."""
     trained: str = ""
     """How accuracies were measured, in words."""
     seconds: float = 0.0
+    """What the audit took."""
     store: str = ""
+    """Path of the store with its cells; empty for none."""
     extra: dict[str, Any] = field(default_factory=dict)
+    """What else `report.json` shall hold."""
 
     def passes(self, limit: float) -> bool | None:
         """Whether no more than a share in [0, 1] comes back; None where that is not sure."""
@@ -115,6 +130,11 @@ class Audit:
                 f"{name}: {_percent(own.share)} of the images, by {own.attack} ({own.psnr:.1f} dB on average)."
             )
         found.append(f"A guess that reads nothing of the update has {self.floor:.1f} dB.")
+        if self.malicious is not None:
+            found.append(
+                f"A server that changes the model it sends would get {_percent(self.malicious.share)} "
+                f"({self.malicious.psnr:.1f} dB); the verdict is about servers that do not."
+            )
         holding = [each for each in self.remedies if each.verdict == HOLDS]
         for each in holding:
             cost = f"; {100 * each.lost:.1f} points of accuracy lost" if math.isfinite(each.lost) else ""
@@ -130,10 +150,7 @@ class Audit:
             return f"Leaks: {many} came back."
         if self.verdict == HOLDS:
             return f"No leak found: {many} came back, and a search came to its end."
-        return (
-            f"Not sure: {many} came back, but no search came to its end within the budget; its failure is no proof. "
-            "Give a larger --budget, or fewer victims."
-        )
+        return f"Not sure: {many} came back, but no search came to its end, which proves nothing. {self.advice}".strip()
 
     def facts(self) -> dict[str, Any]:
         """Return everything but the pictures as plain data."""
@@ -147,6 +164,8 @@ class Audit:
             "worst": None if self.worst is None else _plain(asdict(self.worst)),
             "floor_db": _plain(self.floor),
             "findings": [_plain(asdict(each)) for each in self.findings],
+            "malicious": None if self.malicious is None else _plain(asdict(self.malicious)),
+            "advice": self.advice,
             "remedies": [_plain(asdict(each)) for each in self.remedies],
             "exposed": [{"psnr": each.psnr, "label": each.label} for each in self.exposed],
             "not_run": list(self.not_run),
@@ -165,7 +184,8 @@ class Audit:
         yield f'<p class="verdict {self.verdict}">{escape(first)}</p>'
         yield listed(rest)
         if self.exposed:
-            yield "<h2>Most exposed images</h2>"
+            back = self.worst is not None and self.worst.share > 0
+            yield f"<h2>{'Most exposed images' if back else 'Nearest answers, none of them recovered'}</h2>"
             for each in self.exposed:
                 pair = tag(each.truth, "truth") + tag(each.reconstruction, "reconstruction")
                 caption = f"truth, reconstruction: {each.psnr:.1f} dB, label {each.label}"
@@ -237,6 +257,7 @@ def finding(ran: Ran, floor: dict[tuple[int, int], float]) -> Finding:
         iterations=ran.iterations,
         usual=ran.usual,
         error=ran.result.error or "",
+        needed=ran.needed,
     )
 
 
@@ -250,6 +271,27 @@ def verdict_of(findings: Sequence[Finding]) -> str:
     if any(each.share > 0 for each in findings):
         return LEAKS
     return HOLDS if any(each.fits >= 0.5 for each in findings) else UNSURE
+
+
+def advice(findings: Sequence[Finding], searches: float) -> str:
+    """Say what would make an unsure verdict sure: how far the searches came, and the budget that would end one.
+
+    Args:
+        findings: of all attacks.
+        searches: seconds of a budget that give the first search one second.
+    """
+    tried = [each for each in findings if each.iterations is not None and each.usual is not None and not each.error]
+    if not tried:
+        return "No search could run: see what was not run, and why."
+    best = max(tried, key=lambda each: (each.iterations or 0) / (each.usual or 1))
+    if (best.iterations or 0) >= (best.usual or 1):
+        return (
+            f"{best.attack} made all of its iterations and is stuck: other options, in a suite of your own, may tell."
+        )
+    told = f"{best.attack} made {best.iterations} of its {best.usual} iterations"
+    if not math.isfinite(best.needed):
+        return f"{told}: an iteration takes too long for this budget. Give a larger --budget, or fewer --victims."
+    return f"{told}; with --budget {math.ceil(searches * best.needed / 60)}m it would make them all."
 
 
 def interval(share: float, images: int) -> Interval:

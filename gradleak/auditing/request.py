@@ -106,10 +106,11 @@ class Request:
         """
         module, images = self._fitted()
         setting = self._setting()
-        most = len(images.split.test) // 2 // self.batch_size
+        there = len(images.split.test) // 2
+        most = there // self.batch_size
         if most < 1:
             raise GradleakError(
-                f"batch_size {self.batch_size}: {len(images.split.test) // 2} images are there to be attacked"
+                f"batch_size {self.batch_size}: only {there} images can be attacked (allowed: 1 to {there})"
             )
         size = sum(tensor.numel() for tensor in module.parameters())
         weights = hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in module.state_dict().values()))
@@ -148,7 +149,9 @@ class Request:
         if self.normalise is not None:
             mean, std = self.normalise
             if len(mean) not in (1, size[0]) or len(std) not in (1, size[0]):
-                raise GradleakError(f"normalise: {len(mean)} means for images of {size[0]} channels")
+                raise GradleakError(
+                    f"normalise: {len(mean)} means and {len(std)} deviations (allowed: {size[0]} of each, or 1)"
+                )
             module = nn.Sequential(Normalise(size[0], tuple(mean), tuple(std)), module).eval()
         classes = structure.of(network_of(module, size).module).classes
         structure.mark(module, size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import registry
@@ -82,6 +82,9 @@ class _Auditor:
             ]
             share = 1 - _REMEDIES if attacker is ATTACKERS[-1] else (1 - _REMEDIES) * 0.6
             ran += self._attacked(able, share * self.clock.budget, ran, floor, skipped)
+        malicious = self._malicious(floor, skipped)
+        if report.verdict_of([report.finding(each, floor) for each in ran]) == report.UNSURE:
+            ran += self._longer(ran)
         findings = [report.finding(each, floor) for each in ran]
         worst, verdict = report.strongest(findings), report.verdict_of(findings)
         tried: list[Remedy] = []
@@ -95,10 +98,12 @@ class _Auditor:
             training=self._described(),
             worst=worst,
             findings=tuple(findings),
+            malicious=malicious,
+            advice=report.advice(findings, 1 / _REMEDIES),
             floor=sum(floor.values()) / len(floor) if floor else math.nan,
             exposed=tuple(self._exposed(ran[findings.index(worst)])) if worst is not None else (),
             remedies=tuple(tried),
-            not_run=tuple(dict.fromkeys(skipped)),
+            not_run=tuple(_once(skipped)),
             trained=_measured(self.bench) if tried else "",
             seconds=self.clock.spent,
             store="" if self.store is None else str(self.store.path),
@@ -110,6 +115,38 @@ class _Auditor:
             self._keep(self.bench.run(self.bench.cell(ATTACKERS[0], each, self.defense), self.clock.budget / 10))
             for each in plan.controls()
         ]
+
+    def _longer(self, ran: Sequence[Ran]) -> list[Ran]:
+        """Run the search that came farthest again, with the time that is not needed for defenses."""
+        short = [each for each in ran if each.reached < 1 and not each.result.error]
+        if not short:
+            return []
+        best, seconds = max(short, key=lambda each: each.reached), 0.9 * self.clock.left
+        if not 2 * best.iteration * (best.iterations or 0) < seconds:
+            return []
+        self.tell(f"{best.attacker}, {best.attack}{plan.LONGER}", self.clock.left)
+        part = replace(
+            best.cell.attack,
+            label=f"{best.attack}{plan.LONGER}",
+            options={**best.cell.attack.options, "iterations": best.usual},
+        )
+        return [self._keep(self.bench.run(replace(best.cell, attack=part), seconds, best))]
+
+    def _malicious(self, floor: dict[tuple[int, int], float], skipped: list[str]) -> Finding | None:
+        """Let the server put a block into the model that holds images apart: a closed form reads them."""
+        cell = self.bench.cell(plan.MALICIOUS, ("imprint-readout", "imprint-readout", {}), self.defense)
+        if self.clock.left <= 0:
+            skipped.append(f"{plan.MALICIOUS.name}: no time was left")
+            return None
+        self.tell(plan.MALICIOUS.name, self.clock.left)
+        try:
+            found = report.finding(self._keep(self.bench.run(cell, self.clock.left / 2)), floor)
+        except GradleakError as error:
+            skipped.append(f"{plan.MALICIOUS.name}: {plan.refused(error)}")
+            return None
+        if found.error:
+            skipped.append(f"{plan.MALICIOUS.name}: {found.error}")
+        return None if found.error else found
 
     def _attacked(
         self,
@@ -261,6 +298,17 @@ class _Auditor:
 def _everything(found: Finding) -> bool:
     """Whether no attack could do better."""
     return found.share == 1 and found.psnr >= _PERFECT
+
+
+def _once(skipped: Sequence[str]) -> list[str]:
+    """Return what was not run, without the attacker where it holds for every one of them."""
+    names = [f"{each.name}, " for each in ATTACKERS]
+
+    def of_all(line: str) -> str:
+        rest = next((line.removeprefix(name) for name in names if line.startswith(name)), line)
+        return rest if all(f"{name}{rest}" in skipped for name in names) else line
+
+    return list(dict.fromkeys(map(of_all, skipped)))
 
 
 def _second_order(plugin: Any) -> bool:

@@ -67,7 +67,7 @@ def publish(store: Path, out: Path) -> dict[str, Any]:
             written; then nothing is left of it.
     """
     if out.exists():
-        raise GradleakError(f"bundle {out}: is there already; bundles are never overwritten")
+        raise GradleakError(f"bundle {out}: already exists; bundles are never overwritten")
     with Store(store) as opened:
         cells = opened.cells()
         images = len(opened.rows(cells))
@@ -220,7 +220,7 @@ def _members(bundle: Path, opened: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo
     for info in found:
         mode = info.external_attr >> 16
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-            raise GradleakError(f"bundle {bundle}: {info.filename} is no regular file")
+            raise GradleakError(f"bundle {bundle}: {info.filename} is not a regular file")
         most = MOST_MANIFEST if info.filename == MANIFEST else min(MOST_STORE, max(10**8, MOST_RATIO * size))
         if info.file_size > most:
             raise GradleakError(f"bundle {bundle}: {info.filename} has {info.file_size} bytes (at most {most})")

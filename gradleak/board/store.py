@@ -76,7 +76,7 @@ class Store:
         if self.path.is_dir():
             raise GradleakError(f"store {self.path}: is a folder, not a file")
         if self.path.exists() and not self.path.is_file():
-            raise GradleakError(f"store {self.path}: is no regular file")
+            raise GradleakError(f"store {self.path}: is not a regular file")
         log = log_of(self.path).exists()
         self._brought_up_to_date = time.monotonic()
         try:
@@ -274,7 +274,7 @@ class Store:
         for kinds, names in (("'integer'", INTEGERS), ("'integer', 'real', 'null'", NUMBERS)):
             for name in names:
                 if odd := self.query(f"SELECT {name} FROM rows WHERE typeof({name}) NOT IN ({kinds}) LIMIT 1"):
-                    raise GradleakError(f"{self._name}: a row has {name} {odd[0][0]!r:.40}, which is no number")
+                    raise GradleakError(f"{self._name}: a row has {name} {odd[0][0]!r:.40}, which is not a number")
         rows = self._frame("rows").astype(dict.fromkeys(NUMBERS, float))
         order = ["key", "victim", "image"]
         joined = cells.merge(rows, left_on="id", right_on="cell", how="inner")

@@ -214,7 +214,7 @@ def check_cells(frame: pd.DataFrame, where: str) -> None:
         *(frame[name] for name in ("key", "status", "error", "started", "seconds", "device")), strict=True
     ):
         if not isinstance(key, str) or not key or len(key) > 200 or not key.isprintable():
-            raise GradleakError(f"{where}: {key!r:.40} is no key of a cell")
+            raise GradleakError(f"{where}: {key!r:.40} is not a key of a cell")
         if status not in ("ok", "failed"):
             _refuse(where, key, f"status {status!r:.40} (allowed: ok, failed)")
         if not isinstance(error, str) or not isinstance(started, str) or not isinstance(device, str):
@@ -261,7 +261,9 @@ def check_left_out(lines: Sequence[tuple[Any, ...]], where: str) -> None:
     for line in lines:
         for text in line[:7]:
             if not isinstance(text, str) or len(text) > 1000 or not text.isprintable():
-                raise GradleakError(f"{where}: a note on what is left out has {text!r:.60}, which is no line of text")
+                raise GradleakError(
+                    f"{where}: a note on what is left out has {text!r:.60}, which is not a line of text"
+                )
         if line[7] not in (0, 1):
             raise GradleakError(f"{where}: a note on what is left out is chosen {line[7]!r:.40} (allowed: 0, 1)")
 
@@ -295,4 +297,4 @@ def _is_object(text: Any) -> bool:
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")

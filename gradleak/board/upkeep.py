@@ -91,7 +91,7 @@ def rescue(path: Path, new: Path) -> tuple[int, int]:
         GradleakError: `new` is there already or cannot be written, or nothing can be read of `path`.
     """
     if new.exists():
-        raise GradleakError(f"store {new}: is there already; nothing is overwritten")
+        raise GradleakError(f"store {new}: already exists; nothing is overwritten")
     if not path.is_file():
         raise GradleakError(f"store {path}: no such file")
     try:

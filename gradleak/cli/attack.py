@@ -12,6 +12,7 @@ import typer
 
 from ..errors import GradleakError, unknown
 from ..paths import printable, written_whole
+from ..process import keep_memory
 from . import shared, values
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def attack(
     from ..threat import Observation
     from ..update import LocalTraining
 
+    keep_memory()
     limit, size = values.seconds(budget, "--budget"), values.shape(shape)
     name, own = values.plugin(optimiser, "--optimiser")
     given = values.options(options or [])

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import GradleakError
 from ..paths import printable
+from ..process import keep_memory
 from . import shared, values
 
 if TYPE_CHECKING:
@@ -92,8 +93,8 @@ def audit(
     from .. import sources
     from ..auditing import audit as run
 
+    keep_memory()
     limit = values.seconds(budget, "--budget")
-    normalise = _normalise(mean, std)
     module = sources.network(model, weights, values.options(model_options or [], "--model-options"))
     out.mkdir(parents=True, exist_ok=True)
     found = run(
@@ -108,7 +109,7 @@ def audit(
         local_lr=local_lr,
         mode=mode,
         defense=_chain(defense or []),
-        normalise=normalise,
+        normalise=_normalise(mean, std),
         budget=limit,
         victims=victims,
         remedies=None if remedies else (),

@@ -18,6 +18,7 @@ from rich.padding import Padding
 from .. import __version__
 from ..errors import GradleakError, unknown
 from ..paths import printable, written_whole
+from ..renamed import Renamed, arguments
 from ..secret import Secret, is_secret
 from . import attack, audit, catalogue, check, doctor, new, prior, shared, tune, verify
 from . import store as store_commands
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 BOARDS = ("defenses", "attacks", "pareto", "compute", "malicious", "detection")
 """Boards that `gradleak leaderboard` can show; by default the first two, and the last two where there is anything."""
+
+RENAMED: Mapping[str, Mapping[str, Renamed]] = {}
+"""Options by command that are still taken under an old name."""
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -53,12 +57,13 @@ Stores = Annotated[
 ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 (a cell failed), 2 (a mistake), 130 (interrupted)."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if words is None else words)
     debug = "--debug" in given
     try:
-        code = app([part for part in given if part != "--debug"], prog_name="gradleak", standalone_mode=False)
+        given = arguments([part for part in given if part != "--debug"], RENAMED)
+        code = app(given, prog_name="gradleak", standalone_mode=False)
     except GradleakError as error:
         if debug:
             traceback.print_exc()

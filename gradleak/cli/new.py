@@ -49,7 +49,7 @@ def new(
     root = out / name if package else out
     there = [str(root / path) for path in files if (root / path).exists()]
     if there:
-        raise GradleakError(f"{there[0]}: exists already; choose another name or --out")
+        raise GradleakError(f"{there[0]}: already exists; choose another name or --out")
     try:
         for path, text in files.items():
             (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -117,9 +117,9 @@ def _refuse(kind: str, name: str, stem: str, package: bool) -> None:
     if not _NAME.fullmatch(name):
         raise GradleakError(f"NAME {name}: small letters a-z and digits, a letter first, parts joined by -")
     if name.replace("_", "-") in registry.names(kinds()[kind]):
-        raise GradleakError(f"NAME {name}: there is {kind} {name.replace('_', '-')!r} already; choose another")
+        raise GradleakError(f"NAME {name}: {kind} {name.replace('_', '-')!r} already exists; choose another")
     if keyword.iskeyword(_class_of(name)) or keyword.iskeyword(stem):
-        raise GradleakError(f"NAME {name}: a word of Python; choose another")
+        raise GradleakError(f"NAME {name}: a reserved word of Python; choose another")
     # Beside its test the file comes first on Python's path.
     if not package and (stem in sys.stdlib_module_names or importlib.util.find_spec(stem) is not None):
         raise GradleakError(f"NAME {name}: {stem}.py would hide the module {stem!r} from Python; choose another")

@@ -26,7 +26,7 @@ def seconds(text: str, flag: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
     value = float(found[1]) * _UNITS[found[2]] if found else math.nan
     if not value > 0:
-        raise GradleakError(f"{flag} {text}: write a time, as 90s, 10m or 1h")
+        raise GradleakError(f"{flag} {text}: write a time, such as 90s, 10m or 1h")
     return value
 
 
@@ -41,7 +41,7 @@ def shape(text: str, flag: str = "--shape") -> tuple[int, int, int]:
     """
     parts = text.replace("x", ",").split(",")
     if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise GradleakError(f"{flag} {text}: write channels, height and width, as 3,32,32")
+        raise GradleakError(f"{flag} {text}: write channels, height and width, such as 3,32,32")
     channels, height, width = (int(part) for part in parts)
     return channels, height, width
 
@@ -54,7 +54,7 @@ def whole_numbers(text: str, flag: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdigit() for part in parts):
-        raise GradleakError(f"{flag} {text}: write whole numbers, as 3,1,1")
+        raise GradleakError(f"{flag} {text}: write whole numbers, such as 3,1,1")
     return [int(part) for part in parts]
 
 
@@ -73,7 +73,7 @@ def options(given: Sequence[str], flag: str = "--options") -> dict[str, Any]:
             name, equals, value = text.partition("=")
             parsed = {name: yaml.safe_load(value)} if equals and name.isidentifier() else yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise GradleakError(f"{flag} {text}: no YAML ({' '.join(str(error).split())})") from error
+            raise GradleakError(f"{flag} {text}: not valid YAML ({' '.join(str(error).split())})") from error
         if not isinstance(parsed, dict):
             raise GradleakError(f"{flag} {text}: write '{{name: value}}' or name=value")
         found |= parsed
@@ -92,7 +92,7 @@ def plugin(text: str, flag: str) -> tuple[str, dict[str, Any]]:
     try:
         parsed = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise GradleakError(f"{flag} {text}: no YAML ({' '.join(str(error).split())})") from error
+        raise GradleakError(f"{flag} {text}: not valid YAML ({' '.join(str(error).split())})") from error
     if isinstance(parsed, str):
         return parsed, {}
     if isinstance(parsed, dict) and len(parsed) == 1:
@@ -111,7 +111,7 @@ def numbers(text: str, flag: str) -> list[float]:
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise GradleakError(f"{flag} {text}: write numbers, as 0.5,0.5,0.5") from error
+        raise GradleakError(f"{flag} {text}: write numbers, such as 0.5,0.5,0.5") from error
     if not all(map(math.isfinite, found)):
         raise GradleakError(f"{flag} {text}: finite numbers are needed")
     return found

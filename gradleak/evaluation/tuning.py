@@ -152,7 +152,7 @@ def space_of(attack: str, given: Mapping[str, Range | Choice], fixed: Mapping[st
         if name not in names:
             raise unknown(f"option of attack {attack!r}", name, names, "--range")
         if name in fixed:
-            raise GradleakError(f"--range {name}: is given by --set too")
+            raise GradleakError(f"--range {name}: is also given by --set")
     space = dict(given) or {name: found for name, found in _declared(cls) if name not in fixed}
     if not space:
         raise GradleakError(f"attack {attack!r} declares no option that can be searched; give --range NAME=LOW..HIGH")

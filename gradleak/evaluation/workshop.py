@@ -53,12 +53,12 @@ class Resources:
         """Refuse a device that is not there."""
         kind = self.device.partition(":")[0]
         if kind == "cuda" and not torch.cuda.is_available():
-            raise GradleakError(f"device {self.device!r} is not there (torch sees no CUDA device; use cpu)")
+            raise GradleakError(f"device {self.device!r} is not available (torch sees no CUDA device; use cpu)")
         try:
             float(torch.zeros((), device=self.device))  # A device without numbers (meta) cannot say what they are.
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
-            raise GradleakError(f"device {self.device!r} is not there ({reason}); use cpu or cuda") from error
+            raise GradleakError(f"device {self.device!r} is not available ({reason}); use cpu or cuda") from error
 
 
 Progress = Callable[[float, float], None]

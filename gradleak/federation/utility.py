@@ -158,7 +158,9 @@ def check(data: Data, defense: Defense, recipe: Utility) -> None:
             clients than there are.
     """
     if defense.single_round:
-        raise GradleakError(f"utility: {type(defense).__name__} stands for one round and cannot be trained under")
+        raise GradleakError(
+            f"utility: {type(defense).__name__} stands for a single round, so nothing can be trained under it"
+        )
     if defense.cohort > recipe.clients:
         raise GradleakError(
             f"utility: clients: {recipe.clients} cannot make the sum of {defense.cohort} clients that the server sees"

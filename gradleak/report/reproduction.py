@@ -67,7 +67,7 @@ def read_reported(path: Path) -> list[Reported]:
     for item in found:
         for name in (*item.where, *item.minus):
             if name not in LABELS:
-                raise GradleakError(f"suite {path}: reported: {name!r} is no label (allowed: {', '.join(LABELS)})")
+                raise GradleakError(f"suite {path}: reported: {name!r} is not a label (allowed: {', '.join(LABELS)})")
     return found
 
 

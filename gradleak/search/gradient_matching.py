@@ -53,10 +53,13 @@ class GradientMatching(Attack):
     """With levenberg-marquardt the objective is the squared norm of the defense's `residual`, in float64."""
     lr: Annotated[float, Gt(0)] = 0.1
     schedule: Literal["constant", "step", "cosine"] = "step"
+    """How the rate falls: not at all, by tenths at 3/8, 5/8 and 7/8 of the iterations, or along a cosine."""
     warm_up: Annotated[int, Ge(0)] = 0
     """Iterations over which the rate rises linearly to what the schedule says."""
     iterations: Annotated[int, Ge(1)] = 1000
+    """Steps of the optimiser for each restart."""
     restarts: Annotated[int, Ge(1)] = 1
+    """Searches from different starts; the one of least loss is the answer."""
     halving: tuple[Annotated[float, Gt(0), Lt(1)], ...] = field(default=(), metadata={"later": True})
     """Shares of the iterations after which the worse half of a victim's restarts, by matching loss, is given up."""
     signed: bool | Literal["soft"] = False
@@ -189,7 +192,7 @@ class GradientMatching(Attack):
         """Say why labels cannot be inferred where they must be, or what the model lacks for an option."""
         infers = self.needs.labels is Labels.INFERRED and rank(setting.grants.labels) < rank(Labels.COUNTS)
         if infers and not setting.trains.shows_labels:
-            return "label inference reads the gradient of a cross-entropy; labels must be granted (grants: labels)"
+            return f"label inference reads the gradient of a cross-entropy; {label_rules.GRANT_LABELS}"
         if not (infers or self.features):
             return None
         head = structure.of(module).head

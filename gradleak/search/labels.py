@@ -22,6 +22,9 @@ from ..update import Network
 
 Rule = Callable[[Tensor, Tensor | None, int], Tensor]
 
+GRANT_LABELS = "labels must be granted (a suite's `grants: {labels: known}`, or `labels` of Observation.of)"
+"""What to do where they cannot be inferred."""
+
 
 def infer(update: Mapping[str, Tensor], head: Head, batch_size: int, rule: str = "auto") -> Tensor:
     """Return the inferred labels of every victim, [N, B] int64, sorted.
@@ -89,7 +92,7 @@ def lacking(head: Head, rule: str = "auto") -> str | None:
     if rule != "auto" and rule not in RULES:
         raise unknown("label rule", rule, ["auto", *RULES])
     if head.weight is None and head.bias is None:
-        return f"label inference: {NO_HEAD} and whose gradient is sent; labels must be granted (grants: labels)"
+        return f"label inference: {NO_HEAD} and whose gradient is sent; {GRANT_LABELS}"
     if rule in _ON_BIAS and head.bias is None:
         return f"label rule {rule!r} needs a bias in the last layer; use 'row-sum' or 'wainakh'"
     if rule not in ("auto", *_ON_BIAS) and head.weight is None:

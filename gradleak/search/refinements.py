@@ -107,7 +107,9 @@ def refuse(attack: Matching, own_way: bool) -> None:
     if used["tv_unit"] and used["optimiser"]:
         raise GradleakError("tv_unit: range is of first-order searches; leave it at 'loss'")
     if used["budget"] and attack.halving:
-        raise GradleakError("budget: 'ceiling' makes restarts on demand, which halving cannot compare; use one of both")
+        raise GradleakError(
+            "budget: 'ceiling' makes restarts on demand, which halving cannot compare; use one of the two"
+        )
 
 
 def starts(

@@ -31,7 +31,8 @@ def of(module: nn.Module, shape: Shape | None = None) -> Structure:
     shape = shape or shape_of(module)
     if shape is None:
         raise GradleakError(
-            "structure: which images the network takes is not known; say it by structure.mark(module, (C, H, W))"
+            "structure: the shape of the images that the network takes is not known; state it by "
+            "structure.mark(module, (C, H, W))"
         )
     known, key = _KNOWN.setdefault(module, {}), (tuple(shape), sent_of(module))
     if key not in known:

@@ -89,7 +89,7 @@ def _check_number(node: yaml.ScalarNode, where: str) -> None:
             "write a plain decimal number, or quotation marks around text"
         )
     if node.tag == _INTEGER and len(node.value) > 1000:
-        raise GradleakError(f"{where}: {_line(node)}: a number of {len(node.value)} digits")
+        raise GradleakError(f"{where}: {_line(node)}: a number of {len(node.value)} digits is too long")
 
 
 def _check_keys(node: yaml.MappingNode, where: str) -> None:

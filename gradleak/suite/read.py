@@ -155,7 +155,7 @@ def _check_entries(axis: str, entries: Sequence[Entry], known: Mapping[str, Coll
 def _check_noise(entry: Entry, place: str) -> None:
     for options in (entry.options, *(each for each in entry.options.values() if isinstance(each, Mapping))):
         if {"sigma", "epsilon"} <= set(options):
-            raise GradleakError(f"{place}: epsilon: sigma is what it takes to reach it; give one of both")
+            raise GradleakError(f"{place}: epsilon: sigma is what it takes to reach it; give one of the two")
 
 
 def _check_settings(suite: Suite, where: str) -> None:

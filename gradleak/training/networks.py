@@ -147,7 +147,7 @@ def train(
         GradleakError: `epochs` is negative or the loss became infinite or NaN.
     """
     if epochs < 0:
-        raise GradleakError(f"training: epochs = {epochs}; 0 or more are allowed")
+        raise GradleakError(f"training: epochs = {epochs} (allowed: 0 or more)")
     network.to(device).train()
     images, labels = data.split.train.images.to(device), data.split.train.labels.to(device)
     # Even parts, so that no batch is left with the single image that batch normalisation refuses.
