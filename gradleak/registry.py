@@ -223,6 +223,11 @@ def folder_of(group: str, name: str) -> Path | None:
     return None if path is None else path.absolute().parent
 
 
+def file_of(group: str, name: str) -> Path | None:
+    """Return the file of a plugin that comes with gradleak; None for every other."""
+    return None if (group, name) in _files else _built_in(group, name)
+
+
 def added_files() -> list[Path]:
     """Return every plugin file that `add_file` added."""
     return [path.absolute() for path in _files.values()]
@@ -301,7 +306,18 @@ def _warn(line: str) -> None:
 @functools.cache
 def _installed(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     """Entry points of what is installed on the path; reading them takes as long as all else."""
-    return tuple(_read_entries(f"gradleak.{group}"))
+    return tuple(_read_entries(f"gradleak.{group}")) if _any_entries() else ()
+
+
+def _any_entries() -> bool:
+    """Whether any package on the path may bring a plugin: told from one small file of each."""
+    for package in distributions():
+        try:
+            if "gradleak." in (package.read_text("entry_points.txt") or ""):
+                return True
+        except Exception:
+            return True  # What is wrong with it is said by what reads it.
+    return False
 
 
 def _read_entries(group: str) -> Iterator[EntryPoint]:

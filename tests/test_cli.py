@@ -315,6 +315,8 @@ def test_list_of_all_groups_and_of_an_ensemble(capsys: pytest.CaptureFixture[str
 
 def test_a_suite_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
     suites = {"typo": "attacks: [gifdd]\n", "syntax": "attacks: [dlg\n", "key": "atacks: [dlg]\n"}
+    suites["option"] = "attacks: [{name: dlg, options: {itertions: 3}}]\n"
+    suites["inherited"] = "attacks: [{inverting-gradients: {iterations: 3, lrr: 1}}]\n"
     program = (
         "import sys\nfrom gradleak.cli.main import main\n"
         "codes = [main(['run', path]) for path in sys.argv[1:]]\n"
@@ -327,7 +329,9 @@ def test_a_suite_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
         [sys.executable, "-c", program, "nosuch.yaml", *map(str, paths)], capture_output=True, text=True, check=True
     )
     said = done.stderr.splitlines()
-    assert len(said) == 4 and "did you mean 'gifd'" in said[1] and "did you mean 'attacks'" in said[3]
+    assert "attacks[0]: unknown option of attack 'dlg' 'itertions'; did you mean 'iterations'" in said[4]
+    assert "'lrr'; did you mean 'lr'" in said[5]
+    assert len(said) == 6 and "did you mean 'gifd'" in said[1] and "did you mean 'attacks'" in said[3]
 
 
 def test_version_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:

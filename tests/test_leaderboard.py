@@ -246,6 +246,16 @@ def test_a_defense_whose_strong_attacks_failed_is_not_evaluated(results_of: Fixt
     assert two["standing"] == "not evaluated" and pd.isna(two["rank_low"])
 
 
+@pytest.mark.parametrize(("unread", "doubt"), [(1, ""), (2, "fit")])
+def test_images_that_the_strongest_attack_did_not_read_are_a_doubt(
+    unread: int, doubt: str, results_of: Fixture
+) -> None:
+    values = [54.0] * (16 - unread) + [20.0] * unread
+    cells = [floor(10), cell(values, knowledge="public", row={"loss": 5.0, "loss_at_truth": 0.1})]
+    cells += [floor(10, defense="none"), cell(about(40), defense="none")]
+    assert line(defense_board(results_of(cells)).table, defense="noise")["doubt"] == doubt
+
+
 def test_doubtful_rows_are_never_first(results_of: Fixture) -> None:
     stuck = {"loss": 5.0, "loss_at_truth": 0.1}
     falling = {"late_progress": 0.4}

@@ -26,6 +26,7 @@ from gradleak.board.store import Store
 from gradleak.errors import GradleakError
 from gradleak.evaluation import runner
 from gradleak.evaluation.executors import Local, Ray, base
+from gradleak.evaluation.summary import Summary
 from gradleak.evaluation.workshop import Resources
 from gradleak.secret import Secret
 
@@ -94,7 +95,7 @@ def _suite(folder: Path, name: str, how: str) -> tuple[Path, Path, Path]:
     return path, plugin, mark
 
 
-def _run(path: Path, store: Path, executor: Any, *plugins: Path) -> tuple[runner.Summary, str]:
+def _run(path: Path, store: Path, executor: Any, *plugins: Path) -> tuple[Summary, str]:
     """Run a suite; return the summary and what was shown meanwhile."""
     shown = io.StringIO()
     console, secret = Console(file=shown), Secret.of(SECRET)

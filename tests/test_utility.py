@@ -25,7 +25,8 @@ from gradleak.dataset import Data
 from gradleak.defense import Defense
 from gradleak.errors import GradleakError
 from gradleak.evaluation import runner
-from gradleak.evaluation.executors import Local, cost
+from gradleak.evaluation.executors import Local
+from gradleak.evaluation.pace import cost
 from gradleak.evaluation.workshop import Resources
 from gradleak.federation import client, utility
 from gradleak.model import initialise

@@ -48,13 +48,15 @@ def suite_of(models: int) -> dict[str, Any]:
 
 def fill(path: Path, store: Path) -> None:
     """Write a store that has every cell of a suite, with scores drawn at random."""
-    from gradleak import suite
+    from gradleak import secret, suite
     from gradleak.board.store import CellResult, Store, victim_list
     from gradleak.evaluation.workshop import Workshop
 
     workshop, random = Workshop(), np.random.default_rng(0)
-    cells = suite.expand(suite.read(path), workshop.digest)
     with Store(store, create=True) as target:
+        # Keys depend on the store's secret: without it a run would find nothing of its own here.
+        kept = target.keep_secret(secret.draw())
+        cells = suite.expand(suite.read(path), workshop.digest, secret=kept)
         first = next(iter(suite.attacking(cells)))
         target.write_victims(victim_list(first.stored()), *workshop.victims_of(first))
         for cell in suite.attacking(cells):

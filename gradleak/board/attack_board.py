@@ -118,8 +118,7 @@ def _broken(panel: Panel, counted: pd.DataFrame) -> set[int]:
     differences = []
     places = chosen[[*CONTEXT, "defense"]].itertuples(index=False, name=None)
     for entry, place in zip(chosen.index.tolist(), places, strict=True):
-        controls = panel.controls([place])["mean"]
-        differences.append(np.subtract(*panel.profiles([entry, controls.index[int(controls.argmax())]])))
+        differences.append(np.subtract(*panel.profiles([entry, panel.best_control(*place)])))
     sure = holm(paired_p_values(np.array(differences), panel.overlaps)) < 1 - LEVEL
     return set(chosen.index[sure])
 

@@ -60,13 +60,11 @@ def past(board: Board, threshold: float) -> pd.DataFrame:
 
 
 def _check_victims(before: Results, after: Results) -> None:
-    lists = [
-        {
-            tuple(cell[name] for name in CONTEXT): victim_list(cell["config"])
-            for cell in results.cells.to_dict("records")
-        }
-        for results in (before, after)
-    ]
+    lists = []
+    for results in (before, after):
+        last = results.cells.drop_duplicates(list(CONTEXT), keep="last")
+        places = last[list(CONTEXT)].itertuples(index=False, name=None)
+        lists.append(dict(zip(places, map(victim_list, last["config"]), strict=True)))
     for context in sorted(lists[0].keys() & lists[1].keys()):
         if lists[0][context] != lists[1][context]:
             raise GradleakError(

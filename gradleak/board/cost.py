@@ -97,7 +97,7 @@ def _of_the_attacked(results: Results) -> pd.DataFrame:
 
 
 def _places(cells: pd.DataFrame) -> Iterable[tuple[Any, ...]]:
-    return zip(cells["model"], cells["dataset"], cells["config"], strict=True)
+    return zip(*(cells[name].tolist() for name in ("model", "dataset", "config")), strict=True)
 
 
 def utility(accuracies: pd.DataFrame, defense: str) -> dict[str, float]:

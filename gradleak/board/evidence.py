@@ -27,8 +27,8 @@ LOST = 0.1
 """Share of failed trials of a strong attack above which a defense counts as not evaluated."""
 
 DOUBTS: Mapping[str, str] = {
-    "fit": f"a strong attack ended with its loss over {FACTOR:g} times that at the truth: give it more restarts, "
-    "another rate or initialisation",
+    "fit": f"a strong attack ended, or the strongest left over {100 * LOST:.0f} % of the images, with a loss over "
+    f"{FACTOR:g} times that at the truth: give it more restarts, another rate or initialisation",
     "budget": f"a strong attack's loss still fell by over {100 * LATE:.0f} % at the end: give it more iterations",
     "failed": "trials failed and score the floor: run them again with more time or memory",
     "adaptive": "no attack that knows the defense was run: add one, or grant its knowledge",
@@ -47,13 +47,18 @@ def losses(results: Results) -> pd.DataFrame:
     `overfit` the reverse.
     """
     rows = results.rows[["loss", "loss_at_truth", "late_progress"]].copy()
-    excess = rows["loss"] - rows["loss_at_truth"]
-    rows["misfit"] = excess / rows["loss_at_truth"].abs().clip(lower=1e-12)
-    rows["overfit"] = -excess / rows["loss"].abs().clip(lower=1e-12)
+    rows["misfit"] = _misfit(results)
+    rows["overfit"] = (rows["loss_at_truth"] - rows["loss"]) / rows["loss"].abs().clip(lower=1e-12)
     finished = ~results.rows["failed"]
     medians = rows[finished].groupby(results.panel.entry_of_row[finished]).median()
     entries = results.panel.entries
     return entries[~entries["control"]].join(medians, how="inner")
+
+
+def _misfit(results: Results) -> pd.Series[float]:
+    """Return by how much each image's loss exceeds its loss at the truth, relative to the latter."""
+    truth = results.rows["loss_at_truth"]
+    return (results.rows["loss"] - truth) / truth.abs().clip(lower=1e-12)
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,13 @@ class Evidence:
         return set(table.index[(table["misfit"] > FACTOR - 1) & ~(table["mean"] >= RECOVERED)])
 
     @cached_property
+    def unread(self) -> pd.Series[float]:
+        """Share of an entry's images that it neither recovered nor fitted: with another start it might."""
+        rows = self._results.rows
+        missed = (_misfit(self._results) > FACTOR - 1) & ~rows["failed"] & ~(rows["psnr"] >= RECOVERED)
+        return missed.astype(float).groupby(self._results.panel.entry_of_row).mean()
+
+    @cached_property
     def unsettled(self) -> set[int]:
         """Entries whose loss was still falling and that recovered nothing."""
         table = self._losses
@@ -144,10 +156,12 @@ class Evidence:
         faced = self._counted[self._counted["defense"] == defense]
         strong = set(self.strong.index[self.strong["defense"] == defense])
         own = entries[(entries["defense"] == defense) & (entries["knowledge"] != "oracle")]
-        # Where images are recovered no better attack could change the verdict.
+        setter = faced["mean"].idxmax() if faced["mean"].notna().any() else None
+        left = setter is not None and self.unread.get(setter, 0.0) > LOST
+        # Where images are recovered no better attack could change the verdict, if only how much is left.
         held = not leakage >= RECOVERED
         raised = {
-            "fit": held and bool(strong & self.misfits),
+            "fit": bool(left or (held and strong & self.misfits)),
             "budget": held and bool(strong & self.unsettled),
             "failed": bool(own["failed"].sum()),
             "adaptive": is_untested(faced),

@@ -166,7 +166,9 @@ def _standing(line: Mapping[str, Any], contexts: int, evaluated: bool, gain: Int
 
 def _checked(results: Results, defense: str) -> str:
     """Return how far the least checked cell of a defense was checked; nothing if none came in a bundle."""
-    keys = results.cells.loc[results.cells["defense"] == defense, "key"]
+    if not results.checked:
+        return ""
+    keys = results.cells.loc[results.cells["defense"] == defense, "key"].tolist()
     states = [results.checked[key] for key in keys if key in results.checked]
     return min(states, key=STATES.index, default="")
 
@@ -289,15 +291,14 @@ def _quantiles(results: Results, winners: tuple[int, ...]) -> dict[str, float]:
     """Return quantiles of the images under the worst attacks, up to the most exposed ones."""
     images = results.rows[HEADLINE][np.isin(results.panel.entry_of_row, winners)].clip(upper=CAP).dropna()
     shares = {"q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "best": 1.0}
-    return {
-        f"{HEADLINE}_{name}": float(images.quantile(share)) if len(images) else math.nan
-        for name, share in shares.items()
-    }
+    found = images.quantile(list(shares.values())).tolist() if len(images) else [math.nan] * len(shares)
+    return {f"{HEADLINE}_{name}": float(value) for name, value in zip(shares, found, strict=True)}
 
 
 def _landscape(results: Results, winners: tuple[int, ...]) -> dict[str, float]:
     """Return how far the worst attacks' losses fell from the mean image's towards the truth's, and the contrast."""
-    rows = results.rows.loc[np.isin(results.panel.entry_of_row, winners)]
+    names = ["loss", "loss_at_mean", "loss_at_truth", "contrast"]
+    rows = results.rows.loc[np.isin(results.panel.entry_of_row, winners), names]
     whole = rows["loss_at_mean"] - rows["loss_at_truth"]
     fit = ((rows["loss_at_mean"] - rows["loss"]) / whole).where(whole > 0)
     return {"fit": float(fit.median()), "contrast": float(rows["contrast"].median())}

@@ -65,7 +65,8 @@ def server_boards(results: Results) -> list[Board]:
 def detection_board(results: Results) -> Board:
     """Return what share of rounds each defense that looks at the model refuses, server by server."""
     lines = []
-    for cell in results.cells.to_dict("records"):
+    looked = results.cells[[bool(facts and facts.get("inspection")) for facts in results.cells["provenance"]]]
+    for cell in looked.to_dict("records"):
         seen = Provenance.of(cell["provenance"]).inspection
         if seen is None:
             continue

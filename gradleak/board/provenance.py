@@ -107,7 +107,8 @@ class Provenance:
     @classmethod
     def of(cls, facts: Mapping[str, Any] | None) -> Self:
         """Read the stored form; what later or older versions say besides is left out."""
-        own = {item.name: facts[item.name] for item in fields(cls) if item.name in facts} if facts else {}
+        known = cls.__dataclass_fields__
+        own = {name: value for name, value in facts.items() if name in known} if facts else {}
         own |= {name: _guarantee(own[name]) for name in _GUARANTEES if name in own}
         own["inspection"] = Inspected.of(own["inspection"]) if own.get("inspection") else None
         own["server"] = Served.of(own["server"]) if own.get("server") else None

@@ -148,11 +148,12 @@ def read(*stores: Store, all_code: bool = False, asked: Collection[str] | None =
     # A finished copy of a cell wins over a failed one.
     cells = cells.sort_values(["key", "status"], ascending=[True, False], kind="stable")
     cells = cells.drop_duplicates("key", ignore_index=True)
-    rows = rows[rows["key"].isin(set(cells["key"]))]
+    keys = cells["key"].tolist()
+    rows = rows[rows["key"].isin(set(keys))]
     rows = rows.drop_duplicates(["key", "victim", "image"], ignore_index=True)
     for group in ("attack", "defense", *CONTEXT):
         cells[group] = distinct(cells, group)
-        rows[group] = rows["key"].map(dict(zip(cells["key"], cells[group], strict=True))).astype(str)
+        rows[group] = rows["key"].map(dict(zip(keys, cells[group].tolist(), strict=True))).astype(str)
     for group in ("attack", "defense"):
         cells[f"{group}_family"] = _families(cells, group)
     trained = cells["attack_name"] == UTILITY
@@ -195,7 +196,7 @@ def _unsuited(stores: Sequence[Store]) -> pd.DataFrame:
 def _families(cells: pd.DataFrame, group: str) -> pd.Series[str]:
     """Return each cell's family; a failed cell, which may not know it, has that of its namesakes."""
     names, families = cells[f"{group}_name"], cells[f"{group}_family"]
-    known = dict(zip(names[families != ""], families[families != ""], strict=True))
+    known = dict(zip(names[families != ""].tolist(), families[families != ""].tolist(), strict=True))
     return families.where(families != "", names.map(known)).fillna("")
 
 
@@ -316,6 +317,10 @@ class Panel:
     def floor_of(self, *place: str) -> float:
         """Return the best control's mean of a defense in a context, NaN where there is no control."""
         return max((self._means[entry] for entry in self._controls.get(place, ())), default=math.nan)
+
+    def best_control(self, *place: str) -> int:
+        """Return the entry of the best control of a defense in a context that has one; of equal ones the first."""
+        return max(sorted(self._controls[place]), key=self._means.__getitem__)
 
     def by_context(self, entries: npt.NDArray[np.int_]) -> list[npt.NDArray[np.int_]]:
         """Split entries by context, the contexts in order."""

@@ -132,6 +132,10 @@ class Store:
         """Return the status (ok, failed) of every cell by its key."""
         return dict(self.query("SELECT key, status FROM cells"))
 
+    def seconds(self) -> dict[str, float]:
+        """Return what every finished cell took, by its key."""
+        return dict(self.query("SELECT key, seconds FROM cells WHERE status = 'ok'"))
+
     def images(self) -> int:
         """Return how many true images have a row."""
         return int(self.query("SELECT count(*) FROM rows")[0][0])
@@ -249,7 +253,7 @@ class Store:
         frame = self._frame("cells", f" WHERE {condition} ORDER BY key", values)
         trust.check_cells(frame, self._name)
         for name in ("config", "versions", "provenance"):
-            plain = trust.read_json(name, list(frame[name]), list(frame["key"]), self._name)
+            plain = trust.read_json(name, frame[name].tolist(), frame["key"].tolist(), self._name)
             frame[name] = pd.Series(plain, index=frame.index, dtype=object)
         described = [describe(*pair) for pair in zip(frame["config"], frame["provenance"], strict=True)]
         labels = pd.DataFrame(described, index=frame.index, columns=list(DESCRIBED)).astype(DESCRIBED)

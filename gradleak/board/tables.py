@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ class Board:
 
 def tally(labels: pd.Series[str]) -> str:
     """Return the labels, the commonest first, with their counts where there are several."""
-    counts = sorted(labels.value_counts().items(), key=lambda pair: (-pair[1], str(pair[0])))
+    counts = sorted(Counter(labels.tolist()).items(), key=lambda pair: (-pair[1], str(pair[0])))
     return ", ".join(f"{label} {count}" if len(counts) > 1 else str(label) for label, count in counts)
 
 

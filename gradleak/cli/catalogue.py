@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import registry
+from .. import installation, registry
 from ..process import default_cache
 
 Facts = dict[str, Any]
@@ -71,10 +69,4 @@ def _place(group: str) -> Path:
 
 def _state() -> str:
     """Hash of every Python file of the package, by content, and of the Python that reads them."""
-    digest = hashlib.sha256(sys.version.encode())
-    package = Path(__file__).parents[1]
-    folders = [package, *(Path(place) for name in registry.GROUPS for place in registry.folders(name))]
-    files = {path.resolve() for folder in folders for path in folder.rglob("*.py")}
-    for path in sorted(files):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return installation.digest_of_files(path for path in installation.own_files() if path.suffix == ".py")

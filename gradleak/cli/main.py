@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,15 +17,11 @@ from rich.padding import Padding
 
 from .. import __version__
 from ..errors import GradleakError, unknown
-from ..paths import printable, written_whole
+from ..paths import printable
 from ..renamed import Renamed, arguments
-from ..secret import Secret, is_secret
-from . import attack, audit, catalogue, check, doctor, new, prior, shared, tune, verify
+from . import attack, audit, catalogue, check, doctor, new, prior, run, shared, tune, verify
 from . import store as store_commands
 from .asked import questions
-
-if TYPE_CHECKING:
-    from ..evaluation.runner import Summary
 
 BOARDS = ("defenses", "attacks", "pareto", "compute", "malicious", "detection")
 """Boards that `gradleak leaderboard` can show; by default the first two, and the last two where there is anything."""
@@ -44,6 +40,7 @@ app.command("audit")(audit.audit)
 app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)
 app.command("new")(new.new)
+app.command("run")(run.run)
 app.command("tune")(tune.tune)
 app.command("verify")(verify.verify)
 app.add_typer(store_commands.app, name="store")
@@ -150,91 +147,6 @@ def _members(ensemble: str, attacks: Sequence[catalogue.Facts]) -> list[catalogu
     return found
 
 
-@app.command("run")
-def _run(
-    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="A YAML file, e.g. benchmarks/quick.yaml.")],
-    store: Annotated[
-        Path | None, typer.Option("--store", metavar="FILE", help="Where results go [default: SUITE's name.sqlite].")
-    ] = None,
-    executor: Annotated[str, typer.Option(metavar="NAME", help="processes, local or ray.")] = "processes",
-    workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Worker processes [default: one a core, or one a GPU].")
-    ] = None,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            "--ray-address", metavar="ADDRESS", help="A Ray cluster: auto, ray://HOST:PORT [default: starts one here]."
-        ),
-    ] = None,
-    device: shared.Device = "cpu",
-    data_root: shared.DataRoot = None,
-    download: Annotated[bool, typer.Option("--download", help="Allow datasets to be downloaded there.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
-    cell_timeout: Annotated[
-        float, typer.Option("--cell-timeout", metavar="SECONDS", help="A cell that takes longer is ended and failed.")
-    ] = 86400.0,
-    memory_limit: Annotated[
-        float | None,
-        typer.Option(
-            "--memory-limit", metavar="GIB", help="Memory of a worker [default: four fifths of the machine's]."
-        ),
-    ] = None,
-    plugin: shared.PluginFiles = None,
-    secret: shared.Secret = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the cells.")] = False,
-    summary_file: Annotated[
-        Path | None, typer.Option("--summary", metavar="FILE", help="Also write how the run ended, as JSON.")
-    ] = None,
-) -> None:
-    """Run the cells of a suite that the store lacks; the same command goes on where it was interrupted."""
-    from ..suite import outline
-
-    outline(suite, added=[path.stem.replace("_", "-") for path in plugin or ()])
-    from ..evaluation import executors, runner
-    from ..evaluation.workshop import Resources
-
-    target = store or Path(f"{suite.stem}.sqlite")
-    memory = None if memory_limit is None else int(memory_limit * 2**30)
-    engine = executors.build(executor, workers, ray_address, executors.Limits(cell_timeout, memory))
-    resources = Resources(data_root=data_root, download=download, device=device)
-    plugins = tuple(plugin or ())
-    chosen = None if secret is None else _secret(secret)
-    if dry_run:
-        _print_plan(runner.plan(suite, target, resources, plugins, chosen))
-        return
-    console = Console(stderr=True)
-    summary = runner.run(suite, target, engine, resources, plugins, retry_failed, console, chosen)
-    if summary_file is not None:
-        _write_summary(summary, suite, target, summary_file)
-    _conclude(summary, target)
-
-
-def _write_summary(summary: Summary, suite: Path, store: Path, path: Path) -> None:
-    """Write how a run ended as JSON, for scripts.
-
-    Raises:
-        GradleakError: it cannot be written.
-    """
-    text = json.dumps({"suite": str(suite), "store": str(store), **asdict(summary)}, indent=2) + "\n"
-    try:
-        with written_whole(path) as beside:
-            beside.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise GradleakError(f"--summary {path}: cannot be written ({error.strerror})") from error
-
-
-def _secret(given: str) -> Secret:
-    """Return a secret by its value, or by a store or bundle that has it."""
-    from ..board.bundle import open_all
-
-    if is_secret(given) or not Path(given).exists():
-        return Secret.of(given, "--secret")
-    with open_all([Path(given)]) as (store,):
-        if store.secret is None:
-            raise GradleakError(f"--secret {given}: has none; it is of a version before there were secrets")
-        return store.secret
-
-
 @app.command("leaderboard")
 def _leaderboard(
     stores: Stores,
@@ -256,6 +168,7 @@ def _leaderboard(
     ] = None,
 ) -> None:
     """Print the defense board and the attack board of stores and bundles, merged."""
+    gc.disable()  # What is read stays to the end, and looking through it again and again takes a tenth of the time.
     wanted = [part.strip() for part in (columns or "").split(",") if part.strip()]
     from .. import report
     from ..board import leaderboard, malicious, results
@@ -324,6 +237,7 @@ def _compare(
     all_code: AllCode = False,
 ) -> None:
     """Print what changed from one store to another, paired by victim, with intervals."""
+    gc.disable()
     from .. import report
     from ..board import results
     from ..board.bundle import open_all
@@ -348,26 +262,6 @@ def _publish(
 
     manifest = publish(store, out)
     _say(f"{out}: {manifest['cells']} cells, {manifest['failed']} failed, {manifest['images']} images")
-
-
-def _conclude(summary: Summary, target: Path) -> None:
-    """Say how a run ended, and exit with the code that says the same."""
-    for title, error in summary.failed.items():
-        _say(f"failed: {title}: {error}")
-    for title, reason in summary.pending.items():
-        _say(f"not computed: {title}: {reason}")
-    already = summary.stored - summary.ran
-    if summary.interrupted:
-        _say(f"interrupted: {summary.stored} of {summary.cells} cells are in {target}; the same command goes on")
-        raise typer.Exit(128 + summary.interrupted)
-    line = f"{summary.cells} cells: {summary.ran} run, {already} stored already, {len(summary.failed)} failed"
-    _say(f"{line}; {summary.seconds:.0f} s; see: gradleak leaderboard {target}")
-    if summary.failed:
-        _say(f"run again with --retry-failed to repeat the {len(summary.failed)} failed cells")
-    if summary.pending:
-        _say(f"run again to compute the {len(summary.pending)} cells that this run could not")
-    if summary.failed or summary.pending:
-        raise typer.Exit(1)
 
 
 def _say(text: str) -> None:
@@ -404,18 +298,3 @@ def _print_plugins(found: Sequence[dict[str, Any]]) -> None:
                 lines[key] = ", ".join(f"{name}={_short(value)}" for name, value in facts[key].items())
         for key, text in lines.items():
             console.print(f"    {key}: {text}" if key else f"    {text}", soft_wrap=True)
-
-
-def _print_plan(plan: Any) -> None:
-    contexts: dict[str, list[Any]] = {}
-    for cell in plan.cells:
-        print(printable(f"{cell.key[:12]}  {plan.statuses.get(cell.key, 'to run'):6}  {cell.title}"))
-        contexts.setdefault(cell.context, []).append(cell)
-    for title, cells in contexts.items() if len(contexts) > 1 else ():
-        victims = sum(getattr(cell, "victims", 0) for cell in cells)
-        _say(printable(f"{title}: {len(cells)} cells, {victims} victims to attack"))
-    for line in plan.anew:
-        _say(line)
-    counts = {state: sum(value == state for value in plan.statuses.values()) for state in ("ok", "failed")}
-    to_run = len(plan.cells) - sum(counts.values())
-    _say(f"{len(plan.cells)} cells: {to_run} to run, {counts['ok']} stored already, {counts['failed']} failed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 
 from .. import structure
@@ -51,6 +51,7 @@ def fitting(cells: Iterable[Cell], workshop: Workshop, note: Note = unnoted) -> 
         GradleakError: as `check`, but for what only trying shows.
     """
     seen: dict[Hashable, bool] = {}
+    known: dict[Hashable, str | None] = {}
     kept: list[Cell] = []
     for cell in cells:
         if isinstance(cell, TrainingCell):
@@ -60,7 +61,7 @@ def fitting(cells: Iterable[Cell], workshop: Workshop, note: Note = unnoted) -> 
         assert isinstance(cell, AttackCell)
         mark = _mark(cell)
         if mark not in seen:
-            seen[mark] = _fits(cell, workshop, note)
+            seen[mark] = _fits(cell, workshop, note, known)
         if seen[mark]:
             kept.append(cell)
     return kept
@@ -72,8 +73,15 @@ def _mark(cell: AttackCell) -> Hashable:
     return *parts, cell.setting, cell.knowledge, cell.victims, cell.candidates
 
 
-def _fits(cell: AttackCell, workshop: Workshop, note: Note) -> bool:
-    """Return whether a cell can run; only an optional one need not.
+def _once(known: dict[Hashable, str | None], question: Hashable, answer: Callable[[], str | None]) -> str | None:
+    """Return what is known of a question, answered now if it is asked for the first time."""
+    if question not in known:
+        known[question] = answer()
+    return known[question]
+
+
+def _fits(cell: AttackCell, workshop: Workshop, note: Note, known: dict[Hashable, str | None]) -> bool:
+    """Return whether a cell can run; only an optional one need not. `known` is what does not depend on its attack.
 
     Raises:
         GradleakError: it has to, and cannot.
@@ -103,11 +111,15 @@ def _fits(cell: AttackCell, workshop: Workshop, note: Note) -> bool:
             f"server {setting.server.name!r} needs {', '.join(missing)}, which setting {setting.name!r} does not "
             "grant; add it to the setting's `grants`"
         )
-    reason = _unserved(cell, workshop, data)
+    place = (cell.model, cell.dataset, cell.defense, cell.setting)
+    reason = _once(known, place, lambda: _unserved(cell, workshop, data))
     if reason is not None:
         return _left_out(cell, reason, note)
     network = workshop.client(cell, data)
-    refused = not_computable(network, data.shape, data.classes, setting, isinstance(attack, GradientMatching))
+    matching = isinstance(attack, GradientMatching)
+    refused = _once(
+        known, (*place, matching), lambda: not_computable(network, data.shape, data.classes, setting, matching)
+    )
     if refused is not None:
         raise GradleakError(f"model {cell.model.label!r} under setting {setting.name!r}: {refused}")
     faced = replace(setting, batch_size=faced_of(cell))

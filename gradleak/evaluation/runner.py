@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -16,8 +16,8 @@ from rich.console import Console
 
 from .. import registry, suite
 from .. import secret as secrets
-from ..board import left_out
-from ..board.claims import Claims
+from ..board import finished, left_out
+from ..board.claims import Claim, Claims
 from ..board.store import CellResult, Store, is_blank, victim_list
 from ..errors import GradleakError
 from ..plugins import blamed, near_misses
@@ -25,7 +25,9 @@ from ..secret import Secret
 from ..suite import AttackCell, Cell, LeftOut
 from . import check, renewal
 from .display import Display
-from .executors import Executor, Pending, Report
+from .executors import Executor, Pending
+from .pace import Pace
+from .summary import Summary
 from .workshop import Resources, Workshop
 
 log = logging.getLogger(__name__)
@@ -44,30 +46,18 @@ class Plan:
     """Why cells that the store has from other code are computed anew, a line for each reason."""
     secret: Secret | None = None
     """What private randomness is drawn from: the store's, or the one that a new store gets."""
+    timed: dict[str, float] = field(default_factory=dict)
+    """Seconds of the cells that are stored, by key."""
+
+    def estimate(self, retry_failed: bool = False) -> float:
+        """Return about how many seconds one worker takes for the cells to run, by those that are stored, if any."""
+        pace = Pace(self.cells, self.timed)
+        return sum(pace.seconds(cell.key) for cell in self.waiting(retry_failed))
 
     def waiting(self, retry_failed: bool = False) -> list[Cell]:
         """Return the cells to run."""
         done = ("ok",) if retry_failed else ("ok", "failed")
         return [cell for cell in self.cells if self.statuses.get(cell.key) not in done]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended."""
-
-    cells: int
-    """Cells of the suite."""
-    ran: int
-    """Cells computed by this run."""
-    stored: int
-    """Cells of the suite that are in the store now, failed ones included."""
-    failed: dict[str, str]
-    """Errors of the suite's failed cells that are in the store, by their titles."""
-    seconds: float
-    interrupted: int = 0
-    """Number of the signal that ended it early (2 for Ctrl-C), 0 for none."""
-    pending: dict[str, str] = field(default_factory=dict)
-    """Why cells could not be computed by this run, by their titles; nothing is wrong with them."""
 
 
 def plan(
@@ -89,10 +79,11 @@ def _plan(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path], 
                 log.warning("--plugin %s: %s", plugin, line)
     chosen = suite.read(path)
     statuses: dict[str, str] = {}
+    timed: dict[str, float] = {}
     secret = wanted or secrets.draw()
     if not is_blank(store):
         with Store(store) as found:
-            statuses = found.statuses()
+            statuses, timed = found.statuses(), found.seconds()
             secret = found.secret or secret
     if wanted is not None and wanted != secret:
         raise GradleakError(f"store {store}: has the secret {secret.digest}, not {wanted.digest}; use a new store")
@@ -110,7 +101,7 @@ def _plan(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path], 
     if statuses and new:
         with Store(store) as found:
             anew = renewal.reasons(found, [cell for cell in cells if cell.key in new])
-    return Plan(cells, {key: status for key, status in statuses.items() if key in keys}, unrun, anew, secret)
+    return Plan(cells, {key: status for key, status in statuses.items() if key in keys}, unrun, anew, secret, timed)
 
 
 def _settled(path: Path, store: Path, workshop: Workshop, plugins: Sequence[Path], wanted: Secret | None) -> Plan:
@@ -133,11 +124,12 @@ def run(
     retry_failed: bool = False,
     console: Console | None = None,
     secret: Secret | None = None,
+    watch: finished.Watch | None = None,
 ) -> Summary:
     """Run the cells of a suite that the store lacks; the store is made if it is not there.
 
-    Every cell is committed as it finishes. Ctrl-C stops the workers and returns a summary that says so; so do SIGTERM
-    and SIGHUP. Several runs on one store share its cells (`gradleak.board.claims`).
+    Every cell is committed as it finishes. Ctrl-C, SIGTERM and SIGHUP stop the workers and return a summary that says
+    so. Several runs on one store share its cells (`gradleak.board.claims`).
 
     Args:
         path: the suite.
@@ -149,6 +141,7 @@ def run(
         console: where progress is shown; standard error by default.
         secret: what private randomness is drawn from; by default the store's, and of a new store a new one. With the
             secret of another store the same suite gives its table again.
+        watch: from before anything was imported; remembered if the store is complete (`gradleak.board.finished`).
 
     Raises:
         GradleakError: as `plan`, or the store cannot be written.
@@ -163,11 +156,9 @@ def run(
     ran, ended, pending = 0, 0, dict[str, str]()
     with Store(store, create=True) as target:
         try:
-            target.rename({cell.key: cell.stored() for cell in found.cells})
-            left_out.note(target, found.left_out, {cell.place for cell in suite.attacking(found.cells)})
-            _write_victims(target, found.cells, workshop)
-            with Display(console or Console(stderr=True), len(found.cells), waiting) as display, _endable():
-                for result in _results(target, waiting, executor, resources, plugins, retry_failed, display.progress):
+            _note(target, found, workshop)
+            with _shown(console, found, waiting) as display, _endable():
+                for result in _results(target, waiting, executor, resources, plugins, retry_failed, display):
                     if isinstance(result, Pending):
                         pending[titles[result.key]] = result.reason
                     else:
@@ -177,12 +168,32 @@ def run(
                     display.finished(result)
         except KeyboardInterrupt as error:
             ended = error.number if isinstance(error, _Ended) else signal.SIGINT
-        lost = {key: error for key, error in target.failed().items() if key in titles}
-        stored = len(titles.keys() & target.statuses().keys())
+        failed = {titles[key]: error for key, error in target.failed().items() if key in titles}
+        there = target.statuses()
+        stored = len(titles.keys() & there.keys())
         if waiting:
             target.confirm()
-    failed = {titles[key]: error for key, error in lost.items()}
+    _remember(watch, path, store, resources, {key: there.get(key) for key in titles})
     return Summary(len(titles), ran, stored, failed, time.monotonic() - started, int(ended), pending)
+
+
+def _shown(console: Console | None, plan: Plan, waiting: Sequence[Cell]) -> Display:
+    return Display(console or Console(stderr=True), plan.cells, waiting, plan.timed)
+
+
+def _note(store: Store, plan: Plan, workshop: Workshop) -> None:
+    """Keep what a plan says of its cells: labels, victims, what it leaves out."""
+    store.rename({cell.key: cell.stored() for cell in plan.cells})
+    left_out.note(store, plan.left_out, {cell.place for cell in suite.attacking(plan.cells)})
+    _write_victims(store, plan.cells, workshop)
+
+
+def _remember(
+    watch: finished.Watch | None, path: Path, store: Path, resources: Resources, statuses: Mapping[str, str | None]
+) -> None:
+    """Remember that a store has all cells of a suite, if it does."""
+    if watch is not None and statuses and set(statuses.values()) == {"ok"}:
+        finished.remember(store, watch, finished.watch(path, resources.data_root), statuses)
 
 
 def _results(
@@ -192,17 +203,44 @@ def _results(
     resources: Resources,
     plugins: Sequence[Path],
     retry_failed: bool,
-    report: Report,
+    display: Display,
 ) -> Iterator[CellResult | Pending]:
     """Yield what becomes of cells, those left out that other runs on the store compute."""
     if not cells:
         return
     claims = Claims(store, retry_failed)
+    desk = _Watched(claims, display)
     try:
-        with contextlib.closing(executor.run(cells, resources, plugins, report, claims)) as results:  # type: ignore[type-var]
+        with contextlib.closing(executor.run(cells, resources, plugins, display.progress, desk)) as results:  # type: ignore[type-var]
             yield from results
     finally:
         claims.end()
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """The desk of a run, whose display hears which cells begin, and is wound every few seconds."""
+
+    claims: Claims
+    display: Display
+
+    def take(self, key: str) -> Claim:
+        """Ask for a cell."""
+        found = self.claims.take(key)
+        if found is Claim.MINE:
+            self.display.began(key)
+        elif found is Claim.STORED:
+            self.display.elsewhere(key)
+        return found
+
+    def release(self, key: str) -> None:
+        """Leave a cell to others."""
+        self.claims.release(key)
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        self.claims.beat()
+        self.display.tick()
 
 
 def _write_victims(store: Store, cells: Sequence[Cell], workshop: Workshop) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from .. import registry
+from .. import declared, registry
 from ..errors import GradleakError, unknown
 from ..options import check
 
@@ -58,7 +58,8 @@ def _whole(suite: Suite, context: Context, where: str) -> Context:
 def outline(path: Path, added: Collection[str] = ()) -> Suite:
     """Return the suite of a YAML file with what can be checked before any plugin, and torch with it, is imported.
 
-    That is its syntax, keys and types, and the names of its plugins; `added` are names that plugin files will bring.
+    That is its syntax, keys and types, and the names of plugins and of built-ins' options; `added` are names of plugin
+    files to come.
 
     Raises:
         GradleakError: as `read`.
@@ -88,12 +89,24 @@ def _check_names(axis: str, entries: Sequence[Entry], added: Collection[str], wh
         for name in members(entry.name) if axis == "defenses" else [entry.name]:
             if name not in known and not name.startswith("auto-"):
                 raise unknown(registry.GROUPS[axis], name, known, f"{where}{_place(axis, index, where)}")
+        _check_options(axis, entry, f"{where}{_place(axis, index, where)}")
 
 
 def _place(axis: str, index: int, where: str) -> str:
     """Return how a file calls an item of an axis; a context has one dataset, one model and one setting."""
     alone = "contexts[" in where and axis in ("datasets", "models", "settings")
     return axis.removesuffix("s") if alone else f"{axis}[{index}]"
+
+
+def _check_options(axis: str, entry: Entry, where: str) -> None:
+    """Refuse options that a built-in plugin does not have, by its source; `build` says the same of all others later."""
+    parts = members(entry.name) if axis == "defenses" else [entry.name]
+    for name in parts:
+        given = entry.options if len(parts) == 1 else entry.options.get(name) or {}
+        allowed = declared.options(axis, name) if given and isinstance(given, Mapping) else None
+        for option in given:
+            if allowed is not None and option not in allowed:
+                raise unknown(f"option of {registry.GROUPS[axis]} {name!r}", str(option), allowed - {"preset"}, where)
 
 
 def title_of(path: Path) -> tuple[str, str]:

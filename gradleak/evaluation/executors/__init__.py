@@ -7,7 +7,7 @@ its result does not depend on the executor or on the number of workers.
 from __future__ import annotations
 
 from ...errors import GradleakError, unknown
-from .base import ATTEMPTS, Desk, Executor, Limits, Pending, Queue, Report, cost
+from .base import ATTEMPTS, Desk, Executor, Limits, Pending, Queue, Report
 from .local import Local
 from .processes import Processes
 from .ray import Ray, require_ray
@@ -25,7 +25,6 @@ __all__ = [
     "Ray",
     "Report",
     "build",
-    "cost",
 ]
 
 EXECUTORS = ("local", "processes", "ray")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import multiprocessing
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +23,8 @@ from ...board.claims import Claim
 from ...board.store import CellResult
 from ...errors import GradleakError
 from ...process import machine_memory
-from ...suite import AttackCell, Cell, TrainingCell
+from ...suite import Cell
+from ..pace import in_order
 from ..workshop import Resources
 
 log = logging.getLogger(__name__)
@@ -127,27 +131,15 @@ class Executor(ABC):
         """
 
 
-def cost(cell: Cell) -> float:
-    """Rough work of a cell in gradients of one image; only ratios matter."""
-    setting = cell.setting
-    if isinstance(cell, TrainingCell):
-        rounds = cell.recipe.rounds * len(cell.recipe.lr) * setting.local_steps
-        return float(rounds * cell.recipe.clients * setting.batch_size)
-    assert isinstance(cell, AttackCell)
-    options = cell.attack.options
-    steps = options.get("iterations", 1) * options.get("restarts", 1) * setting.local_steps
-    return float(cell.victims * setting.batch_size * (20 + steps))
-
-
 class Queue:
-    """Cells to hand out, long ones first so that workers end together.
+    """Cells to hand out, in the order of `pace.in_order`.
 
     Cells that share a model to be trained wait until the first of them has trained it.
     """
 
     def __init__(self, cells: Sequence[Cell], desk: Desk | None = None):
         """Line the cells up."""
-        self._waiting = sorted(cells, key=cost, reverse=True)
+        self._waiting = in_order(cells)
         self._desk = desk or Alone()
         self._attempts: Counter[str] = Counter()
         self._training: set[Hashable] = set()
@@ -250,6 +242,16 @@ def environment(**values: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def context_for(resources: Resources) -> BaseContext:
+    """Return how workers start: as copies of this process, unless a copy could not compute.
+
+    It cannot with macOS's libraries, nor where torch sees a GPU: torch starts a thread for every GPU that it sees with
+    its first gradient, which a plan may have taken here, and a copy of a process with such threads can take none.
+    """
+    copies = sys.platform.startswith("linux") and resources.device == "cpu" and not torch.cuda.is_available()
+    return multiprocessing.get_context("fork" if copies else "spawn")
 
 
 def default_workers(resources: Resources) -> int:

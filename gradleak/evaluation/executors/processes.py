@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from ... import registry
 from ...board.store import CellResult
 from ...suite import Cell
 from ..apart import nursery
 from ..workshop import Resources
-from .base import Alone, Desk, Executor, Limits, Pending, Queue, Report, default_workers
+from .base import Alone, Desk, Executor, Limits, Pending, Queue, Report, context_for, default_workers
 from .crew import Crew
 from .worker import Worker
 
 
 @dataclass(frozen=True)
 class Processes(Executor):
-    """Worker processes that take a cell each. A worker that dies costs its cell another attempt, nothing else."""
+    """Worker processes that take a cell each. A worker that dies costs its cell another attempt, nothing else.
+
+    Workers are copies of this process where the system can copy it safely: what it has imported they need not.
+    """
 
     workers: int | None = None
     """By default one a core, or one a GPU."""
@@ -38,7 +41,9 @@ class Processes(Executor):
         desk = desk or Alone()
         devices = _devices(resources)
         count = min(self.workers or default_workers(resources), len(cells))
-        context = multiprocessing.get_context("spawn")
+        for path in plugins:
+            registry.add_file(path)
+        context = context_for(resources)
         memory = self.limits.memory_of(resources)
         workers = [
             Worker(
