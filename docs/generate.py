@@ -28,6 +28,8 @@ _WORDS = {
     "Rate": "number, > 0",
     "Seeds": "list of integers, ≥ 0",
     "Plugins": "list of plugins",
+    "Values": "keys and values",
+    "Victims": "integer, ≥ 1",
     "Plugin": "plugin",
     "Label": "text",
     "RelativePath": "path below the data root",
@@ -216,12 +218,13 @@ def _facts(group: str, name: str, cls: type[Any]) -> Iterator[tuple[str, str]]:
 def suites() -> str:
     """Return the page of every key of a suite."""
     from gradleak.knowledge import Knowledge, Setting
-    from gradleak.suite import schema
+    from gradleak.suite import fields, schema
 
     parts = ["# Suite reference\n", "Every key, its type and default, drawn from the schema.\n"]
     for title, cls in {
         "Top level": schema.Suite,
-        "A plugin of an axis": schema.Entry,
+        "A context": schema.Context,
+        "A plugin of an axis": fields.Entry,
         "`settings`": Setting,
         "`grants` of a setting": Knowledge,
         "`engine`": schema.Engine,

@@ -153,6 +153,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def victim_order(name: str, version: str, images: int) -> Tensor:
+    """The order [K] in which so many test images are victims, from the front, and tuning victims, from the back."""
+    return torch.randperm(images, generator=seeds.generator("victims", name, version))
+
+
 class Data:
     """A dataset that has been read: its splits, its frozen victims, and its hash."""
 
@@ -247,5 +252,4 @@ class Data:
 
     def _order(self) -> Tensor:
         """The test split's frozen shuffle, which name and version alone decide."""
-        stream = seeds.generator("victims", self.name, self.version)
-        return torch.randperm(len(self.split.test), generator=stream)
+        return victim_order(self.name, self.version, len(self.split.test))

@@ -166,6 +166,9 @@ class Setting:
     """Batch normalisation of the client: running statistics (eval) or its own batch's (train)."""
     epochs: Annotated[int, Ge(0)] = 0
     """Epochs the model was trained for, without a defense, before anything else; 0 is an untrained model."""
+    statistics: Literal["initial", "calibrated"] = field(default="initial", metadata={"later": True})
+    """Running statistics of an untrained model's batch normalisation: 0 and 1, with which it hardly looks at its
+    images, or those of public images, as after a first pass over the data. Trained models have those of training."""
     after_rounds: Annotated[int, Ge(0)] = field(default=0, metadata={"later": True})
     """Rounds of federated training under the same defense before the update, as the suite's utility trains; the
     client takes part for the first time."""

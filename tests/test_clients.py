@@ -20,7 +20,7 @@ from gradleak.engine.comparison import disagreement
 from gradleak.engine.layerwise import Layerwise
 from gradleak.suite import build_setting
 from gradleak.suite.cells import question_of
-from gradleak.suite.schema import stored_setting
+from gradleak.suite.settings import stored_setting
 from gradleak.testing import Scene, check, check_file, model, reconstruct
 from gradleak.update import LocalTraining, Network, by_transform, local_update, one_hot
 from tests import trials

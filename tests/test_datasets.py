@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import struct
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from gradleak import registry
 from gradleak.dataset import Data, Dataset, Images, Split
-from gradleak.datasets import photos
+from gradleak.datasets import _cifar10_victims, frozen_cifar10, photos
 from gradleak.datasets._images import divide
 from gradleak.errors import GradleakError
 
@@ -482,3 +483,75 @@ def test_celeba_format(celeba: Callable[..., Data]) -> None:
 def test_celeba_attribute_typo(celeba: Callable[..., Data]) -> None:
     with pytest.raises(GradleakError, match="attribute of dataset 'celeba' 'Smilin'; did you mean 'Smiling'"):
         celeba(attribute="Smilin")
+
+
+def _frozen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray[Any, Any], list[tuple[str, int]]]:
+    """Have four images of a file as the victims and tuning victims, and return the file's images."""
+    images = noise(6, 32, 32, 3)
+    save(folder / "some.npz", images=images, labels=np.zeros(6, int))
+    listed = [(hashlib.sha256(images[index].tobytes()).hexdigest(), index) for index in (4, 1, 5, 2)]
+    monkeypatch.setattr(frozen_cifar10, "EVALUATION", tuple(listed[:2]))
+    monkeypatch.setattr(frozen_cifar10, "TUNING", tuple(listed[2:]))
+    for index, name in enumerate(frozen_cifar10.CLASSES):
+        write_png(folder / "copies" / "train" / name / "0.png", noise(32, 32, 3, seed=50 + index))
+        write_png(folder / "copies" / "test" / name / "0.png", noise(32, 32, 3, seed=70 + index))
+    write_png(folder / "copies" / "train" / "frog" / "1.png", images[4])
+    return images, listed
+
+
+def test_frozen_victims_are_those_of_the_digests_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, _ = _frozen(tmp_path, monkeypatch)
+    part = data("frozen-cifar10", tmp_path, copies="copies")
+    check_contract(part)
+    for tuning, wanted in ((False, [4, 1]), (True, [5, 2])):
+        found, labels = part.victims(2, 1, tuning)
+        assert (found[:, 0] * 255).round().byte().permute(0, 2, 3, 1).numpy().tolist() == images[wanted].tolist()
+        assert labels[:, 0].tolist() == wanted, "labels are the list's, not the file's"
+    assert len(part.split.train) == 10, "the copy of a victim is not public"
+    assert "JPEG copies" in caplog.text
+
+
+def test_frozen_victims_are_found_in_torchvisions_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    _fake_cifar(tmp_path, fine=False)
+    first = {"data": noise(2, 3072, seed=9), "labels": [0, 9]}
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(first))
+    whole = data("cifar10", tmp_path).split
+    pixels = [(whole.train.images[k] * 255).round().byte().permute(1, 2, 0).numpy() for k in (0, 1)]
+    listed = [(hashlib.sha256(each.tobytes()).hexdigest(), label) for each, label in zip(pixels, (3, 7), strict=True)]
+    monkeypatch.setattr(frozen_cifar10, "EVALUATION", tuple(listed[:1]))
+    monkeypatch.setattr(frozen_cifar10, "TUNING", tuple(listed[1:]))
+    part = data("frozen-cifar10", tmp_path)
+    assert part.victims(1, 1)[0][0, 0].equal(whole.train.images[0]) and part.victims(1, 1)[1].item() == 3
+    assert part.victims(1, 1, tuning=True)[0][0, 0].equal(whole.train.images[1])
+    assert part.split.train.images.equal(whole.train.images[2:]), "a victim is not public"
+    assert len(data("frozen-cifar10", tmp_path, limit=4).split.train) == 4
+
+
+def test_frozen_victims_that_are_not_there_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, listed = _frozen(tmp_path, monkeypatch)
+    with pytest.raises(GradleakError, match=r"no CIFAR-10 in .* to take public images from.*option copies"):
+        data("frozen-cifar10", tmp_path)
+    with pytest.raises(GradleakError, match=r"classes airplane, .* are not CIFAR-10's|no such folder"):
+        data("frozen-cifar10", tmp_path, copies="nowhere")
+    monkeypatch.setattr(frozen_cifar10, "TUNING", (*listed[2:], ("0" * 64, 1)))
+    with pytest.raises(GradleakError, match=r"4 of 5 victims found in .*--data-root"):
+        data("frozen-cifar10", tmp_path, copies="copies", limit=9)
+
+
+def test_the_frozen_lists_are_two_of_32() -> None:
+    digests = [digest for digest, _ in (*_cifar10_victims.EVALUATION, *_cifar10_victims.TUNING)]
+    assert len(_cifar10_victims.EVALUATION) == len(_cifar10_victims.TUNING) == 32 == len(set(digests)) // 2
+
+
+@needs_shared
+def test_frozen_victims_of_the_shared_file() -> None:
+    part = data("frozen-cifar10", SHARED, copies="cifar10", limit=100)
+    found, labels = part.victims(32, 1)
+    pixels = (found[:, 0] * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    assert [hashlib.sha256(each.tobytes()).hexdigest() for each in pixels] == [
+        d for d, _ in _cifar10_victims.EVALUATION
+    ]
+    assert labels[:, 0].tolist() == [label for _, label in _cifar10_victims.EVALUATION]

@@ -20,7 +20,8 @@ from gradleak.federation import client
 from gradleak.mechanisms import batch_statistics, dropout
 from gradleak.search import labels as label_rules
 from gradleak.seeds import Generators
-from gradleak.suite.schema import Utility, build_setting, stored_setting
+from gradleak.suite.schema import Utility
+from gradleak.suite.settings import build_setting, stored_setting
 from gradleak.testing import Scene
 from gradleak.threat import Knowledge, Observation, Setting
 from gradleak.update import Network

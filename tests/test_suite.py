@@ -307,3 +307,11 @@ def test_an_ensemble_names_variants_of_one_attack(tmp_path: Path) -> None:
     assert found["gauss-newton + prior"]["initialisation"] == "public"
     assert found["gauss-newton + prior"]["restarts"] == 2, "what the suite lists stays as it is listed"
     assert {"class-mean", "mean-image", "random-image"} <= found.keys()
+
+
+def test_calibrated_statistics_are_a_choice_of_the_setting(tmp_path: Path) -> None:
+    keys = {cell.key for cell in _expand(tmp_path, SUITE)}
+    changed = [{"name": "fedsgd", "statistics": "calibrated", "grants": {"labels": "known"}}]
+    assert not keys & {cell.key for cell in _expand(tmp_path, _with(settings=changed))}
+    with pytest.raises(GradleakError, match=r"settings\[0\]: statistics: calibrated is of an untrained model"):
+        _expand(tmp_path, _with(settings=[{**changed[0], "epochs": 2}]))

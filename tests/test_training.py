@@ -14,7 +14,7 @@ from gradleak.dataset import Data, Dataset, Images, Split
 from gradleak.errors import GradleakError
 from gradleak.model import Model, initialise
 from gradleak.process import default_cache
-from gradleak.training.networks import accuracy, prepare, train
+from gradleak.training.networks import accuracy, calibrated, prepare, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,3 +244,43 @@ def test_random_layers_are_trained_alike_whatever_was_drawn_before(tmp_path: Pat
         trained.append(prepare(_Dropping(), "dropping", FEW, 1, 0, tmp_path / str(index))[0])
         assert torch.get_rng_state().equal(before)
     assert same(*trained)
+
+
+def test_calibrated_statistics_are_those_of_public_images_layer_by_layer() -> None:
+    plain = network_of("convnet", width=4)
+    found = calibrated(plain, DIGITS)
+    assert {
+        name for name, tensor in found.state_dict().items() if not torch.equal(tensor, plain.state_dict()[name])
+    } == {name for name in plain.state_dict() if "running" in name or "tracked" in name}
+    # In eval mode what leaves each layer has, over public images, about the mean and the variance that it should have.
+    seen: list[Tensor] = []
+    for layer in found.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            assert not layer.training and layer.momentum == 0.1
+            layer.register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        found(DIGITS.split.train.images[:512])
+    assert len(seen) == 8
+    for output in seen:
+        assert output.mean((0, 2, 3)).abs().max() < 0.05
+        assert (output.var((0, 2, 3)) - 1).abs().max() < 0.15
+
+
+def test_a_calibrated_network_looks_at_its_images() -> None:
+    plain = network_of("convnet", width=4)
+    images, labels = DIGITS.split.test.images[:2], torch.tensor([3])
+
+    def contrast(network: nn.Module) -> float:
+        network.eval()
+        parts = []
+        for image in images:
+            loss = nn.functional.cross_entropy(network(image[None]), labels)
+            parts.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]))
+        return 1 - float(nn.functional.cosine_similarity(parts[0], parts[1], dim=0))
+
+    assert contrast(calibrated(plain, DIGITS)) > 10 * contrast(plain)
+
+
+def test_what_has_no_statistics_stays_as_it_is() -> None:
+    plain = network_of("lenet")
+    assert same(calibrated(plain, DIGITS), plain)

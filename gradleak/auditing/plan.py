@@ -22,7 +22,7 @@ from ..evaluation.workshop import Resources, Workshop
 from ..plugins import said
 from ..suite import AttackCell, Cell, DatasetPart, Engine, Part, TrainingCell, build_defense
 from ..suite.parts import plain
-from ..suite.schema import tampering
+from ..suite.settings import tampering
 from ..threat import BatchNorm, Knowledge, Labels, Level, Setting
 from ..update import copied
 

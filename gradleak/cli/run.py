@@ -147,8 +147,13 @@ def _conclude(summary: Summary, target: Path) -> None:
 def _print_plan(plan: Any) -> None:
     from ..evaluation.pace import in_words
 
+    contexts: dict[str, list[Any]] = {}
     for cell in plan.cells:
         print(printable(f"{cell.key[:12]}  {plan.statuses.get(cell.key, 'to run'):6}  {cell.title}"))
+        contexts.setdefault(cell.context, []).append(cell)
+    for title, cells in contexts.items() if len(contexts) > 1 else ():
+        victims = sum(getattr(cell, "victims", 0) for cell in cells)
+        _say(printable(f"{title}: {len(cells)} cells, {victims} victims to attack"))
     for line in plan.anew:
         _say(line)
     counts = {state: sum(value == state for value in plan.statuses.values()) for state in ("ok", "failed")}

@@ -330,13 +330,16 @@ def _with_attack(path: Path, attack: str, options: Mapping[str, Any]) -> dict[st
             break
     entry["options"] = {**entry.get("options", {}), **options}
     entry.setdefault("label", attack)
-    return {**content, "attacks": [entry], "controls": "listed", "utility": None}
+    own = ("attacks", "budgets", "utility")
+    contexts = [{key: value for key, value in each.items() if key not in own} for each in content.get("contexts", ())]
+    one = {"attacks": [entry], "controls": "listed", "utility": None}
+    return {**content, **({"contexts": contexts} if contexts else {}), **one}
 
 
 def _contexts(chosen: suite.Suite) -> str:
     datasets, models, defenses = (
-        ", ".join(dict.fromkeys(entry.name for entry in axis))
-        for axis in (chosen.datasets, chosen.models, chosen.defenses)
+        ", ".join(dict.fromkeys(entry.name for _, grid in suite.grids(chosen) for entry in getattr(grid, axis)))
+        for axis in ("datasets", "models", "defenses")
     )
     return f"{datasets} ({models}) under {defenses}"
 

@@ -76,7 +76,7 @@ class Workshop:
         self._defended = _Kept[tuple[Part, Part, Part, int, str, int], tuple[nn.Module, float]](16)
         self._clients = _Kept[tuple[Part, Part | None, Setting, Part, Shape, int], Network](32)
         self._inspections = _Kept[tuple[Part, Part, Part, Setting, int], Any](32)
-        self._networks = _Kept[tuple[Part, Part, Part | None, int, int], tuple[nn.Module, float]](24)
+        self._networks = _Kept[tuple[Part, Part, Part | None, int, int, str], tuple[nn.Module, float]](24)
         self._generators = _Kept[LearnedPrior, Generator](4)
 
     def digest(self, name: str, options: Mapping[str, Any]) -> tuple[str, str, int]:
@@ -159,9 +159,11 @@ class Workshop:
             plugin = self.begun(cell, plugin)
             cache, device = self.resources.cache, self.resources.device
             code = cell.model.code + ("" if changed is None else changed.code)
-            return networks.prepare(plugin, cell.model.name, data, epochs, seed, cache, device, code=code)
+            module, score = networks.prepare(plugin, cell.model.name, data, epochs, seed, cache, device, code=code)
+            return (networks.calibrated(module, data) if statistics == "calibrated" else module), score
 
-        network = self._networks.get((cell.model, cell.dataset, changed, epochs, seed), make)
+        statistics = cell.setting.statistics if epochs == 0 else "initial"
+        network = self._networks.get((cell.model, cell.dataset, changed, epochs, seed, statistics), make)
         if isinstance(cell, AttackCell) and cell.before is not None:
             return self._under_defense(cell, network[0])
         return network

@@ -27,7 +27,7 @@ from ..seeds import Generators
 from ..threat import Knowledge, Labels, Observation, Setting, rank
 from ..update import LocalTraining, Network, Update, one_hot
 from . import labels as label_rules
-from . import parametrisations, penalties, refinements, second_order
+from . import parametrisations, penalties, refinements, scale, second_order
 from .presets import PRESETS
 
 
@@ -80,6 +80,9 @@ class GradientMatching(Attack):
     """Weight of the total variation."""
     tv_form: Literal["anisotropic", "isotropic", "opponents"] = "anisotropic"
     """|dx| + |dy|, their Euclidean norm, or that with the planes R - G, R - B, G - B besides the colours."""
+    tv_unit: Literal["loss", "range"] = field(default="loss", metadata={"later": True})
+    """range: the weight of the prior on images is in units of what separates, in the matching loss, the mean image from
+    the truth, so that one number serves models and defenses of any scale (`gradleak.search.scale`)."""
     features: Annotated[float, Ge(0)] = 0.0
     """Weight of the squared distance between the last layer's inputs and those that its gradient tells of a label."""
     task: Annotated[float, Ge(0)] = 0.0
@@ -205,6 +208,8 @@ class GradientMatching(Attack):
         problem, facts = self.problem(sharp), self.facts(sharp)
         restarts = Restarts(generator, self.restarts)
         start, owner = refinements.starts(self, sharp, problem, facts, restarts, generator), restarts.owner
+        if self.tv_unit == "range":
+            facts = facts.plus(own={"range": scale.ranges(sharp, problem, facts, start, _complete(sharp))})
         plan, perturb = self.plan(sharp), self.perturbation(sharp, restarts.trials("steps"))
         if perturb is not None:
             plan = dataclasses.replace(plan, perturb=perturb)
@@ -240,6 +245,8 @@ class GradientMatching(Attack):
         def prior(guess: Guess, variables: Variables, facts: Facts) -> Tensor:
             images = guess.images if guess.before is None else guess.before
             total = answers.scalar(self.penalty(images), self, "penalty")
+            if self.tv_unit == "range":
+                total = total * facts.own["range"]
             for term in self.terms(guess, variables, facts):
                 total = total + answers.scalar(term, self, "terms")
             if by_class:
@@ -373,6 +380,8 @@ class GradientMatching(Attack):
             if self.features:
                 head = structure.of(observation.network.module).head
                 facts = facts.plus(named={"inputs": penalties.told_features(observation.gradient, head, labels)})
+        if self.tv_unit == "range":
+            facts = facts.plus(own={"range": mean.new_ones(victims)})
         return refinements.with_prior(observation, facts) if self._by_class(observation) else facts
 
     def labels(self, observation: Observation) -> Tensor:

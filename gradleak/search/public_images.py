@@ -93,6 +93,18 @@ def draw(public: Images, classes: int, labels: Tensor, count: int, generator: Ge
     return torch.stack(drawn, dim=2)
 
 
+def first(public: Images, classes: int, labels: Tensor, count: int) -> Tensor:
+    """The first public images with given labels [N, B], others at every place of a batch: [count, N, B, C, H, W]."""
+    groups, size = _by_class(public, classes), labels.shape[1]
+    rows = [
+        groups[label][(torch.arange(count) * size + place) % len(groups[label])]
+        for victim in labels.tolist()
+        for place, label in enumerate(victim)
+    ]
+    images = torch.stack(rows, dim=1)
+    return images.view(count, *labels.shape, *images.shape[2:])
+
+
 def levels(public: Images) -> Tensor | None:
     """Pixel values that public images have, sorted; None if they are too many to be an alphabet."""
     values = public.images.unique()

@@ -56,6 +56,10 @@ class Matching(Protocol):
         """Where a search starts."""
 
     @property
+    def tv_unit(self) -> str:
+        """loss, or range."""
+
+    @property
     def parametrisation(self) -> str:
         """What is searched."""
 
@@ -88,6 +92,7 @@ def refuse(attack: Matching, own_way: bool) -> None:
         "budget": attack.budget != "fixed",
         "optimiser": attack.optimiser == "levenberg-marquardt",
         "initialisation": attack.initialisation in ("class-mean", "public"),
+        "tv_unit": attack.tv_unit != "loss",
     }
     if own_way and any(used.values()):
         option = next(option for option in used if used[option])
@@ -99,6 +104,8 @@ def refuse(attack: Matching, own_way: bool) -> None:
             f"initialisation: {attack.initialisation} is an image, but parametrisation {attack.parametrisation!r} "
             "searches something else; use pixels"
         )
+    if used["tv_unit"] and used["optimiser"]:
+        raise GradleakError("tv_unit: range is of first-order searches; leave it at 'loss'")
     if used["budget"] and attack.halving:
         raise GradleakError(
             "budget: 'ceiling' makes restarts on demand, which halving cannot compare; use one of the two"

@@ -15,10 +15,13 @@ from .cells import (
     unnamed,
     unnoted,
 )
+from .contexts import grids
 from .expand import CORE, Digest, expand
+from .fields import Entry
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, plain
 from .read import outline, read, title_of
-from .schema import HELD_OUT, KNOWLEDGE, UTILITY, Engine, Entry, Prior, Suite, Utility, build_setting
+from .schema import HELD_OUT, KNOWLEDGE, UTILITY, Context, Engine, Prior, Suite, Utility
+from .settings import build_setting
 
 __all__ = [
     "CORE",
@@ -27,6 +30,7 @@ __all__ = [
     "UTILITY",
     "AttackCell",
     "Cell",
+    "Context",
     "DatasetPart",
     "Digest",
     "Draws",
@@ -46,6 +50,7 @@ __all__ = [
     "build_setting",
     "dataset_label",
     "expand",
+    "grids",
     "key_of",
     "outline",
     "plain",

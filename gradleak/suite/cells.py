@@ -15,7 +15,8 @@ from .. import registry
 from ..errors import unknown
 from ..secret import Secret
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, members, prior_of, taken
-from .schema import UTILITY, Engine, Utility, build_setting, stored_setting
+from .schema import UTILITY, Engine, Utility
+from .settings import build_setting, stored_setting
 
 if TYPE_CHECKING:  # What needs torch; suites are read without it.
     from ..attack import Attack
@@ -97,6 +98,11 @@ class Cell(ABC):
     @abstractmethod
     def title(self) -> str:
         """One line for progress and errors."""
+
+    @property
+    def context(self) -> str:
+        """Model, dataset and setting in one line; a training under a defense has none of its own."""
+        return " · ".join([self.model.label, self.dataset.label, self.setting.name])
 
     @cached_property
     def built_defense(self) -> Defense:

@@ -16,9 +16,12 @@ from ..privacy import Exposure
 from ..scales import METRICS
 from ..secret import Secret
 from .cells import AttackCell, Before, Cell, LeftOut, Note, TrainingCell, build_defense, dataset_label, unnoted
+from .contexts import grids
+from .fields import Counter, Entry
 from .parts import DatasetPart, GivenPrior, LearnedPrior, Part, code_of, members, plain
 from .read import levels_enough, levels_of
-from .schema import Counter, Entry, Prior, Suite, Utility, build_setting, unused_of
+from .schema import Prior, Suite, Utility
+from .settings import build_setting, unused_of
 
 if TYPE_CHECKING:  # What needs torch; suites are read without it.
     from ..attack import Attack
@@ -60,13 +63,24 @@ def expand(
     Raises:
         GradleakError: no level of the suite's `knowledge` is enough for an attack, or a prior's weights are missing.
     """
-    axes, definitions = _Axes.of(suite, digest, root), _definitions()
     cells: dict[str, Cell] = {}
+    for place, grid in grids(suite):
+        try:
+            for cell in _cells(grid, digest, root, note, secret):
+                cells.setdefault(cell.key, cell)
+        except GradleakError as error:
+            raise GradleakError(f"{place}: {error}" if place else str(error)) from error
+    return list(cells.values())
+
+
+def _cells(suite: Suite, digest: Digest, root: Path | None, note: Note, secret: Secret | None) -> Iterator[Cell]:
+    """Yield the cells of one grid."""
+    axes, definitions = _Axes.of(suite, digest, root), _definitions()
     for point in _points(suite, axes, note):
         (data_entry, dataset), (_, model), setting, seed, guard, attack = point
         takes_prior = attack.plugin.needs.generator and setting.grants.generator
         for level in _levels(suite, attack, guard.plugin, setting, _titles(point), note):
-            cell = AttackCell(
+            yield AttackCell(
                 attack=attack.part,
                 defense=guard.part,
                 model=model,
@@ -85,10 +99,7 @@ def expand(
                 optional=attack.entry.optional,
                 secret=secret,
             )
-            cells.setdefault(cell.key, cell)
-    for training in _utilities(suite, axes):
-        cells.setdefault(training.key, training)
-    return list(cells.values())
+    yield from _utilities(suite, axes)
 
 
 def _points(suite: Suite, axes: _Axes, note: Note) -> Iterator[_Point]:

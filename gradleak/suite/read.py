@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from ..attack import Attack
     from ..defense import Defense
 from .cells import build_defense
+from .contexts import budgeted, grid_of, grids, refuse_confusions, with_entries
 from .document import load
+from .fields import Counter, Entry, first_mistake
 from .parts import members
-from .schema import AXES, KNOWLEDGE, Counter, Entry, Prior, Suite, build_setting, first_mistake
+from .schema import AXES, ENTRIES, KNOWLEDGE, Context, Prior, Suite
+from .settings import build_setting
 
 
 def read(path: Path) -> Suite:
@@ -29,12 +32,27 @@ def read(path: Path) -> Suite:
     Raises:
         GradleakError: one line with the file, the path in it, what was found and what is allowed.
     """
-    suite = outline(path)
-    suite = suite.model_copy(update={"attacks": _members(suite)})
-    if suite.controls == "all":
-        suite = suite.model_copy(update={"attacks": _controlled(suite.attacks)})
+    suite = _with_attacks(outline(path))
+    if suite.contexts:
+        found = [
+            _whole(suite, context, f"suite {path}: contexts[{index}]") for index, context in enumerate(suite.contexts)
+        ]
+        suite = suite.model_copy(update={"contexts": found})
     _check(suite, f"suite {path}")
     return suite
+
+
+def _with_attacks(suite: Suite) -> Suite:
+    """Return a suite with the members of its ensembles and its controls."""
+    suite = suite.model_copy(update={"attacks": _members(suite)})
+    return suite.model_copy(update={"attacks": _controlled(suite.attacks)}) if suite.controls == "all" else suite
+
+
+def _whole(suite: Suite, context: Context, where: str) -> Context:
+    """Return a context with all of its attacks and defenses."""
+    grid = _with_attacks(grid_of(suite, context))
+    attacks = budgeted(grid.attacks, context.budgets, where)
+    return context.model_copy(update={"attacks": attacks, "defenses": grid.defenses, "budgets": {}})
 
 
 def outline(path: Path, added: Collection[str] = ()) -> Suite:
@@ -56,14 +74,28 @@ def outline(path: Path, added: Collection[str] = ()) -> Suite:
         suite = Suite.model_validate(content)
     except ValidationError as error:
         raise GradleakError(f"suite {path}: {first_mistake(error)}") from error
-    for axis in ("datasets", "models", "attacks", "defenses"):
-        known = {*registry.names(axis), *added}
-        for index, entry in enumerate(getattr(suite, axis)):
-            for name in members(entry.name) if axis == "defenses" else [entry.name]:
-                if name not in known and not name.startswith("auto-"):
-                    raise unknown(registry.GROUPS[axis], name, known, f"suite {path}: {axis}[{index}]")
-            _check_options(axis, entry, f"suite {path}: {axis}[{index}]")
+    suite = with_entries(suite)
+    for axis in ENTRIES:
+        _check_names(axis, getattr(suite, axis), added, f"suite {path}: ")
+    for place, grid in grids(suite):
+        for axis in ENTRIES:
+            _check_names(axis, getattr(grid, axis), added, f"suite {path}: {place + ': ' if place else ''}")
     return suite
+
+
+def _check_names(axis: str, entries: Sequence[Entry], added: Collection[str], where: str) -> None:
+    known = {*registry.names(axis), *added}
+    for index, entry in enumerate(entries):
+        for name in members(entry.name) if axis == "defenses" else [entry.name]:
+            if name not in known and not name.startswith("auto-"):
+                raise unknown(registry.GROUPS[axis], name, known, f"{where}{_place(axis, index, where)}")
+        _check_options(axis, entry, f"{where}{_place(axis, index, where)}")
+
+
+def _place(axis: str, index: int, where: str) -> str:
+    """Return how a file calls an item of an axis; a context has one dataset, one model and one setting."""
+    alone = "contexts[" in where and axis in ("datasets", "models", "settings")
+    return axis.removesuffix("s") if alone else f"{axis}[{index}]"
 
 
 def _check_options(axis: str, entry: Entry, where: str) -> None:
@@ -92,49 +124,71 @@ def title_of(path: Path) -> tuple[str, str]:
 
 def _check(suite: Suite, where: str) -> None:
     """Refuse wrong names, options, levels and `only` filters; builds every plugin once."""
-    for axis in ("datasets", "models", "attacks", "defenses"):
-        titles: set[str] = set()
-        for index, entry in enumerate(getattr(suite, axis)):
-            place = f"{where}: {axis}[{index}]"
-            if axis == "defenses":
-                build_defense(entry.name, entry.options, place)
-            else:
-                registry.build(axis, entry.name, entry.options, place)
-            if entry.title in titles:
-                raise GradleakError(f"{place}: {entry.title!r} is listed twice; give one a label")
-            titles.add(entry.title)
     _check_prior(suite.prior, f"{where}: prior")
     _check_backend(suite.engine.backend, f"{where}: engine")
+    known = {axis: {entry.title for entry in getattr(suite, axis)} for axis in ENTRIES}
+    known["settings"] = set[str]()
+    for _, grid in grids(suite):
+        for axis in ENTRIES:
+            known[axis] |= {entry.title for entry in getattr(grid, axis)}
+        known["settings"] |= {str(values.get("name", "default")) for values in grid.settings}
+    for axis in ENTRIES:
+        _check_entries(axis, getattr(suite, axis), known, where)
+    for place, grid in grids(suite):
+        inside = f"{where}: {place}" if place else where
+        if place:
+            for axis in ENTRIES:
+                _check_entries(axis, getattr(grid, axis), known, inside)
+        _check_settings(grid, inside)
+        _check_levels(grid, inside)
+    refuse_confusions(suite, where)
+
+
+def _check_entries(axis: str, entries: Sequence[Entry], known: Mapping[str, Collection[str]], where: str) -> None:
+    """Refuse wrong options of plugins, labels that are given twice, and `only` of labels that are nowhere."""
+    titles: set[str] = set()
+    for index, entry in enumerate(entries):
+        place = f"{where}: {_place(axis, index, where)}"
+        if axis == "defenses":
+            build_defense(entry.name, entry.options, place)
+            _check_noise(entry, place)
+        else:
+            registry.build(axis, entry.name, entry.options, place)
+        if entry.title in titles:
+            raise GradleakError(f"{place}: {entry.title!r} is listed twice; give one a label")
+        titles.add(entry.title)
+        for key, wanted in entry.only.items() if axis in ("attacks", "defenses") else ():
+            if key not in AXES:
+                raise unknown("axis", key, AXES, f"{place}.only")
+            for title in wanted:
+                if title not in known[key]:
+                    raise unknown(f"label of {key}", title, known[key], f"{place}.only.{key}")
+
+
+def _check_noise(entry: Entry, place: str) -> None:
+    for options in (entry.options, *(each for each in entry.options.values() if isinstance(each, Mapping))):
+        if {"sigma", "epsilon"} <= set(options):
+            raise GradleakError(f"{place}: epsilon: sigma is what it takes to reach it; give one of the two")
+
+
+def _check_settings(suite: Suite, where: str) -> None:
     names: set[str] = set()
     for index, values in enumerate(suite.settings):
-        setting = build_setting(values, f"{where}: settings[{index}]")
+        place = f"{where}: {_place('settings', index, where)}"
+        setting = build_setting(values, place)
         if setting.name in names:
-            raise GradleakError(f"{where}: settings[{index}]: name {setting.name!r} is taken; settings need names")
+            raise GradleakError(f"{place}: name {setting.name!r} is taken; settings need names")
         names.add(setting.name)
         if suite.utility is not None:
             suite.utility.at(setting, f"{where}: utility").setting(f"{where}: utility")
+
+
+def _check_levels(suite: Suite, where: str) -> None:
     for index, level in enumerate(suite.knowledge):
         if level not in KNOWLEDGE:
             raise unknown("level", level, KNOWLEDGE, f"{where}: knowledge[{index}]")
-    titles_of = {axis: {entry.title for entry in getattr(suite, axis)} for axis in AXES if axis != "settings"}
-    titles_of["settings"] = names
-    for axis in ("attacks", "defenses"):
-        for index, entry in enumerate(getattr(suite, axis)):
-            for key, wanted in entry.only.items():
-                place = f"{where}: {axis}[{index}].only"
-                if key not in AXES:
-                    raise unknown("axis", key, AXES, place)
-                for title in wanted:
-                    if title not in titles_of[key]:
-                        raise unknown(f"label of {key}", title, titles_of[key], f"{place}.{key}")
     attacks = [registry.build("attacks", entry.name, entry.options) for entry in suite.attacks]
     defenses = [build_defense(entry.name, entry.options) for entry in suite.defenses]
-    for index, entry in enumerate(suite.defenses):
-        for options in (entry.options, *(each for each in entry.options.values() if isinstance(each, Mapping))):
-            if {"sigma", "epsilon"} <= set(options):
-                raise GradleakError(
-                    f"{where}: defenses[{index}]: epsilon: sigma is what it takes to reach it; give one of the two"
-                )
     for (index, attack), defense in itertools.product(enumerate(attacks), defenses):
         try:
             levels_of(suite, attack, defense, suite.attacks[index].optional)

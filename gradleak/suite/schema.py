@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from annotated_types import Ge, Gt, MaxLen, MinLen
+from annotated_types import Ge, MinLen
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StrictBool,
-    ValidationError,
     model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from .. import registry
-from ..errors import GradleakError, unknown
-from ..options import check, count, finite, whole
+from ..errors import GradleakError
+from ..options import count
 from ..paths import RelativeFile
-from ..renamed import Renamed, current
 from . import single
+from .fields import Label, Plugin, Plugins, Positive, Rate, Seeds, Strict, Whole
+from .settings import build_setting
 
 if TYPE_CHECKING:
-    from ..knowledge import Conduct
-    from ..threat import Setting, Tampering
-from .parts import code_of, plain
+    from ..threat import Setting
 
 UTILITY = "utility"
 """What stands for the attack in a cell that trains a model under a defense, and attacks nobody."""
@@ -42,77 +35,16 @@ HELD_OUT = 10
 KNOWLEDGE = ("oblivious", "parameters", "public", "oracle")
 """Levels of knowledge of the defense, weakest first (`gradleak.threat.Level`)."""
 
-
-EPOCHS = "local_epochs"
-"""Key of a setting that gives its local steps as a number of passes over the batch."""
-
 AXES = ("datasets", "models", "settings", "defenses")
+"""What `only` restricts an entry to."""
+ENTRIES = ("datasets", "models", "attacks", "defenses")
+"""Axes of plugins."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    renamed: ClassVar[Mapping[str, Renamed]] = {}
-    """Old names of keys that are still taken."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _under_new_names(cls, given: Any) -> Any:
-        return current(given, cls.renamed, cls.__name__.lower()) if isinstance(given, Mapping) else given
-
-    @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> Self:
-        """Return what a cell has stored of it.
-
-        Raises:
-            GradleakError: a key or value is not allowed.
-        """
-        try:
-            return cls.model_validate(stored)
-        except ValidationError as error:
-            raise GradleakError(f"cell: {first_mistake(error)}") from error
-
-
-LONGEST = 120
-"""Characters of a name."""
-Label = Annotated[str, MaxLen(LONGEST), AfterValidator(single.printable)]
-"""What tables, pages and progress lines print."""
-Whole = Annotated[int, BeforeValidator(whole)]
-Positive = Annotated[int, Ge(1), BeforeValidator(whole)]
-Rate = Annotated[float, Gt(0), BeforeValidator(finite)]
-Seeds = Annotated[list[Annotated[int, Ge(0), BeforeValidator(whole)]], MinLen(1)]
-
-
-class Entry(_Strict):
-    """One plugin of a grid: `name`, `{name: {options}}`, or the long form with `label` and `only`."""
-
-    name: str
-    """As `gradleak list` has it; of defenses also several, joined by ` + `."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """What differs from the plugin's defaults; of joined defenses by the name of each."""
-    label: Label = ""
-    """What tables call it; by default the name with the options that were given."""
-    only: dict[str, list[str]] = Field(default_factory=dict)
-    """Restricts an attack or defense to labels of other axes, e.g. `{models: [mlp]}`."""
-    optional: StrictBool = False
-    """An attack that is left out, instead of refused, where it cannot run or lacks knowledge."""
-
-    @property
-    def title(self) -> str:
-        """The label, or one made of name and given options."""
-        if self.label or not self.options:
-            return self.label or self.name
-        return f"{self.name}({', '.join(f'{key}={_short(value)}' for key, value in self.options.items())})"
-
-
-class Counter(Entry):
-    """A member of an ensemble that some defenses name as their counter-attack; it is run against these."""
-
-    against: tuple[str, ...]
-    """Labels of these defenses."""
-
-
-class Engine(_Strict):
+class Engine(Strict):
     """How attacks compute; part of the key, because it can change the last digits."""
+
+    under: ClassVar[str] = "engine"
 
     backend: str = "layerwise"
     """`auto` times the backends once on each machine: the last digits may differ between machines."""
@@ -123,11 +55,10 @@ class Engine(_Strict):
     """Seconds an attack may take on one cell's victims; those not done are marked."""
 
 
-Plugin = Annotated[Entry, BeforeValidator(single.entry)]
-
-
-class Prior(_Strict):
+class Prior(Strict):
     """The generator that settings with `grants: {generator: true}` give to attacks: trained here, or a user's."""
+
+    under: ClassVar[str] = "prior"
 
     dataset: Plugin | None = None
     """Whose train split it learns; by default the cell's own, another is out of distribution."""
@@ -139,8 +70,10 @@ class Prior(_Strict):
     """Its safetensors file, relative to the data root."""
 
 
-class Utility(_Strict):
+class Utility(Strict):
     """Federated training that shows what accuracy each defense leaves, on every dataset and model of the suite."""
+
+    under: ClassVar[str] = "utility"
 
     clients: Positive = 10
     """How many share the train split, in equal parts."""
@@ -238,9 +171,6 @@ class Utility(_Strict):
         return build_setting({"name": UTILITY, **given, "client": given["client"] or {"name": ""}}, where)
 
 
-Plugins = Annotated[list[Plugin], MinLen(1)]
-
-
 def _grants_no_defense(values: dict[str, Any]) -> dict[str, Any]:
     grants = values.get("grants")
     if isinstance(grants, Mapping) and "defense" in grants:
@@ -252,8 +182,54 @@ def _grants_no_defense(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-class Suite(_Strict):
-    """A grid: every attack against every defense on every model, dataset, setting and seed."""
+Victims = Annotated[int, Ge(1), BeforeValidator(count)]
+Values = Annotated[dict[str, Any], AfterValidator(_grants_no_defense)]
+"""A setting, as it is written (`build_setting`)."""
+
+
+def _budget(value: Any) -> Any:
+    return {"iterations": value} if type(value) is int else value
+
+
+class Context(Strict):
+    """One board of a suite: a dataset, a model and a setting, and what differs there from the rest of the suite."""
+
+    under: ClassVar[str] = "contexts"
+
+    dataset: Plugin
+    """Whose images are attacked."""
+    model: Plugin
+    """What clients train."""
+    setting: Values = {}
+    """As one of `settings`."""
+    victims: Victims | None = None
+    """By default the suite's, as of all that follows."""
+    seeds: Seeds | None = None
+    """As those of the suite."""
+    knowledge: Annotated[list[str], MinLen(1)] | None = None
+    """As that of the suite."""
+    utility: Utility | None = None
+    """`null`: no model is trained here."""
+    attacks: Plugins | None = None
+    """Labels of entries that the suite's own list has, or entries of this context alone."""
+    defenses: Plugins | None = None
+    """Likewise."""
+    budgets: dict[str, Annotated[dict[str, Any], BeforeValidator(_budget)]] = {}
+    """By label of an attack, one that an ensemble brings too: options that differ here. A number is that of
+    `iterations`."""
+
+    @property
+    def titles(self) -> tuple[str, str, str]:
+        """What tables call it: dataset, model and setting."""
+        return self.dataset.title, self.model.title, str(self.setting.get("name", "default"))
+
+
+class Suite(Strict):
+    """A grid: every attack against every defense on every model, dataset, setting and seed.
+
+    Of models, datasets and settings it is either all combinations (`models`, `datasets`, `settings`), or those that it
+    lists (`contexts`).
+    """
 
     name: Annotated[Label, MinLen(1), AfterValidator(single.no_path)]
     """What its results are known by; with `version` it names the suite that a bundle is verified against."""
@@ -261,7 +237,7 @@ class Suite(_Strict):
     """Raise it when the grid changes."""
     description: str = ""
     """A sentence or two that head the report."""
-    victims: Annotated[int, Ge(1), BeforeValidator(count)] = 16
+    victims: Victims = 16
     """Victims (client batches) of every cell, the first of the dataset's frozen list."""
     tuning: StrictBool = False
     """Attack the tuning victims instead, which no published table shows."""
@@ -281,11 +257,13 @@ class Suite(_Strict):
     """`all`: every control runs in every context whose grants allow it, whatever `only` says, and once a context where
     it reads no message; but for those that attack another victim, which have to be listed. `listed`: those that the
     suite lists, where it wants them; for tables of papers, which have rows of their own."""
-    datasets: Plugins
+    contexts: list[Context] = []
+    """Each a dataset, a model and a setting of its own, run in this order; instead of the next three."""
+    datasets: Plugins = []
     """Whose images are attacked."""
-    models: Plugins
+    models: Plugins = []
     """What clients train."""
-    settings: Annotated[list[Annotated[dict[str, Any], AfterValidator(_grants_no_defense)]], MinLen(1)] = [{}]
+    settings: Annotated[list[Values], MinLen(1)] = [{}]
     """How clients train, and what attackers are told; see below."""
     attacks: Plugins
     """Attacks and ensembles, such as `auto-v2`: every attack that applies."""
@@ -294,174 +272,13 @@ class Suite(_Strict):
     reported: list[dict[str, Any]] = []
     """Published numbers to stand beside these (see `gradleak.report.reproduction`); no part of any cell."""
 
-
-def build_setting(values: Mapping[str, Any], where: str = "") -> Setting:
-    """Return a setting from plain values.
-
-    Raises:
-        GradleakError: a key or value is not allowed.
-    """
-    from ..threat import Knowledge, Setting
-
-    place = f"{where}: " if where else ""
-    for cls, given in ((Setting, values), (Knowledge, values.get("grants") or {})):
-        if isinstance(given, Mapping) and cls is Knowledge and "server" in given:
-            raise GradleakError(f"{place}grants: server: is what the setting's `server` may do; name that instead")
-        if not isinstance(given, Mapping):
-            raise GradleakError(f"{place}grants: expected keys and values, found {given!r}")
-        allowed = [field.name for field in dataclasses.fields(cls)]
-        allowed += [EPOCHS] if cls is Setting else []
-        for key in given:
-            if key not in allowed:
-                raise unknown("key", str(key), allowed, where)
-    trainable = values.get("trainable", "all")
-    if trainable not in ("all", "head") and not isinstance(trainable, list | tuple):
-        raise GradleakError(f"{place}trainable: expected all, head or a list of names, found {_short(trainable)}")
-    plain = _with_steps(values, place)
-    if "client" in plain:
-        plain["client"] = _conduct(plain["client"], place)
-    if "grants" in plain:
-        plain["grants"] = Knowledge(**check(Knowledge, values.get("grants") or {}, f"{place}grants"))
-    if "server" in plain:
-        plain["server"] = tampering(plain["server"], where)
-    checked = check(Setting, plain, where or "setting")
-    name = checked.get("name", "default")
-    if not (name and name.isprintable() and len(name) <= LONGEST):
-        raise GradleakError(f"{place}name: one line of 1 to {LONGEST} characters is needed, found {_short(repr(name))}")
-    setting = Setting(**checked)
-    if setting.local_lr is None and (setting.local_steps > 1 or setting.local_batch_size is not None):
-        raise GradleakError(f"{place}local_steps and local_batch_size need local_lr (FedAvg)")
-    _check_client(setting, place)
-    try:
-        setting.local_training.batches(setting.batch_size)
-    except GradleakError as error:
-        raise GradleakError(f"{place}{error}") from error
-    return setting
-
-
-def _with_steps(values: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return the values of a setting with `local_epochs` as the local steps that they take."""
-    found = dict(values)
-    if EPOCHS not in found:
-        return found
-    epochs, size = found.pop(EPOCHS), found.get("batch_size", 1)
-    width = found.get("local_batch_size") or size
-    if "local_steps" in found:
-        raise GradleakError(f"{place}{EPOCHS} and local_steps say the same; write one of them")
-    if any(type(number) is not int or number < 1 for number in (epochs, size, width)):
-        raise GradleakError(f"{place}{EPOCHS}: whole numbers of epochs and images are needed, found {_short(epochs)}")
-    # A batch that the width does not divide is refused like any other.
-    return {**found, "local_steps": epochs * max(1, size // width)}
-
-
-def _conduct(value: Any, place: str) -> Conduct:
-    """Return a client by `name`, `{name: {options}}`, or its stored form."""
-    from ..knowledge import Conduct
-
-    if isinstance(value, Conduct):
-        return value
-    if isinstance(value, Mapping) and "name" in value:
-        name, options = value["name"], value.get("options") or {}
-    elif isinstance(value, Mapping) and len(value) == 1:
-        ((name, options),) = value.items()
-    else:
-        name, options = value, {}
-    options = options or {}
-    if not isinstance(name, str) or not isinstance(options, Mapping):
-        raise GradleakError(f"{place}client: expected a name, or {{name: {{options}}}}, found {_short(value)}")
-    if not name:
-        return Conduct()
-    if isinstance(value, Mapping) and "version" in value and {"code", "file"} & set(value):
-        known = {"code" if key == "file" else key: item for key, item in value.items()}  # `file` in older stores
-        return Conduct(**check(Conduct, known, f"{place}client"))
-    built = registry.build("clients", name, options, f"{place}client")
-    known = plain(registry.options_of(built))
-    return Conduct(name=name, options=known, version=built.version, code=code_of("clients", name, known))
-
-
-def _check_client(setting: Setting, place: str) -> None:
-    client = setting.trains
-    if client.optimises and setting.local_lr is None:
-        raise GradleakError(
-            f"{place}client: {setting.client.name!r} takes local steps of its own; give local_lr (FedAvg)"
-        )
-    if setting.local_order == "shuffled" and setting.local_lr is None:
-        raise GradleakError(f"{place}local_order: needs local_lr (FedAvg)")
-    if client.forward != "float32" and setting.precision == "float64":
-        raise GradleakError(f"{place}client: forward {client.forward!r} has no use for precision float64; leave it out")
-    step = setting.local_batch_size or setting.batch_size
-    if step % client.accumulation:
-        raise GradleakError(
-            f"{place}client: accumulation {client.accumulation} does not divide a step of {step} images"
-        )
-
-
-def stored_setting(setting: Setting) -> dict[str, Any]:
-    """Return a setting as plain data."""
-    unused = unused_of(setting)
-    found = {name: value for name, value in plain(dataclasses.asdict(setting)).items() if name not in unused}
-    # What the attacker may do follows from `server`; cells keep the keys that they had before.
-    found["grants"].pop("server")
-    return found
-
-
-def tampering(given: Any, where: str = "") -> Tampering:
-    """Return a setting's server: of a name, `{name: {options}}`, or a stored form.
-
-    Raises:
-        GradleakError: there is no such server, or an option has a wrong name, type or range.
-    """
-    from ..threat import Tampering
-
-    place = f"{where}: server" if where else "server"
-    if isinstance(given, Tampering):
-        return given
-    if isinstance(given, Mapping) and {"name", "version", "surface"} <= set(given):
-        return Tampering(**check(Tampering, given, place))
-    if not isinstance(given, str | Mapping):
-        raise GradleakError(f"{place}: expected a name, or a name with options, found {_short(given)}")
-    try:
-        entry = Entry.model_validate(single.entry(given))
-    except ValidationError as error:
-        raise GradleakError(f"{place}: {first_mistake(error)}") from error
-    server = registry.build("servers", entry.name, entry.options, place)
-    unused = unused_of(server)
-    options = {name: value for name, value in registry.options_of(server).items() if name not in unused}
-    if entry.name == Tampering().name:
-        return Tampering()
-    return Tampering(
-        name=entry.name,
-        options=plain(options),
-        version=server.version,
-        code=code_of("servers", entry.name, options),
-        surface=server.surface,
-    )
-
-
-def unused_of(options: Any) -> set[str]:
-    """Names of the `later` fields that have their defaults: cells keep the keys that they had before these."""
-    return {
-        field.name
-        for field in dataclasses.fields(options)
-        if field.metadata.get("later") and getattr(options, field.name) == field.default
-    }
-
-
-def first_mistake(error: ValidationError) -> str:
-    """Say the first mistake of a validation: where, what was found, what is allowed."""
-    first = error.errors()[0]
-    path = ""
-    for part in first["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    if first["type"] == "extra_forbidden":
-        parts: dict[str, type[_Strict]] = {"engine": Engine, "prior": Prior, "utility": Utility}
-        allowed = parts.get(str(first["loc"][0]), Entry)
-        return str(unknown("key", str(first["loc"][-1]), allowed.model_fields, path.rpartition(".")[0]))
-    found = "" if first["type"] == "missing" else f", found {_short(first['input'])}"
-    return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]}{found}"
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        """Refuse a grid without datasets or models, and both ways of naming them at once."""
+        for axis in ("datasets", "models", "settings"):
+            given = axis in self.model_fields_set
+            if self.contexts and given:
+                raise PydanticCustomError("both", f"{axis}: every context names its own; leave this out")
+            if not self.contexts and not given and axis != "settings":
+                raise PydanticCustomError("neither", f"{axis}: field required, or contexts instead")
+        return self

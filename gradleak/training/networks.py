@@ -15,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import seeds
+from .. import seeds, structure
 from ..dataset import Data, Images
 from ..errors import GradleakError
 from ..model import Model, initialise
 from ..process import default_cache
 from ..registry import options_of
 from ..state import restored
+from ..update import copied
 
 RECIPE = "1"
 """Raised whenever training or a built-in architecture changes, so that no old checkpoint is used again."""
@@ -94,6 +95,33 @@ def kept(network: nn.Module, path: Path, train: Callable[[], float]) -> float:
         _save(network, score, path)
     network.eval()
     return score
+
+
+CALIBRATION = 512
+"""Public images, at most, whose statistics a calibrated model has."""
+
+
+def calibrated(network: nn.Module, data: Data) -> nn.Module:
+    """Return a copy whose batch normalisation has the statistics of public images, layer by layer as they arrive.
+
+    They are averaged over batches of 64 in the train split's own order; no weight is changed.
+    """
+    found = copied(network)
+    structure.mark(found, data.shape)
+    kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+    layers = [layer for layer in found.modules() if isinstance(layer, kinds) and layer.running_mean is not None]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a plain average
+        layer.train()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for images in data.split.train.images[:CALIBRATION].split(64):
+            if len(images) > 1:
+                found(images)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    return found.eval()
 
 
 def initial_seed(model: Model, name: str, data: Data, seed: int) -> tuple[str, ...]:
