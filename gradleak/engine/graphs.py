@@ -29,8 +29,8 @@ class Recorded(Backend):
     """Another backend's calls as CUDA graphs, one for each set of tensors that it is called with.
 
     A graph reads the very memory that was there when it was recorded, so it is looked up by addresses and shapes;
-    the loop keeps its slots in place. Answers are the same to the bit, since the same kernels run. What cannot be
-    recorded, as a loss that waits for the device, goes on without.
+    the loop keeps its slots in place. The same kernels run, so answers are the same but for kernels that add in any
+    order. What cannot be recorded, as a loss that waits for the device, goes on without.
     """
 
     def __init__(self, inner: Backend) -> None:
