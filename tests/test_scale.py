@@ -12,11 +12,12 @@ from gradleak import registry
 from gradleak.attacks.inverting_gradients import InvertingGradients
 from gradleak.dataset import Data, Images
 from gradleak.defense import View
+from gradleak.engine.backends import BACKENDS
 from gradleak.errors import GradleakError
 from gradleak.model import initialise
 from gradleak.seeds import Generators
-from gradleak.testing import Scene
-from gradleak.threat import Observation, Setting
+from gradleak.testing import Scene, reconstruct
+from gradleak.threat import Compute, Observation, Setting
 from gradleak.update import Update, one_hot
 
 FACTOR = 1024.0  # a power of two, so that it moves no digit
@@ -71,6 +72,16 @@ def test_the_unit_is_what_the_mean_image_loses_to_the_truth(defense: str, option
 def test_the_unit_is_of_that_size_without_public_images_too() -> None:
     known, blind = (range_of(seen(public=public)[0], InvertingGradients(tv_unit="range")) for public in (True, False))
     assert ((known / blind).log().abs() < 1.2).all(), (known, blind)
+
+
+@pytest.mark.parametrize("unit", ("loss", "range"))
+@pytest.mark.parametrize("defense", ("none", "gaussian-noise"))
+def test_every_backend_weighs_variation_alike(unit: str, defense: str) -> None:
+    observation, _ = seen(defense, options={} if defense == "none" else {"sigma": 1e-4, "clip": 1.0})
+    attack = registry.build("attacks", "inverting-gradients", {"tv": 3.0, "tv_unit": unit, "iterations": 2})
+    for backend in BACKENDS:
+        found = reconstruct(attack, replace(observation, compute=Compute(backend=backend)))
+        assert (found.backend, found.backend_reason) == (backend, "")
 
 
 def test_the_unit_does_not_depend_on_the_message() -> None:

@@ -139,7 +139,7 @@ class PlainPenalty:
     """A `penalty` of images alone that is also known for stacked trials at once."""
 
     one: Callable[[Guess, Variables, Facts], Tensor]
-    rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    rows: Callable[[Tensor, Facts], tuple[Tensor, Tensor]]
     """Penalty [W] of images [W, B, C, H, W], and its gradient by them."""
 
     def __call__(self, guess: Guess, variables: Variables, facts: Facts) -> Tensor:

@@ -295,7 +295,7 @@ class GradientMatching(Attack):
         form = None if view is None or residual is not None or turned else view.closed_form()
         described = match if form is None else Described(match, compare, form, shape[0], self._plain_objective)
         clips = view is not None and view.defense.per_example_gradients
-        prior, variation = self._prior(observation), partial(penalties.total_variation_rows, weight=self.tv)
+        prior, variation = self._prior(observation), partial(scale.variation, weight=self.tv, unit=self.tv_unit)
         return Problem(
             network=observation.network,
             training=observation.training,

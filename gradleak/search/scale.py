@@ -15,7 +15,7 @@ from ..engine.problem import Facts, Problem, take
 from ..errors import GradleakError
 from ..threat import Observation
 from ..update import Update, by_autograd
-from . import public_images
+from . import penalties, public_images
 
 IMAGES = 4
 """Batches whose updates stand for the victim's."""
@@ -102,3 +102,12 @@ def _references(observation: Observation, facts: Facts) -> tuple[Tensor, Tensor]
         return like.new_full(observation.shape, 0.5), images.to(like)
     labels = facts.targets.argmax(-1).cpu() if facts.knows_labels else torch.zeros(victims, size, dtype=torch.int64)
     return public.images.mean(0).to(like), public_images.first(public, observation.classes, labels, IMAGES).to(like)
+
+
+def variation(images: Tensor, facts: Facts, weight: float, unit: str) -> tuple[Tensor, Tensor]:
+    """Total variation [W] of stacked images and its slope, in the unit of the matching loss."""
+    total, slope = penalties.total_variation_rows(images, weight)
+    if unit == "range":
+        size = facts.own["range"]
+        return total * size, slope * size[:, None, None, None, None]
+    return total, slope

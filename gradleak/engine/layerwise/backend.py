@@ -122,7 +122,7 @@ class Layerwise(Backend):
     def _penalise(self, problem: Problem, variables: Variables, facts: Facts, guess: Guess) -> tuple[Tensor, Pulled]:
         """Penalty of all trials, and what flows from it into the graph."""
         if isinstance(problem.penalty, PlainPenalty):
-            penalty, slope = problem.penalty.rows(guess.images.detach())
+            penalty, slope = problem.penalty.rows(guess.images.detach(), facts)
             return penalty, (guess.images, slope)
 
         def penalise(row: Variables, known: Facts, images: Tensor, targets: Tensor) -> Tensor:
