@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -119,7 +120,10 @@ class _Nursery:
         if not message:
             return False
         connection, life, *public = numbers
-        number = os.fork()
+        with warnings.catch_warnings():
+            # Libraries may have threads, which are idle now and hold no lock that a copy would wait for.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            number = os.fork()
         if not number:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
