@@ -36,7 +36,7 @@ def test_claims_name_what_the_suite_runs(path: Path) -> None:
                 assert label in labels[axis], f"{item.claim}: {axis} {label}"
 
 
-@pytest.mark.parametrize("name", ["field", "small", "standard"])
+@pytest.mark.parametrize("name", ["field", "images", "small", "standard"])
 def test_boards_cover_every_family_of_attacks_and_every_defense(name: str) -> None:
     found = [cell.stored() for cell in cells(ROOT / f"{name}.yaml") if isinstance(cell, AttackCell)]
     attacks = {config["attack"]["name"] for config in found}
