@@ -205,7 +205,7 @@ def test_a_strangers_bundle_is_refused(honest: Path, tmp_path: Path) -> None:
         with pytest.raises(GradleakError, match=reason.strip()) as error:
             _board(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(GradleakError, match="no regular file"):
+    with pytest.raises(GradleakError, match="not a regular file"):
         _board(_bundle(tmp_path / "link.zip", (MANIFEST, manifest), (STORE, store), link=True))
     assert not (tmp_path.parent / "evil").exists()
 

@@ -61,7 +61,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path, capsys: pytest.Captu
         "Input should be greater than 0": ["--range", "lr=0..1"],
         "first end": ["--range", "lr=1..0.1"],
         "NAME=LOW..HIGH": ["--range", "lr"],
-        "given by --set too": ["--range", "lr=0.1..1", "--set", "lr=0.1"],
+        "is also given by --set": ["--range", "lr=0.1..1", "--set", "lr=0.1"],
         "unknown attack": [],
     }
     for said, arguments in wrong.items():

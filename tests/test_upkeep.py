@@ -155,5 +155,5 @@ def test_cells_of_a_store_that_is_taken_away_are_saved(path: Path, tmp_path: Pat
 
 def test_devices_are_no_stores() -> None:
     for name in ("/dev/null", "/dev/full"):
-        with pytest.raises(GradleakError, match="no regular file"):
+        with pytest.raises(GradleakError, match="not a regular file"):
             Store(name, create=True)
