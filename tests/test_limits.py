@@ -55,7 +55,7 @@ PLUGIN = """
             elif self.how == "hoard":
                 kept = []
                 while True:
-                    kept.append(torch.ones(2**24))
+                    kept.append(torch.empty(2**26))  # what is asked for counts, not what is used
             elif self.how == "segfault":
                 ctypes.string_at(0)
             elif self.how == "exit":
