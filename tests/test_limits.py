@@ -100,7 +100,7 @@ def bad_suite(folder: Path, hows: list[str]) -> list[str]:
     """Write a suite of one misbehaving attack each, and one that behaves; return the arguments of a run."""
     (folder / "bad.py").write_text(textwrap.dedent(PLUGIN))
     attacks = [{"name": "bad", "options": {"how": how}, "label": how} for how in hows]
-    path = trials.suite(folder, seeds=[0], defenses=["none"], attacks=[*attacks, "mean-image"], engine={"timeout": 0.5})
+    path = trials.suite(folder, seeds=[0], defenses=["none"], attacks=[*attacks, "mean-image"], engine={"timeout": 2.0})
     return ["run", str(path), "--store", str(folder / "s.sqlite"), "--plugin", str(folder / "bad.py")]
 
 
