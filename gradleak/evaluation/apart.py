@@ -137,6 +137,15 @@ class Apart:
                 connection.send_bytes(job)
             return _heard(connection, life, progress or (lambda share, loss: None), self.told)
 
+    def wait(self) -> None:
+        """Return when attacks can be run at once: a cell's time must not pass while a nursery starts."""
+        connection, life = self._ask([])
+        with connection:
+            life.recv(100)  # the number of a copy
+            life.close()  # which ends it
+            with contextlib.suppress(EOFError, OSError):
+                connection.recv_bytes()
+
     def _ask(self, files: list[int]) -> tuple[Connection, socket.socket]:
         """Have a process made for one attack; return the connection to it, and the one that it lives as long as."""
         ours, theirs = socket.socketpair()

@@ -269,7 +269,11 @@ def _workshop(resources: Resources) -> Workshop:
 @functools.lru_cache(maxsize=1)
 def _apart(device: str) -> Apart | None:
     """Return what runs the attacks of this Ray worker."""
-    return Apart(device=device) if possible() else None
+    if not possible():
+        return None
+    apart = Apart(device=device)
+    apart.wait()
+    return apart
 
 
 def _compute(cell: Cell, site: _Site, board: Any) -> tuple[Message, list[str]]:

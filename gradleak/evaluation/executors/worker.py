@@ -167,6 +167,7 @@ def _work(
     if control is not None:
         apart = Apart(control, memory, resources.device)
         apart.told = lambda pid: send("attacker", pid)
+        apart.wait()
     here, workshop = os.getpid(), Workshop(resources)
     while True:
         try:
