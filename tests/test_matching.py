@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradleak import process, registry, seeds, suite
-from gradleak.engine import loop, memory
+from gradleak.engine import comparison, loop, memory
 from gradleak.engine.backends import BACKENDS
 from gradleak.engine.loop import Outcome, Plan, Status, minimise
 from gradleak.engine.optimisers import LBFGS, Adam, Optimiser, Variables, constant
@@ -296,6 +296,17 @@ def test_a_container_may_have_less(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (older / "memory.usage_in_bytes").write_text("60\n")
     (older / "memory.stat").write_text("inactive_file 0\n")
     assert list(memory._of_container(tmp_path)) == [500, 0]
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_one_wrong_row_makes_the_difference(row: int) -> None:
+    truth = Values(
+        torch.ones(3), torch.ones(3), {"pixels": torch.tensor([1e-3, 1.0, 1e3])[:, None].expand(3, 4).clone()}
+    )
+    gradients = truth.gradients["pixels"].clone()
+    gradients[row] *= 1.1
+    assert comparison.difference(truth, truth) == 0
+    assert comparison.difference(replace(truth, gradients={"pixels": gradients}), truth) == pytest.approx(0.1, rel=1e-5)
 
 
 # Trials that end

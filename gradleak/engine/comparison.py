@@ -65,6 +65,11 @@ def disagreement(backend: Backend, problem: Problem, variables: Variables, facts
     return f"its answer is {gap:.1%} off" if gap < 10 else f"its answer is off by a factor of {gap:.0g}"
 
 
+def difference(answer: Values, truth: Values) -> float:
+    """Largest relative difference of two answers for a chunk, over its trials; the second is the reference."""
+    return max(_gap(_row(answer, row), _row(truth, row)) for row in range(len(truth.total)))
+
+
 def failure(error: Exception) -> str:
     """Say in one line what was raised.
 

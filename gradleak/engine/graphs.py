@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .backends import width_of
-from .memory import is_out_of_memory, release
+from .comparison import difference, failure
+from .memory import release
 from .optimisers import Variables
 from .problem import Backend, Facts, Problem, Values
 
@@ -21,6 +21,8 @@ _WARM = 3
 """Calls before a recording, in which libraries choose kernels and take their workspaces."""
 _RECORDINGS = 8
 """At most so many are kept: each holds the memory of its temporary tensors."""
+_CLOSE = 1e-2
+"""What kernels that add in any order may differ by; a wrong answer is off by its own size."""
 
 _Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 
@@ -80,13 +82,11 @@ class Recorded(Backend):
             with torch.cuda.graph(graph):
                 answer = self.inner(problem, variables, facts)
             graph.replay()
-            if _agrees(answer, truth, width_of(variables)):
+            if difference(answer, truth) <= _CLOSE:
                 return graph, answer
             reason = "it answers something else than without"
         except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = failure(error)
         log.warning("calls cannot be recorded as CUDA graphs here, going on without (%s)", reason)
         self._gave_up = True
         return None
@@ -94,14 +94,3 @@ class Recorded(Backend):
 
 def _place(tensor: Tensor) -> _Place:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _agrees(answer: Values, truth: Values, rows: int) -> bool:
-    """Whether the first trials' gradients are the same up to rounding; what is not finite in both says nothing."""
-    for name, expected in truth.gradients.items():
-        wanted, found = (tensor[:rows].flatten(1) for tensor in (expected, answer.gradients[name]))
-        error, size = (found - wanted).norm(dim=1), wanted.norm(dim=1)
-        wrong = ~(error <= 1e-2 * size) & (size.isfinite() | found.norm(dim=1).isfinite())
-        if bool(wrong.any()):
-            return False
-    return True
