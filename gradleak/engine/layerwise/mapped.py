@@ -12,7 +12,6 @@ from torch.func import grad_and_value, vmap
 from ...update import Update
 from ..closed_forms import Compared, LinearMap
 from ..closed_forms import Picked as PickedEntries
-from ..objectives import _TINY as TINY
 from ..problem import Described, Facts
 from . import coefficients
 from .entries import Entries, bags, grouped
@@ -62,7 +61,7 @@ class Mapped(Matcher):
 
         def loss(row: Tensor, known: Tensor) -> Tensor:
             if self._clip is not None:
-                row = (self._clip / (row.square().sum() + TINY).sqrt()).clamp(max=1) * row
+                row = coefficients.factor(row.square().sum(), self._clip) * row
             return self._match.sent({key: row}, {key: known})
 
         towards, found = vmap(grad_and_value(loss))(mapped, sent)
