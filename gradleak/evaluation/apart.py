@@ -82,8 +82,8 @@ class Apart:
             MachineFault: the machine could not do what was asked of it, or the process died.
         """
         files: list[int] = []
-        job = wire.write_job(observation, streams, partial(self._place_of, files))
         head = {"task": "attack", "attack": name, "options": dict(options), "label": label}
+        job = [wire.write_job(observation, streams, partial(self._place_of, files))]
         kind, content = self._served(head, job, files, observation.compute.progress)
         return (Mistake(content.decode(errors="replace")), None) if kind == WRONG else wire.read_answer(content)
 
@@ -105,7 +105,7 @@ class Apart:
             MachineFault: the machine could not do what was asked of it, or the process died.
         """
         files: list[int] = []
-        job = wire.write_guesses(observation, guesses, targets, buffers, partial(self._place_of, files))
+        job = [wire.write_guesses(observation, guesses, targets, buffers, partial(self._place_of, files))]
         head = {"task": "losses", "attack": name, "options": dict(options), "label": label}
         _, content = self._served(head, job, files, None)
         return wire.read_losses(content, guesses, observation.victims)
@@ -118,9 +118,16 @@ class Apart:
         return files.index(number)
 
     def _served(
-        self, task: Mapping[str, Any], job: bytes, files: list[int], progress: Callable[[float, float], None] | None
+        self,
+        task: Mapping[str, Any],
+        job: list[bytes],
+        files: list[int],
+        progress: Callable[[float, float], None] | None,
     ) -> tuple[bytes, bytes]:
-        """Have a task done by a process of its own; return the kind and the content of what it answers."""
+        """Have a task done by a process of its own; return the kind and the content of what it answers.
+
+        The job is taken out of its list, so that nobody holds its bytes, which are many, while it is done.
+        """
         connection, life = self._ask(files)
         with connection, life:
             head = {
@@ -134,7 +141,7 @@ class Apart:
             }
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.send_bytes(json.dumps(head).encode())
-                connection.send_bytes(job)
+                connection.send_bytes(job.pop())
             return _heard(connection, life, progress or (lambda share, loss: None), self.told)
 
     def wait(self) -> None:
