@@ -26,10 +26,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out documents that take long, unless they are asked for by their mark (`make test-docs`)."""
-    if "documents" in str(config.getoption("-m")):
-        return
-    out = [item for item in items if item.get_closest_marker("documents")]
+    """Leave out what takes long, unless it is asked for by its mark (`make test-docs`, `make test-faults`)."""
+    left = [mark for mark in ("documents", "faults") if mark not in str(config.getoption("-m"))]
+    out = [item for item in items if any(map(item.get_closest_marker, left))]
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
